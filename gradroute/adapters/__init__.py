@@ -1,0 +1,1 @@
+"""Where gradients may land: blocks, masks, routes and views."""

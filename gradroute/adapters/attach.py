@@ -1,0 +1,154 @@
+"""Adapting any `nn.Module` in place, without PEFT: `attach`, `detach`, and the parameters of each block."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from gradroute.adapters.functional import StopGradient
+from gradroute.adapters.layer import QuarantineLoRA
+from gradroute.errors import TargetError
+from gradroute.protocol import RoutedLayer, routed_layers
+
+
+def attach(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    r_quarantine: int | None = None,
+    lora_alpha: float = 32.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    stop_gradient: StopGradient = "parameters",
+    seed: int = 0,
+) -> nn.Module:
+    """Replace each targeted `nn.Linear` by a `QuarantineLoRA` around it, freeze everything else, return `model`.
+
+    Args:
+        model: any module; changed in place. `detach(model)` undoes it.
+        r, r_quarantine, lora_alpha, stop_gradient: see `QuarantineLoRA`.
+        target_modules: "all-linear" (every `nn.Linear` but the output head of a Hugging Face model), a regular
+            expression that matches whole module names, or a list whose entries are a module's name or its `.suffix`.
+        seed: of the initial A matrices; the global generator is not used.
+
+    Raises:
+        TargetError: the model is adapted already, an entry of `target_modules` matches nothing, or something other
+            than an `nn.Linear`.
+    """
+    if any(isinstance(module, RoutedLayer) for module in model.modules()):
+        raise TargetError("`model` has routed layers already. Fix: detach(model) first.")
+    targets = _find_targets(model, target_modules)
+    generator = torch.Generator().manual_seed(seed)
+    # A linear that is used in two places must stay one module.
+    wrapped: dict[nn.Module, QuarantineLoRA] = {}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for name, linear in targets.items():
+            if linear not in wrapped:
+                wrapped[linear] = QuarantineLoRA(
+                    linear, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha,
+                    stop_gradient=stop_gradient, generator=generator,
+                )  # fmt: skip
+                wrapped[linear].name = name
+    except TargetError as error:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise TargetError(f"Module `{name}`: {error}") from error
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    for name, linear in targets.items():
+        wrapped[linear].trainable_before_attach = trainable
+        _replace(model, name, wrapped[linear])
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Put the original linears back and restore their `requires_grad`; both blocks are dropped. Returns `model`."""
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuarantineLoRA)
+    }
+    if not layers:
+        raise TargetError(f"`model` should have been given blocks by attach(). Found none in a {type(model).__name__}.")
+    for name, layer in layers.items():
+        _replace(model, name, layer.base_layer)
+        for parameter in layer.trainable_before_attach:
+            parameter.requires_grad_(True)
+    return model
+
+
+def deployed_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every deployed block, named as in `model.named_parameters()`."""
+    return _block_parameters(model, "deployed")
+
+
+def quarantine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every quarantine block, named as in `model.named_parameters()`."""
+    return _block_parameters(model, "quarantine")
+
+
+def _block_parameters(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Parameter]]:
+    wanted = {id(p) for layer in routed_layers(model).values() for p in getattr(layer, block)[:2]}
+    return ((name, p) for name, p in model.named_parameters() if id(p) in wanted)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Linear]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]
+    if target_modules == "all-linear":
+        found = _all_linear(model, modules)
+        if not found:
+            raise TargetError(f'`target_modules="all-linear"` found no nn.Linear inside a {type(model).__name__}.')
+        return found
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise TargetError(f"`target_modules` is no regular expression: {target_modules!r} ({error}).") from error
+        names = [name for name in modules if pattern.fullmatch(name)]
+        if not names:
+            raise TargetError(_nothing_matched(target_modules, modules, "A string must match whole module names."))
+    else:
+        names = []
+        if not target_modules:
+            raise TargetError("`target_modules` should name at least one module. Found an empty list.")
+        for entry in target_modules:
+            matched = [name for name in modules if name == entry or name.endswith(f".{entry}")]
+            if not matched:
+                raise TargetError(_nothing_matched(entry, modules, "An entry is a module's name or its suffix."))
+            names += [name for name in matched if name not in names]
+    return {name: _linear(name, modules[name]) for name in names}
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+
+
+def _linear(name: str, module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TargetError(
+            f"`target_modules` matched `{name}`, a {type(module).__name__}; only nn.Linear can be adapted. "
+            "Fix: name the linears inside it."
+        )
+    return module
+
+
+def _nothing_matched(entry: str, modules: dict[str, nn.Module], rule: str) -> str:
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    leaves = {name.rpartition(".")[2] for name in linears}
+    near = difflib.get_close_matches(entry.rpartition(".")[2], sorted(leaves), n=3, cutoff=0.5)
+    near += difflib.get_close_matches(entry, linears, n=2, cutoff=0.8)
+    if near:
+        hint = "Did you mean " + ", ".join(f"`{name}`" for name in dict.fromkeys(near)) + "?"
+    else:
+        hint = "Linear modules end in " + ", ".join(f"`{leaf}`" for leaf in sorted(leaves)[:12]) + "."
+    return f"`{entry}` in `target_modules` matched nothing. {rule} {hint}"

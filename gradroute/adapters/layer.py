@@ -1,0 +1,182 @@
+"""The routed layer: a frozen linear with a deployed and a quarantine low-rank block.
+
+    y = W x + b + s_d B_d A_d x + m s_q B_q A_q x,      s = lora_alpha / r
+
+A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute.adapters.functional import StopGradient, quarantine_lora
+from gradroute.adapters.state import ActiveRoute, ForwardRecord, ForwardState, check_recomputation
+from gradroute.errors import TargetError
+from gradroute.protocol import Block, RoutedLayer, routed_layers
+
+
+class RoutedLinear(RoutedLayer):
+    """The forward of a routed layer, whatever holds its parameters: reads the state and calls the fused operation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = ""
+        self.stop_gradient: StopGradient = "parameters"
+        self.state = ForwardState()
+        self.last_route: ActiveRoute | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
+        return {name: value for name, value in self.__dict__.items() if name not in ("state", "last_route")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.state, self.last_route = ForwardState(), None
+
+    @property
+    def has_open_route(self) -> bool:
+        return self.state.route is not None
+
+    @property
+    def view(self) -> str:
+        if self.state.disabled:
+            return "disabled"
+        if self.state.quarantine_is_off:
+            return "ablated"
+        return "on" if isinstance(self.state.scale, float) and self.state.scale == 1.0 else "scaled"
+
+    def add_blocks(
+        self, x: Float[Tensor, "*batch d_in"], base_output: Float[Tensor, "*batch d_out"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """base_output + s_d B_d A_d x + m s_q B_q A_q x, under the route and ablation in force."""
+        state = self.state
+        if state.disabled:
+            return base_output
+        recomputing = torch._C._current_graph_task_id() != -1
+        if recomputing:
+            check_recomputation(self.name, id(self), state, self.last_route)
+        elif state.route is not None:
+            state.route.ran[id(self)] = state.route.ran.get(id(self), 0) + 1
+        gates = state.gates(x, self.name)
+        if state.quarantine_is_off and not torch.is_grad_enabled():
+            A, B, scaling = self.deployed
+            delta = (x.to(A.dtype) @ A.T) @ (scaling * B).T
+            return base_output + delta.to(base_output.dtype)
+        return quarantine_lora(
+            x, base_output, self.deployed, self.quarantine, m=gates.m, g_d=gates.g_d, g_q=gates.g_q,
+            stop_gradient=self.stop_gradient, record=ForwardRecord(self.name, id(self), state, recomputing),
+        )  # fmt: skip
+
+
+class QuarantineLoRA(RoutedLinear):
+    """y = base_layer(x) + s_d B_d A_d x + m s_q B_q A_q x around a frozen `nn.Linear`.
+
+    Args:
+        base_layer: the linear to adapt; its parameters are frozen and stay where they are.
+        r: rank of the deployed block.
+        r_quarantine: rank of the quarantine block; None means r.
+        lora_alpha: s_d = lora_alpha / r, s_q = lora_alpha / r_quarantine.
+        stop_gradient: see `quarantine_lora`.
+        generator: source of the initialisation of A; None means torch's global one.
+
+    Parameters have the dtype and device of the base weight; initial values do not depend on the device.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        *,
+        r: int,
+        r_quarantine: int | None = None,
+        lora_alpha: float,
+        stop_gradient: StopGradient = "parameters",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        r_quarantine = r if r_quarantine is None else r_quarantine
+        _check_linear(base_layer)
+        _check_sizes(r, r_quarantine, lora_alpha, stop_gradient)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.r_quarantine, self.lora_alpha = r, r_quarantine, float(lora_alpha)
+        self.stop_gradient = stop_gradient
+        self.lora_A = nn.Parameter(_kaiming(r, base_layer, generator))
+        self.lora_B = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r))
+        self.lora_A_quarantine = nn.Parameter(_kaiming(r_quarantine, base_layer, generator))
+        self.lora_B_quarantine = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r_quarantine))
+        self.trainable_before_attach: list[nn.Parameter] = []
+        self.train(base_layer.training)
+
+    @property
+    def deployed(self) -> Block:
+        return Block(self.lora_A, self.lora_B, self.lora_alpha / self.r)
+
+    @property
+    def quarantine(self) -> Block:
+        return Block(self.lora_A_quarantine, self.lora_B_quarantine, self.lora_alpha / self.r_quarantine)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that asks a linear for its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        """Input width of the base layer."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Output width of the base layer."""
+        return self.base_layer.out_features
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        return self.add_blocks(x, self.base_layer(x))
+
+    def extra_repr(self) -> str:
+        text = f"r={self.r}, r_quarantine={self.r_quarantine}, lora_alpha={self.lora_alpha:g}"
+        return text if self.stop_gradient == "parameters" else f"{text}, stop_gradient={self.stop_gradient!r}"
+
+
+def routed_linears(model: nn.Module) -> dict[str, RoutedLinear]:
+    """The routed layers of `model` whose state can be changed; one built by hand learns its name here."""
+    layers = {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedLinear)}
+    for name, layer in layers.items():
+        layer.name = layer.name or name
+    return layers
+
+
+def _kaiming(r: int, base_layer: nn.Linear, generator: torch.Generator | None) -> Tensor:
+    # Drawn on the CPU in float32, so that a seed gives the same model on every device and in every dtype.
+    A = torch.empty(r, base_layer.in_features, device="cpu", dtype=torch.float32)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A.to(base_layer.weight)
+
+
+def _check_linear(base_layer: nn.Module) -> None:
+    if not isinstance(base_layer, nn.Linear):
+        raise TargetError(f"`base_layer` should be an nn.Linear. Found {type(base_layer).__name__}.")
+    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            "`base_layer` is the output projection of nn.MultiheadAttention, which reads its weight and never calls "
+            "it: blocks there would never run. Fix: exclude it from `target_modules`."
+        )
+    if not base_layer.weight.is_floating_point():
+        raise TargetError(f"`base_layer` should have floating point weights. Found {base_layer.weight.dtype}.")
+
+
+def _check_sizes(r: int, r_quarantine: int, lora_alpha: float, stop_gradient: str) -> None:
+    for name, rank in (("r", r), ("r_quarantine", r_quarantine)):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise TargetError(f"`{name}` should be a positive integer. Found {rank!r}.")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
+        raise TargetError(f"`lora_alpha` should be a positive finite number. Found {lora_alpha!r}.")
+    if stop_gradient not in ("parameters", "branch"):
+        raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')

@@ -1,0 +1,180 @@
+"""Which rows use the quarantine, and which block each row trains.
+
+| zone   | m (quarantine in the forward) | g_d (gradient into deployed) | g_q (gradient into quarantine) |
+|--------|---|---|---|
+| keep   | 0 | 1 | 0 |
+| absorb | 1 | 1 | 1 |
+| route  | 1 | 0 | 1 |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradroute.errors import RouteError
+
+_ZONES = ("keep", "absorb", "route")
+_ZONE_WEIGHTS = ((0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0))
+
+Floats = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RouteMask:
+    """Three floats per row `(batch,)`, per token `(batch, seq)`, or per token of a packed batch `(1, tokens)`.
+
+    Args:
+        m: weight of the quarantine in the forward.
+        g_d: weight of the gradient into the deployed block; may be negative or above 1.
+        g_q: weight of the gradient into the quarantine; it multiplies the true derivative, which carries m.
+
+    The gradient that flows on to lower layers is not weighted. Raises `RouteError` on weights that are not finite,
+    of different shapes, or that require a gradient themselves.
+    """
+
+    m: Float[Tensor, "*rows"]
+    g_d: Float[Tensor, "*rows"]
+    g_q: Float[Tensor, "*rows"]
+
+    def __post_init__(self) -> None:
+        for name in ("m", "g_d", "g_q"):
+            values = getattr(self, name)
+            if not isinstance(values, Tensor) or not values.is_floating_point():
+                raise RouteError(f"`{name}` should be a floating point tensor. Found {_describe(values)}.")
+            if values.ndim not in (1, 2) or values.numel() == 0:
+                raise RouteError(
+                    f"`{name}` should have shape (batch,), (batch, seq) or (1, tokens) with at least one row. "
+                    f"Found {tuple(values.shape)}."
+                )
+            if values.requires_grad:
+                raise RouteError(f"`{name}` should not require a gradient: masks are data. Fix: pass {name}.detach().")
+            if not torch.isfinite(values).all():
+                where = (~torch.isfinite(values)).nonzero()[0].tolist()
+                raise RouteError(f"`{name}` should be finite. Found {values[tuple(where)].item()} at index {where}.")
+        if not self.m.shape == self.g_d.shape == self.g_q.shape:
+            shapes = [tuple(t.shape) for t in (self.m, self.g_d, self.g_q)]
+            raise RouteError(f"`m`, `g_d` and `g_q` should have one shape. Found {shapes}.")
+
+    @classmethod
+    def zones(cls, zones: Sequence[Any] | Tensor) -> "RouteMask":
+        """keep = (0, 1, 0), absorb = (1, 1, 1), route = (1, 0, 1) as (m, g_d, g_q).
+
+        Args:
+            zones: "keep" / "absorb" / "route" per row (or nested, per token), or an integer tensor with
+                0 = keep, 1 = absorb, 2 = route.
+        """
+        if not isinstance(zones, Tensor):
+            zones = torch.tensor(_zone_numbers(zones), dtype=torch.long)
+        if zones.dtype == torch.bool or zones.is_floating_point() or zones.is_complex():
+            raise RouteError(
+                f"`zones` should hold integers (0 keep, 1 absorb, 2 route) or their names. Found {_describe(zones)}. "
+                "Fix: use RouteMask.classic(flags) or .exclusive(flags) for booleans."
+            )
+        if ((zones < 0) | (zones > 2)).any():
+            raise RouteError(
+                "`zones` should be 0 (keep), 1 (absorb) or 2 (route). "
+                f"Found values from {int(zones.min())} to {int(zones.max())}."
+            )
+        weights = torch.tensor(_ZONE_WEIGHTS, device=zones.device)[zones.long()]
+        return cls(*weights.unbind(-1))
+
+    @classmethod
+    def classic(cls, flags: Sequence[bool] | Tensor) -> "RouteMask":
+        """Clean rows train both blocks (absorb), flagged rows the quarantine only (route)."""
+        return cls.zones(1 + _flags(flags).long())
+
+    @classmethod
+    def exclusive(cls, flags: Sequence[bool] | Tensor) -> "RouteMask":
+        """Clean rows train the deployed block only (keep), flagged rows the quarantine only (route)."""
+        return cls.zones(2 * _flags(flags).long())
+
+    @classmethod
+    def weights(cls, m: Floats, g_d: Floats, g_q: Floats) -> "RouteMask":
+        """Any finite floats, broadcast against each other: soft gates, advantages, size compensation.
+
+        At least one of the three must have rows. Over a loss of plain log-probabilities, g_d = b and g_q = a train
+        the deployed block with advantage b and the quarantine with advantage a in a single backward.
+        """
+        named = {"m": m, "g_d": g_d, "g_q": g_q}
+        tensors = {name: _float_tensor(name, values) for name, values in named.items()}
+        devices = {t.device for t in tensors.values() if t.ndim}
+        if not devices:
+            raise RouteError("At least one of `m`, `g_d`, `g_q` should have one value per row. Found three scalars.")
+        if len(devices) > 1:
+            raise RouteError(f"`m`, `g_d` and `g_q` should be on one device. Found {sorted(map(str, devices))}.")
+        device = devices.pop()
+        try:
+            spread = torch.broadcast_tensors(*(t.to(device) for t in tensors.values()))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            raise RouteError(f"`m`, `g_d` and `g_q` should broadcast to one shape. Found {shapes}.") from error
+        return cls(*(t.clone() for t in spread))
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch,), (batch, seq) or (1, tokens)."""
+        return self.m.shape
+
+    @property
+    def routed(self) -> Tensor:
+        """True where a row is in the route zone: the quarantine is on and learns, the deployed block does not."""
+        return (self.m != 0) & (self.g_d == 0) & (self.g_q != 0)
+
+    def __len__(self) -> int:
+        return self.m.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "RouteMask":
+        """The mask of some rows: a slice, a tensor of indices or a boolean tensor (for micro-batches)."""
+        if isinstance(rows, int):
+            raise RouteError(f"A mask keeps its row axis. Found the index {rows}. Fix: mask[{rows}:{rows + 1}].")
+        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows)
+        return type(self)(self.m[index], self.g_d[index], self.g_q[index])
+
+    def __repr__(self) -> str:
+        unit = "rows" if self.m.ndim == 1 else "tokens"
+        weights = torch.stack([self.m, self.g_d, self.g_q], dim=-1)
+        zones = [(weights == weights.new_tensor(zone)).all(-1) for zone in _ZONE_WEIGHTS]
+        counts = [f"{int(zone.sum())} {name}" for name, zone in zip(_ZONES, zones, strict=True)]
+        other = self.m.numel() - sum(int(zone.sum()) for zone in zones)
+        if other:
+            counts.append(f"{other} weighted")
+        return f"RouteMask({tuple(self.shape)}, {unit}: {', '.join(counts)})"
+
+
+def _describe(values: Any) -> str:
+    if isinstance(values, Tensor):
+        return f"a {str(values.dtype).removeprefix('torch.')} tensor of shape {tuple(values.shape)}"
+    return f"{type(values).__name__} {values!r}"
+
+
+def _zone_numbers(zones: Any) -> Any:
+    if isinstance(zones, str):
+        if zones not in _ZONES:
+            raise RouteError(f'`zones` should hold "keep", "absorb" or "route". Found {zones!r}.')
+        return _ZONES.index(zones)
+    if isinstance(zones, Sequence):
+        return [_zone_numbers(zone) for zone in zones]
+    if isinstance(zones, int) and not isinstance(zones, bool):
+        return zones
+    raise RouteError(f"`zones` should hold zone names or integers. Found {_describe(zones)}.")
+
+
+def _flags(flags: Sequence[bool] | Tensor) -> Tensor:
+    tensor = flags if isinstance(flags, Tensor) else torch.tensor(flags)
+    if tensor.dtype != torch.bool:
+        raise RouteError(
+            f"`flags` should be booleans, True where a row looks like a hack. Found {_describe(flags)}. "
+            "Fix: compare a score with a threshold, or pass flags.bool()."
+        )
+    return tensor
+
+
+def _float_tensor(name: str, values: Floats) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.get_default_dtype())
+    if not tensor.is_floating_point():
+        raise RouteError(f"`{name}` should hold floats. Found {_describe(cast(Any, values))}.")
+    return tensor

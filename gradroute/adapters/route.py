@@ -1,0 +1,96 @@
+"""Putting a mask in force: `route()` around forward and backward, or `set_route()` / `clear_route()`.
+
+The mask is read when a routed layer runs forward, and saved with its activations. So closing a route before backward
+is exact, except under gradient checkpointing, where the forward runs again inside backward: there it raises.
+Without a route every row is absorbed: m = g_d = g_q = 1.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.modes import changed_state, set_states
+from gradroute.adapters.state import ActiveRoute, ForwardState
+from gradroute.errors import RouteError
+
+
+@contextmanager
+def route(model: nn.Module, mask: RouteMask) -> Iterator[RouteMask]:
+    """Forwards inside use `mask`; enclose both forward and backward.
+
+    Nests: an inner route replaces the outer one for its duration. On leaving without an exception, raises `RouteError`
+    if a routed layer of `model` did not run: its mask would have been asked for and not applied.
+
+    Raises:
+        RouteError: `mask` is no `RouteMask`, its rows do not fit a batch, or a routed layer did not run.
+    """
+    layers = routed_linears(model)
+    active = ActiveRoute(_checked(mask), sticky=False)
+    with changed_state(layers, lambda state: _with_route(state, active)):
+        yield mask
+        _check_all_ran(layers, active)
+    for layer in layers.values():
+        layer.last_route = active
+
+
+def set_route(model: nn.Module, mask: RouteMask) -> None:
+    """Put `mask` in force until `clear_route(model)` or the next `set_route`; for loops that own no `with` block.
+
+    Raises:
+        RouteError: a `route()` block is open, or the mask set before was never used by some layer.
+    """
+    layers = routed_linears(model)
+    active = ActiveRoute(_checked(mask), sticky=True)
+    _close_sticky(layers, "set_route")
+    set_states(layers, lambda state: _with_route(state, active))
+
+
+def clear_route(model: nn.Module) -> None:
+    """End the route of `set_route`.
+
+    Raises:
+        RouteError: no sticky route is set, a `route()` block is open, or some layer never ran under the mask. The
+            route is cleared also in the last case.
+    """
+    layers = routed_linears(model)
+    if all(layer.state.route is None for layer in layers.values()):
+        raise RouteError("clear_route(model) found no route to clear. Fix: call it once for each set_route sequence.")
+    _close_sticky(layers, "clear_route")
+
+
+def _with_route(state: ForwardState, active: ActiveRoute | None) -> ForwardState:
+    return ForwardState(route=active, scale=state.scale, disabled=state.disabled)
+
+
+def _close_sticky(layers: dict[str, RoutedLinear], caller: str) -> None:
+    routes = {id(layer.state.route): layer.state.route for layer in layers.values()}
+    for active in routes.values():
+        if active is not None and not active.sticky:
+            raise RouteError(f"{caller}(model) inside a `with route(...)` block. Fix: leave the block first.")
+    for layer in layers.values():
+        layer.last_route = layer.state.route or layer.last_route
+    set_states(layers, lambda state: _with_route(state, None))
+    for active in routes.values():
+        if active is not None:
+            _check_all_ran({n: layer for n, layer in layers.items() if layer.last_route is active}, active)
+
+
+def _checked(mask: RouteMask) -> RouteMask:
+    if not isinstance(mask, RouteMask):
+        raise RouteError(
+            f"`mask` should be a RouteMask. Found {type(mask).__name__}. Fix: RouteMask.classic(flags) or .zones(...)."
+        )
+    return mask
+
+
+def _check_all_ran(layers: dict[str, RoutedLinear], active: ActiveRoute) -> None:
+    idle = [name for name in layers if id(layers[name]) not in active.ran]
+    if idle:
+        shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
+        raise RouteError(
+            f"{len(idle)} of {len(layers)} routed layers did not run inside the route: {shown}. Their mask was asked "
+            "for and not applied. Fix: run the forward inside `route(...)`, or exclude these modules when attaching."
+        )

@@ -1,0 +1,150 @@
+"""The state a routed layer reads in its forward, and the record that ties a backward to it.
+
+    state = (open route or none) x (ablation scale) x (adapters disabled or not)
+
+States are immutable and carry an id. A context manager gives a layer a new state and later puts the old object back, so
+nothing is written into parameters and an exception restores what was there.
+
+Gradient checkpointing runs a layer's forward a second time, inside backward. If the state has changed by then the
+gradients are wrong and nothing shows it; `ForwardRecord` finds this out and raises.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradroute.adapters.mask import RouteMask
+from gradroute.errors import RouteError
+
+Weights = Float[Tensor, " rows"]
+
+
+@dataclass(eq=False)
+class ActiveRoute:
+    """A mask in force, with the account (by `id` of the layer) of what ran under it."""
+
+    mask: RouteMask
+    sticky: bool
+    ran: dict[int, int] = field(default_factory=dict)
+    recomputed: dict[int, int] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """m, g_d and g_q of one forward, a float per row of the flattened input; None means 1 everywhere."""
+
+    m: Weights | None = None
+    g_d: Weights | None = None
+    g_q: Weights | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardState:
+    """What a routed layer's forward depends on besides its input and parameters."""
+
+    route: ActiveRoute | None = None
+    scale: float | Float[Tensor, "..."] = 1.0
+    disabled: bool = False
+    id: Int[Tensor, ""] = field(default_factory=lambda: torch.tensor(uuid.uuid4().int >> 65))
+    _cache: dict[tuple[torch.Size, torch.device], Gates] = field(default_factory=dict, repr=False)
+
+    @property
+    def quarantine_is_off(self) -> bool:
+        """Whether the quarantine is ablated for every row."""
+        return isinstance(self.scale, float) and self.scale == 0.0
+
+    def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
+        """The three gates, one float per row of `x` flattened to (rows, d_in)."""
+        key = (x.shape[:-1], x.device)
+        if key not in self._cache:
+            # Few shapes occur under one state; a long generation under a sticky state must not grow the cache.
+            if len(self._cache) >= 16:
+                self._cache.clear()
+            self._cache[key] = self._spread(x, layer)
+        return self._cache[key]
+
+    def _spread(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
+        mask = None if self.route is None else self.route.mask
+        m = None if mask is None else _per_row(mask.m, x, layer, "mask")
+        if isinstance(self.scale, Tensor):
+            scale = _per_row(self.scale, x, layer, "ablation rows")
+            m = scale if m is None else m * scale
+        elif self.scale != 1.0:
+            # float32 at least: a scale of 0.3 rounded to bf16 would be off by 0.2 %.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            scale = torch.full((x.shape[:-1].numel(),), self.scale, dtype=dtype, device=x.device)
+            m = scale if m is None else m * scale
+        if mask is None:
+            return Gates(m)
+        return Gates(m, _per_row(mask.g_d, x, layer, "mask"), _per_row(mask.g_q, x, layer, "mask"))
+
+
+def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:
+    """The product of two ablation scales; a per-row one is aligned with a per-token one on the left."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim != second.ndim:
+        low, high = sorted((first, second), key=lambda t: t.ndim)
+        return low.reshape(low.shape + (1,) * (high.ndim - low.ndim)) * high
+    return first * second
+
+
+def _per_row(values: Tensor, x: Tensor, layer: str, what: str) -> Weights:
+    lead = x.shape[:-1]
+    if values.shape != lead[: values.ndim]:
+        found = tuple(values.shape)
+        hint = "give a mask with one row per sequence of this batch: (batch,) or (batch, seq)"
+        if len(found) == 1 and lead.numel() == found[0]:
+            hint = f"packed inputs take a mask of shape {tuple(lead)}"
+        elif len(found) == 2 and len(lead) == 1:
+            hint = "this module flattens its tokens; exclude it from `target_modules`"
+        raise RouteError(
+            f"The {what} of shape {found} should match the leading axes {tuple(lead)} of the input of `{layer}`. "
+            f"Fix: {hint}."
+        )
+    values = values.to(x.device)
+    return values.reshape(values.shape + (1,) * (len(lead) - values.ndim)).expand(lead).reshape(-1)
+
+
+@dataclass(frozen=True)
+class ForwardRecord:
+    """Which state one forward of one layer ran in, and whether that forward was a recomputation."""
+
+    layer: str
+    key: int
+    state: ForwardState
+    recomputing: bool
+
+    @property
+    def state_id(self) -> Int[Tensor, ""]:
+        """Saved with the activations: under non-reentrant checkpointing it comes back from the recomputation."""
+        return self.state.id
+
+    def check_backward(self, saved_id: Int[Tensor, ""]) -> None:
+        """Raise if the activations of this backward were computed in another state than the forward's."""
+        if saved_id.item() != self.state.id.item():
+            raise RouteError(_CHANGED.format(layer=self.layer))
+        route = self.state.route
+        if route is None:
+            return
+        route.finished.add(self.key)
+        if self.recomputing:
+            # Reentrant checkpointing: this graph was built inside backward and knows nothing of the first forward.
+            # More recomputations than forwards means that one of them belongs to another route.
+            route.recomputed[self.key] = route.recomputed.get(self.key, 0) + 1
+            if route.recomputed[self.key] > route.ran.get(self.key, 0):
+                raise RouteError(_CHANGED.format(layer=self.layer))
+
+
+_CHANGED = (
+    "Gradient checkpointing recomputed `{layer}` under another route or ablation than its forward ran in, so its "
+    "gradients would be wrong. Fix: let `route(...)` enclose both forward and backward, one forward per route."
+)
+
+
+def check_recomputation(layer: str, key: int, state: ForwardState, previous: ActiveRoute | None) -> None:
+    """Raise if a recomputation finds no route although the layer's last routed forward still awaits its backward."""
+    if state.route is None and previous is not None and key not in previous.finished:
+        raise RouteError(_CHANGED.format(layer=layer))

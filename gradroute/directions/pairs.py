@@ -1,0 +1,183 @@
+"""Contrastive (hack, clean) pairs, and the padded batches they are run in.
+
+A pair is one prompt with two completions that differ in the mechanism: one exploits the grader, one does the task.
+Prompt and completion are tokenised apart and joined, as in a rollout, so the boundary between them is exact.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from gradroute.errors import FileFormatError, GradRouteError
+
+Text = str | Sequence[int]
+Tokenizer = Callable[..., Any]
+
+_KEYS = ("prompt", "hack", "clean", "clean_prompt")
+
+
+@dataclass(frozen=True)
+class ContrastivePair:
+    """One prompt, a completion that hacks the grader and one that does not; each a text or a sequence of token ids.
+
+    Args:
+        prompt: shared by both sides, or the hack side's where `clean_prompt` is given.
+        hack: the exploiting completion.
+        clean: the honest completion.
+        clean_prompt: the clean side's own prompt; None means `prompt`.
+    """
+
+    prompt: Text
+    hack: Text
+    clean: Text
+    clean_prompt: Text | None = None
+
+    def __post_init__(self) -> None:
+        for name in _KEYS:
+            value = getattr(self, name)
+            if value is None and name == "clean_prompt":
+                continue
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            if not isinstance(value, str):
+                if not isinstance(value, Sequence) or not all(type(token) is int and token >= 0 for token in value):
+                    raise GradRouteError(f"`{name}` should be a text or a sequence of token ids. Found {value!r}.")
+                object.__setattr__(self, name, tuple(value))
+            if len(value) == 0 and name in ("hack", "clean"):
+                raise GradRouteError(f"`{name}` should have at least one token. Found an empty completion.")
+        if self.hack == self.clean and self.clean_prompt in (None, self.prompt):
+            raise GradRouteError(f"`hack` and `clean` should differ. Found {self.hack!r} on both sides.")
+
+
+def load_pairs(path: str | Path) -> list[ContrastivePair]:
+    """Read pairs from a `.json` array or a `.jsonl` file of objects with keys prompt, hack, clean[, clean_prompt].
+
+    Raises:
+        FileFormatError: naming the entry, if the file is no JSON, holds no pairs, or a pair lacks a key or has one
+            that nothing reads.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        entries = [(where, _parsed(path, where, line)) for where, line in lines]
+    elif path.suffix == ".json":
+        array = _parsed(path, "the file", text)
+        if not isinstance(array, list):
+            raise FileFormatError(f"{path}: expected a JSON array of pairs. Found a {type(array).__name__}.")
+        entries = [(f"entry {i}", entry) for i, entry in enumerate(array)]
+    else:
+        raise FileFormatError(f"{path}: expected a .json or .jsonl file. Found the suffix {path.suffix!r}.")
+    if not entries:
+        raise FileFormatError(f"{path}: expected at least one pair. Found none.")
+    return [_pair(path, where, entry) for where, entry in entries]
+
+
+def _parsed(path: Path, where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path}, {where}: expected JSON ({error}). Is the file truncated?") from error
+
+
+def _pair(path: Path, where: str, entry: Any) -> ContrastivePair:
+    if not isinstance(entry, dict) or not {"prompt", "hack", "clean"} <= entry.keys() <= set(_KEYS):
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise FileFormatError(f"{path}, {where}: expected the keys prompt, hack, clean[, clean_prompt]. Found {found}.")
+    try:
+        return ContrastivePair(**entry)
+    except GradRouteError as error:
+        raise FileFormatError(f"{path}, {where}: {error}") from error
+
+
+def pair_hash(pairs: Sequence[ContrastivePair]) -> str:
+    """SHA-256 of the pairs' content, in order."""
+    content = [[pair.prompt, pair.hack, pair.clean, pair.clean_prompt] for pair in pairs]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizedRollout:
+    """Token ids of prompt + completion, and where the completion starts."""
+
+    ids: tuple[int, ...]
+    completion_start: int
+
+
+def tokenize_pairs(pairs: Sequence[ContrastivePair], tokenizer: Tokenizer | None) -> list[TokenizedRollout]:
+    """The hack sides of all pairs, then their clean sides.
+
+    Args:
+        pairs: at least one.
+        tokenizer: a Hugging Face tokenizer, or any callable from a text to token ids; not needed for pairs of ids.
+    """
+    if not pairs:
+        raise GradRouteError("`pairs` should hold at least one ContrastivePair. Found none.")
+    wrong = [pair for pair in pairs if not isinstance(pair, ContrastivePair)]
+    if wrong:
+        raise GradRouteError(f"`pairs` should hold ContrastivePair objects. Found {type(wrong[0]).__name__}.")
+    hack = [(pair.prompt, pair.hack) for pair in pairs]
+    clean = [(pair.prompt if pair.clean_prompt is None else pair.clean_prompt, pair.clean) for pair in pairs]
+    rollouts = []
+    for prompt, completion in hack + clean:
+        prompt_ids = _token_ids(prompt, tokenizer, start=True)
+        completion_ids = _token_ids(completion, tokenizer, start=False)
+        if not completion_ids:
+            raise GradRouteError(f"The completion {completion!r} has no tokens.")
+        rollouts.append(TokenizedRollout((*prompt_ids, *completion_ids), len(prompt_ids)))
+    return rollouts
+
+
+def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int]:
+    if not isinstance(text, str):
+        return list(text)
+    if tokenizer is None:
+        raise GradRouteError("`tokenizer` is needed for pairs of text. Fix: pass tokenizer=..., or pairs of token ids.")
+    if not hasattr(tokenizer, "bos_token"):
+        ids = tokenizer(text)
+    else:
+        # A chat template writes its own <bos>; a second one would shift every position.
+        bos = tokenizer.bos_token
+        special = start and not (bos and text.startswith(bos))
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
+        raise GradRouteError(f"`tokenizer` should return a flat list of ids for one text. Found {ids!r}.")
+    return list(ids)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Right-padded rollouts of similar length; `index` says which rollout each row is."""
+
+    index: Int[Tensor, " batch"]
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    completion_mask: Bool[Tensor, "batch seq"]
+
+
+def padded_batches(
+    rollouts: Sequence[TokenizedRollout], batch_size: int, device: torch.device
+) -> Iterator[PaddedBatch]:
+    """Batches of at most `batch_size` rollouts, longest first, so that little is padding and memory peaks at once."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise GradRouteError(f"`batch_size` should be a positive integer. Found {batch_size!r}.")
+    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))
+    for first in range(0, len(order), batch_size):
+        index = order[first : first + batch_size]
+        width = len(rollouts[index[0]].ids)
+        ids = torch.zeros(len(index), width, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        completion = torch.zeros_like(ids, dtype=torch.bool)
+        for row, rollout in enumerate(rollouts[i] for i in index):
+            ids[row, : len(rollout.ids)] = torch.tensor(rollout.ids)
+            attention[row, : len(rollout.ids)] = 1
+            completion[row, rollout.completion_start : len(rollout.ids)] = True
+        yield PaddedBatch(torch.tensor(index), ids.to(device), attention.to(device), completion.to(device))

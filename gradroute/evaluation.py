@@ -1,0 +1,140 @@
+"""The same evaluation on (quarantine in place) and ablated (as deployed), with intervals.
+
+    rate = k / n,   Wilson interval:  (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+
+Rates are grouped by mode, and by monitored modes (the detector knows them), held-out modes (it does not) and prompts
+without a loophole. A mode that the on view never learned to exploit says nothing about suppression.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradroute.adapters.modes import ablate_quarantine, without_route
+from gradroute.errors import GradRouteError
+from gradroute.preserve import left_as_found
+from gradroute.typing import typechecked
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluated rollout.
+
+    Args:
+        mode: the exploit its prompt allows, or a name for prompts that allow none.
+        monitored: whether the detector knows that exploit; None where the prompt has no loophole.
+        prompt_id: the same for both views of one prompt.
+        hacked, solved: what the rollout did.
+    """
+
+    mode: str
+    monitored: bool | None
+    prompt_id: int | str
+    hacked: bool
+    solved: bool
+
+
+@dataclass(frozen=True)
+class Rate:
+    """k of n, with its 95 % Wilson interval; n = 0 has no rate."""
+
+    k: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """k / n, or nan for n = 0."""
+        return self.k / self.n if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval."""
+        if self.n == 0:
+            return (float("nan"), float("nan"))
+        # Imported on use: scipy takes longer to load than everything else here.
+        from scipy.stats import binomtest  # noqa: PLC0415
+
+        ci = binomtest(self.k, self.n).proportion_ci(confidence_level=0.95, method="wilson")
+        return (float(ci.low), float(ci.high))
+
+    def __repr__(self) -> str:
+        if self.n == 0:
+            return "- (n=0)"
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}] (n={self.n})"
+
+
+@dataclass(frozen=True)
+class ViewRates:
+    """Hack and solve rates of one view, by group: a mode's name, or "monitored", "held-out", "no loophole"."""
+
+    hack: dict[str, Rate]
+    solve: dict[str, Rate]
+
+
+@dataclass(frozen=True)
+class OnOffReport:
+    """Rates of the on and the ablated view over the same prompts; `repr` prints the table."""
+
+    on: ViewRates
+    ablated: ViewRates
+
+    def __repr__(self) -> str:
+        header = ("group", "hack on", "hack ablated", "solve on", "solve ablated")
+        lines: list[tuple[str, ...]] = [header]
+        for group in self.on.hack:
+            rates = (self.on.hack, self.ablated.hack, self.on.solve, self.ablated.solve)
+            lines.append((group, *(repr(by_group[group]) for by_group in rates)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+GROUPS = ("monitored", "held-out", "no loophole")
+_GROUP_OF = {True: "monitored", False: "held-out", None: "no loophole"}
+
+
+@typechecked
+def evaluate_on_off(model: nn.Module, eval_fn: Callable[[nn.Module], Iterable[EvalRecord]]) -> OnOffReport:
+    """Run `eval_fn(model)` with the quarantine on, then ablated, from the same random state and in eval mode.
+
+    Args:
+        model: with routed layers; modes, gradients and random numbers are left as found.
+        eval_fn: generates, grades, and returns one `EvalRecord` per rollout.
+
+    Raises:
+        GradRouteError: no records, other prompts in the second view than in the first, or a mode named like a group.
+    """
+    with without_route(model), left_as_found(model):
+        on = list(eval_fn(model))
+    with without_route(model), left_as_found(model), ablate_quarantine(model):
+        ablated = list(eval_fn(model))
+    for view, records in (("on", on), ("ablated", ablated)):
+        if not records:
+            raise GradRouteError(f"`eval_fn` should return at least one record. Found none in the {view} view.")
+        wrong = [record for record in records if not isinstance(record, EvalRecord)]
+        if wrong:
+            raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(wrong[0]).__name__}.")
+    keys = [sorted((str(r.mode), str(r.prompt_id)) for r in records) for records in (on, ablated)]
+    if keys[0] != keys[1]:
+        raise GradRouteError(
+            "`eval_fn` should evaluate the same prompts in both views. Found different modes or prompt ids. "
+            "Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
+        )
+    return OnOffReport(_rates(on), _rates(ablated))
+
+
+def _rates(records: Sequence[EvalRecord]) -> ViewRates:
+    by_group: dict[str, list[EvalRecord]] = {group: [] for group in GROUPS}
+    for record in records:
+        if record.mode in GROUPS and _GROUP_OF[record.monitored] != record.mode:
+            raise GradRouteError(f"The mode {record.mode!r} has the name of a group. Fix: rename the mode.")
+        by_group[_GROUP_OF[record.monitored]].append(record)
+    for record in records:
+        if record.mode not in GROUPS:
+            by_group.setdefault(record.mode, []).append(record)
+    return ViewRates(
+        hack={group: Rate(sum(r.hacked for r in found), len(found)) for group, found in by_group.items()},
+        solve={group: Rate(sum(r.solved for r in found), len(found)) for group, found in by_group.items()},
+    )

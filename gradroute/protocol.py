@@ -1,0 +1,56 @@
+"""What every other part of the library may know of a layer with two blocks.
+
+    y = W x + s_d B_d A_d x + m s_q B_q A_q x
+
+`adapters` implements `RoutedLayer`; `directions` reads features from it without importing `adapters`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import nn
+
+from gradroute.errors import GradRouteError
+
+
+class Block(NamedTuple):
+    """One low-rank block: `scaling * B @ A`, with `A` of shape (r, d_in) and `B` of shape (d_out, r)."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+
+class RoutedLayer(nn.Module, ABC):
+    """A linear layer that carries a deployed and a quarantine block."""
+
+    @property
+    @abstractmethod
+    def deployed(self) -> Block:
+        """The block that is kept at deployment."""
+
+    @property
+    @abstractmethod
+    def quarantine(self) -> Block:
+        """The block that is ablated at deployment."""
+
+    @property
+    @abstractmethod
+    def has_open_route(self) -> bool:
+        """Whether a forward made now would be routed."""
+
+    @property
+    @abstractmethod
+    def view(self) -> str:
+        """What a forward made now would show: "on", "ablated", "scaled" or "disabled"."""
+
+
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+    """Every routed layer of `model` by qualified name, in module order; raises if there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+    if not layers:
+        raise GradRouteError(
+            f"`model` should contain routed layers. Found none in a {type(model).__name__}. "
+            "Fix: call gradroute.attach(model, ...) first."
+        )
+    return layers

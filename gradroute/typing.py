@@ -1,0 +1,24 @@
+"""Axis names used in every annotation, and the `typechecked` decorator.
+
+| axis         | meaning                                                       |
+|--------------|---------------------------------------------------------------|
+| `batch`      | rows of a batch: one rollout (prompt + completion) each       |
+| `seq`        | token positions                                               |
+| `rows`       | pooled rollouts, in the order in which they ran               |
+| `pairs`      | contrastive (hack, clean) pairs                               |
+| `d_in`       | input width of a linear layer                                 |
+| `d_out`      | output width of a linear layer                                |
+| `d_feature`  | width of a captured feature (`r`, `d_in` or `d_out`)          |
+| `r`          | rank of the deployed block                                    |
+| `r_q`        | rank of the quarantine block                                  |
+| `k`          | directions per module                                         |
+
+`typechecked` checks shapes and types at run time. It costs tens of microseconds a call and breaks
+`torch.compile(fullgraph=True)`, so it is for calls made once per step or less, never for a forward or a hook.
+"""
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+typechecked = jaxtyped(typechecker=beartype)
+"""Decorator: check jaxtyping shapes and Python types of one cold public call with beartype."""
