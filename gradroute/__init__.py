@@ -8,7 +8,7 @@ from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.modes import ablate_quarantine, disable_adapters
 from gradroute.adapters.route import clear_route, route, set_route
-from gradroute.directions.capture import capture_activations, capture_gradients
+from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.container import Directions
 from gradroute.directions.extract import extract_activation_directions, extract_gradient_directions
 from gradroute.directions.pairs import ContrastivePair, load_pairs
@@ -30,6 +30,7 @@ __version__ = version("gradroute")
 
 __all__ = [
     "BandGate",
+    "Capture",
     "ContrastivePair",
     "DeadDirectionError",
     "Directions",

@@ -8,7 +8,8 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gradroute.errors import GradRouteError
 
@@ -16,8 +17,8 @@ from gradroute.errors import GradRouteError
 class Block(NamedTuple):
     """One low-rank block: `scaling * B @ A`, with `A` of shape (r, d_in) and `B` of shape (d_out, r)."""
 
-    A: nn.Parameter
-    B: nn.Parameter
+    A: Float[Tensor, "r d_in"]
+    B: Float[Tensor, "d_out r"]
     scaling: float
 
 

@@ -17,8 +17,8 @@
 `torch.compile(fullgraph=True)`, so it is for calls made once per step or less, never for a forward or a hook.
 """
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 
-typechecked = jaxtyped(typechecker=beartype)
-"""Decorator: check jaxtyping shapes and Python types of one cold public call with beartype."""
+typechecked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))
+"""Decorator: check jaxtyping shapes and Python types of one cold public call with beartype; an int passes for a float."""

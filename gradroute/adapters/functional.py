@@ -106,14 +106,17 @@ class _QuarantineLora(torch.autograd.Function):
         base_rows = base_output.reshape(-1, base_output.shape[-1])
         same = base_rows.dtype == z.dtype
         y = torch.addmm(base_rows, z, B.T) if same else base_rows + (z @ B.T).to(base_rows.dtype)
-        ctx.save_for_backward(x, u, A_d, B_d, A_q, B_q, m, g_d, g_q, state_id)
-        ctx.scalings, ctx.branch, ctx.record = (s_d, s_q), branch, record
+        ctx.save_for_backward(x, u, A_d, B_d, A_q, B_q, state_id)
+        # Gates are kept apart from the saved tensors: those come back from a checkpoint recomputation, which may have
+        # run under other gates; `check_backward` compares the two states and raises.
+        ctx.gates, ctx.scalings, ctx.branch, ctx.record = (m, g_d, g_q), (s_d, s_q), branch, record
         return y.reshape(base_output.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, A_d, B_d, A_q, B_q, m, g_d, g_q, state_id = ctx.saved_tensors
+        x, u, A_d, B_d, A_q, B_q, state_id = ctx.saved_tensors
+        m, g_d, g_q = ctx.gates
         if ctx.record is not None:
             ctx.record.check_backward(state_id)
         (s_d, s_q), rank = ctx.scalings, A_d.shape[0]

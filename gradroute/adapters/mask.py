@@ -127,7 +127,7 @@ class RouteMask:
     def __len__(self) -> int:
         return self.m.shape[0]
 
-    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "RouteMask":
+    def __getitem__(self, rows: slice | Tensor | Sequence[int] | int) -> "RouteMask":
         """The mask of some rows: a slice, a tensor of indices or a boolean tensor (for micro-batches)."""
         if isinstance(rows, int):
             raise RouteError(f"A mask keeps its row axis. Found the index {rows}. Fix: mask[{rows}:{rows + 1}].")

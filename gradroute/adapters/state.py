@@ -19,7 +19,7 @@ from torch import Tensor
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import RouteError
 
-Weights = Float[Tensor, " rows"]
+Weights = Float[Tensor, "*batch"]
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class ActiveRoute:
 
 @dataclass(frozen=True)
 class Gates:
-    """m, g_d and g_q of one forward, a float per row of the flattened input; None means 1 everywhere."""
+    """m, g_d and g_q of one forward, a float per leading index of its input; None means 1 everywhere."""
 
     m: Weights | None = None
     g_d: Weights | None = None
@@ -58,7 +58,7 @@ class ForwardState:
         return isinstance(self.scale, float) and self.scale == 0.0
 
     def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
-        """The three gates, one float per row of `x` flattened to (rows, d_in)."""
+        """The three gates, one float per leading index of `x`."""
         key = (x.shape[:-1], x.device)
         if key not in self._cache:
             # Few shapes occur under one state; a long generation under a sticky state must not grow the cache.
@@ -76,7 +76,7 @@ class ForwardState:
         elif self.scale != 1.0:
             # float32 at least: a scale of 0.3 rounded to bf16 would be off by 0.2 %.
             dtype = torch.promote_types(x.dtype, torch.float32)
-            scale = torch.full((x.shape[:-1].numel(),), self.scale, dtype=dtype, device=x.device)
+            scale = torch.full(x.shape[:-1], self.scale, dtype=dtype, device=x.device)
             m = scale if m is None else m * scale
         if mask is None:
             return Gates(m)
@@ -105,7 +105,7 @@ def _per_row(values: Tensor, x: Tensor, layer: str, what: str) -> Weights:
             f"Fix: {hint}."
         )
     values = values.to(x.device)
-    return values.reshape(values.shape + (1,) * (len(lead) - values.ndim)).expand(lead).reshape(-1)
+    return values.reshape(values.shape + (1,) * (len(lead) - values.ndim)).expand(lead).contiguous()
 
 
 @dataclass(frozen=True)

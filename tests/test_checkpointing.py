@@ -1,0 +1,106 @@
+"""Activation checkpointing runs forwards again inside backward: exact while the route is open, refused otherwise."""
+
+import gradroute as gr
+import pytest
+import torch
+from models import gradients, routed_tower
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ZONES = ["keep", "absorb", "route"]
+FIRST, SECOND = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])
+both_modes = pytest.mark.parametrize("use_reentrant", [True, False])
+
+
+def x() -> Tensor:
+    # Reentrant checkpointing needs an input that requires a gradient.
+    return torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+
+
+def loss_of(model: nn.Module, use_reentrant: bool | None) -> Tensor:
+    if use_reentrant is None:
+        return model(x()).pow(2).sum()
+    return checkpoint(model, x(), use_reentrant=use_reentrant).pow(2).sum()
+
+
+def routed_gradients(use_reentrant: bool | None, mask: gr.RouteMask = FIRST) -> dict[str, Tensor]:
+    model = routed_tower()
+    with gr.route(model, mask):
+        loss_of(model, use_reentrant).backward()
+    return gradients(model)
+
+
+@both_modes
+def test_checkpointed_equals_plain_with_the_route_around_forward_and_backward(use_reentrant: bool) -> None:
+    plain, checkpointed = routed_gradients(None), routed_gradients(use_reentrant)
+    assert any(not torch.equal(plain[name], routed_gradients(None, SECOND)[name]) for name in plain)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@both_modes
+def test_a_route_closed_before_backward_raises(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with gr.route(model, FIRST):
+        loss = loss_of(model, use_reentrant)
+    with pytest.raises(gr.RouteError, match="enclose both forward and backward"):
+        loss.backward()
+
+
+@both_modes
+def test_a_sticky_route_cleared_before_backward_raises(use_reentrant: bool) -> None:
+    model = routed_tower()
+    gr.set_route(model, FIRST)
+    loss = loss_of(model, use_reentrant)
+    gr.clear_route(model)
+    with pytest.raises(gr.RouteError, match="enclose both forward and backward"):
+        loss.backward()
+
+
+@both_modes
+def test_backward_under_another_route_raises(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with gr.route(model, FIRST):
+        first = loss_of(model, use_reentrant)
+    with pytest.raises(gr.RouteError), gr.route(model, SECOND):
+        (first + loss_of(model, use_reentrant)).backward()
+
+
+@both_modes
+def test_a_forward_before_the_route_opens_raises(use_reentrant: bool) -> None:
+    model = routed_tower()
+    loss = loss_of(model, use_reentrant)
+    with pytest.raises(gr.RouteError), gr.route(model, FIRST):
+        loss.backward()
+
+
+def test_backward_under_another_ablation_raises() -> None:
+    model = routed_tower()
+    with gr.ablate_quarantine(model, 0.5):
+        loss = loss_of(model, use_reentrant=False)
+    with pytest.raises(gr.RouteError, match="another route or ablation"):
+        loss.backward()
+
+
+@both_modes
+def test_micro_batches_with_a_mask_each_accumulate_exactly(use_reentrant: bool) -> None:
+    model = routed_tower()
+    for mask in (FIRST, SECOND):
+        with torch.no_grad(), gr.ablate_quarantine(model):
+            model(x())  # the pass that scores the rollouts
+        with gr.route(model, mask):
+            loss_of(model, use_reentrant).backward()
+    first, second = routed_gradients(None, FIRST), routed_gradients(None, SECOND)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, first[name] + second[name], rtol=1e-12, atol=1e-12)
+
+
+@both_modes
+def test_unrouted_training_after_a_routed_step_is_not_disturbed(use_reentrant: bool) -> None:
+    model, fresh = routed_tower(), routed_tower()
+    with gr.route(model, FIRST):
+        loss_of(model, use_reentrant).backward()
+    model.zero_grad()
+    loss_of(model, use_reentrant).backward()
+    loss_of(fresh, None).backward()
+    expected = gradients(fresh)
+    assert all(torch.equal(expected[name], gradient) for name, gradient in gradients(model).items())
