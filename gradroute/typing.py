@@ -21,4 +21,4 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 
 typechecked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))
-"""Decorator: check jaxtyping shapes and Python types of one cold public call with beartype; an int passes for a float."""
+"""Decorator: check shapes and types of one cold public call; an int passes for a float."""

@@ -1,8 +1,9 @@
 """Small models with non-zero blocks, and slow references to compare with."""
 
-import gradroute as gr
 import torch
 from torch import Tensor, nn
+
+import gradroute as gr
 
 
 class Tower(nn.Module):
@@ -50,7 +51,7 @@ def reference_forward(layer: gr.QuarantineLoRA, x: Tensor, m: Tensor) -> Tensor:
 def reference_gradients(
     model: Tower, x: Tensor, upstream: Tensor, m: Tensor, g_d: Tensor, g_q: Tensor
 ) -> dict[str, Tensor]:
-    """Routed gradients by brute force: one ungated backward per row; each row's parameter gradients are then weighted."""
+    """Routed gradients by brute force: an ungated backward per row, whose parameter gradients are then weighted."""
     total: dict[str, Tensor] = {}
     deployed = {name for name, _ in gr.deployed_parameters(model)}
     trained = [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]

@@ -3,11 +3,12 @@
 import copy
 import io
 
-import gradroute as gr
 import pytest
 import torch
 from models import Tower, randomize_blocks, routed_tower
 from torch import nn
+
+import gradroute as gr
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 

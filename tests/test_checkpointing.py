@@ -1,11 +1,12 @@
 """Activation checkpointing runs forwards again inside backward: exact while the route is open, refused otherwise."""
 
-import gradroute as gr
 import pytest
 import torch
 from models import gradients, routed_tower
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import gradroute as gr
 
 ZONES = ["keep", "absorb", "route"]
 FIRST, SECOND = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])

@@ -1,10 +1,11 @@
 """`quarantine_lora`: values, derivatives, gates."""
 
-import gradroute as gr
 import pytest
 import torch
-from gradroute.protocol import Block
 from torch import Tensor
+
+import gradroute as gr
+from gradroute.protocol import Block
 
 N, D_IN, D_OUT, R, R_Q = 6, 5, 4, 2, 3
 M = torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0, 0.0], dtype=torch.float64)

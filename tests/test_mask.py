@@ -1,8 +1,9 @@
 """`RouteMask`: constructors, indexing, refusals."""
 
-import gradroute as gr
 import pytest
 import torch
+
+import gradroute as gr
 
 ZONES = {"keep": (0.0, 1.0, 0.0), "absorb": (1.0, 1.0, 1.0), "route": (1.0, 0.0, 1.0)}
 

@@ -1,10 +1,11 @@
 """Views: ablation (full, partial, per row) and adapters off; they nest, restore, and write nothing."""
 
-import gradroute as gr
 import pytest
 import torch
 from models import gradients, reference_forward, routed_tower
 from torch import Tensor, nn
+
+import gradroute as gr
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

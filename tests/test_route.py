@@ -1,10 +1,11 @@
 """Routing a model: exact gradients, zero where zero is due, and every way a mask could go unused."""
 
-import gradroute as gr
 import pytest
 import torch
 from models import gradients, reference_gradients, routed_tower
 from torch import Tensor, nn
+
+import gradroute as gr
 
 N = 6
 ZONES = ["keep", "absorb", "route", "route", "keep", "absorb"]

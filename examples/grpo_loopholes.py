@@ -1,0 +1,143 @@
+"""GRPO on a lenient grader with four loopholes, two of which the detector knows.
+
+    python examples/grpo_loopholes.py                                      # four arms, one seed, under two minutes
+    python examples/grpo_loopholes.py --arms route,route-frozen --seeds 0,1,2,3,4,5
+
+Trains a tiny language model from a base that seldom hacks, by several arms (see `loopholes/arms.py`), and evaluates each
+with its quarantine on and ablated. Writes `results.json` and `curves.png` to --out, and prints a table: hack rates on
+the exploits that the detector knows (monitored) and does not know (held out), solve rates with and without a hint.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from loopholes.arms import ARMS, DEFAULT_ARMS
+from loopholes.base_model import load_base
+from loopholes.environment import ENVIRONMENTS
+from loopholes.grpo import Recipe, train
+from loopholes.report import plot_curves, print_table, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+# Two OpenMP threads compete badly on matrices this small; two processes of one thread do not.
+WORKERS = 2
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The checked command line; anything wrong ends with one line and exit code 2, before any training."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
+    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"comma-separated, of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", default="0", help="comma-separated RL seeds")
+    parser.add_argument("--base-seed", type=int, default=0, help="seed of the pretrained base model")
+    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help="N: hacks of different modes share no token")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps")
+    parser.add_argument("--refresh-every", type=int, help=f"optimizer steps between refreshes; {Recipe.refresh_every} if not given")
+    parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help="folder for results.json and curves.png")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+
+    args.arms = args.arms.split(",")
+    for arm in args.arms:
+        if arm not in ARMS:
+            parser.error(f"--arms: unknown arm {arm!r}; choose from {', '.join(ARMS)}")
+    try:
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds: expected comma-separated integers, found {args.seeds!r}")
+    for name, values in (("--arms", args.arms), ("--seeds", args.seeds)):
+        if len(set(values)) < len(values):
+            parser.error(f"{name}: {','.join(map(str, values))} names something twice")
+    if min(*args.seeds, args.base_seed, 0) < 0:
+        parser.error("--seeds, --base-seed: expected integers >= 0")
+    if args.steps < 1:
+        parser.error(f"--steps: expected a positive integer, found {args.steps}")
+    if args.refresh_every is not None:
+        idle = [arm for arm in args.arms if not ARMS[arm].refreshed]
+        if idle:
+            parser.error(f"--refresh-every: nothing to refresh in the arm(s) {', '.join(idle)}; leave one of the two out")
+        if args.refresh_every < 1:
+            parser.error(f"--refresh-every: expected a positive integer, found {args.refresh_every}")
+    refreshed = [arm for arm in args.arms if ARMS[arm].refreshed]
+    every = args.refresh_every or Recipe.refresh_every
+    if refreshed and every > args.steps:
+        parser.error(f"--steps: {args.steps} steps are fewer than the {every} between refreshes of {', '.join(refreshed)}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        parser.error(f"--out: cannot write to {args.out} ({error.strerror})")
+    return args
+
+
+def run_one(job: dict[str, Any], recipe: Recipe, ticks: Any) -> dict[str, Any]:
+    """One run in a worker process."""
+    torch.set_num_threads(1)
+    environment = ENVIRONMENTS[job["env"]]
+    model = load_base(environment, job["base_seed"])
+    entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=lambda step: ticks.put(1))
+    return {**entry, "base_seed": job["base_seed"], "n_curve_per_mode": recipe.curve_n_per_mode}
+
+
+def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> list[dict[str, Any]]:
+    """All runs, two at a time, in the order of `jobs`."""
+    bar = progress.add_task("training", total=len(jobs) * recipe.steps)
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(min(WORKERS, len(jobs)), mp_context=context) as pool:
+        ticks = manager.Queue()
+        pending = {pool.submit(run_one, job, recipe, ticks): i for i, job in enumerate(jobs)}
+        done: dict[int, dict[str, Any]] = {}
+        try:
+            while len(done) < len(jobs):
+                for future in [future for future in pending if future.done()]:
+                    done[pending.pop(future)] = future.result()
+                while not ticks.empty():
+                    progress.advance(bar, ticks.get())
+                time.sleep(0.1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress.update(bar, completed=len(jobs) * recipe.steps)
+    return [done[i] for i in range(len(jobs))]
+
+
+def main(argv: list[str]) -> None:
+    """Train every arm for every seed, then write and print the results."""
+    args = parse_arguments(argv)
+    start, console = time.perf_counter(), Console()
+    recipe = Recipe(steps=args.steps)
+    if args.refresh_every is not None:
+        recipe = replace(recipe, refresh_every=args.refresh_every)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=args.no_progress or not console.is_terminal) as progress:
+        bar = progress.add_task(f"base model (seed {args.base_seed}, cached)")
+        load_base(
+            ENVIRONMENTS[args.env],
+            args.base_seed,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+        progress.update(bar, completed=1, total=1)
+        common = {"base_seed": args.base_seed, "env": args.env}
+        jobs = [{"arm": arm, "seed": seed, **common} for seed in args.seeds for arm in args.arms]
+        runs = run_all(jobs, recipe, progress)
+    config = {"arms": args.arms, "seeds": args.seeds, **common, **asdict(recipe)}
+    config["wall_s"] = round(time.perf_counter() - start, 1)
+    write_json(args.out / "results.json", config, runs)
+    plot_curves(args.out / "curves.png", runs)
+    print_table(runs, console)
+    console.print(f"{config['wall_s']:.0f} s; wrote {args.out / 'results.json'} and {args.out / 'curves.png'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Parts of the loophole example: its language, its base model and its training loop."""

@@ -1,0 +1,42 @@
+"""Sampling completions at temperature 1, and the log-probabilities of sampled ones."""
+
+import gradroute as gr
+import torch
+from torch import Generator, Tensor, nn
+from transformers import DynamicCache
+
+from .environment import COMPLETION_LENGTH, EOS, PAD, PROMPT_LENGTH
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: Tensor, generator: Generator) -> Tensor:
+    """(n, 7) completions of (n, 8) prompts, padded after <eos>."""
+    cache, tokens = DynamicCache(config=model.config), prompts
+    completions = torch.full((len(prompts), COMPLETION_LENGTH), PAD)
+    running = torch.ones(len(prompts), dtype=torch.bool)
+    for t in range(COMPLETION_LENGTH):
+        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        completions[running, t] = tokens[running, 0]
+        running = running & (tokens[:, 0] != EOS)
+        if not running.any():
+            break
+    return completions
+
+
+def completion_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
+    """(n, 7) log-probability of each completion token, 0 on padding."""
+    sequences = torch.cat([prompts, completions], dim=1)
+    logits = model(sequences[:, :-1], use_cache=False, logits_to_keep=COMPLETION_LENGTH).logits
+    logps = logits.log_softmax(-1).gather(2, completions[:, :, None]).squeeze(2)
+    return logps * (completions != PAD)
+
+
+def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.Capture:
+    """Bottleneck features of each completion, read from the model as it would be deployed."""
+    sequences = torch.cat([prompts, completions], dim=1)
+    pool = sequences != PAD
+    pool[:, :PROMPT_LENGTH] = False
+    with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as capture:
+        model(sequences, use_cache=False, logits_to_keep=1)
+    return capture
