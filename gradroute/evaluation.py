@@ -8,12 +8,14 @@ without a loophole. A mode that the on view never learned to exploit says nothin
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from gradroute.adapters.modes import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
 from gradroute.preserve import left_as_found
+from gradroute.protocol import routed_layers
 from gradroute.typing import typechecked
 
 
@@ -41,6 +43,10 @@ class Rate:
 
     k: int
     n: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= self.n:
+            raise GradRouteError(f"`k` should be between 0 and n. Found {self.k} of {self.n}.")
 
     @property
     def value(self) -> float:
@@ -106,23 +112,35 @@ def evaluate_on_off(model: nn.Module, eval_fn: Callable[[nn.Module], Iterable[Ev
     Raises:
         GradRouteError: no records, other prompts in the second view than in the first, or a mode named like a group.
     """
+    views = sorted({layer.view for layer in routed_layers(model).values()} - {"on"})
+    if views:
+        raise GradRouteError(
+            f"`model` should be in its on view, which is compared with the ablated one. Found {views[0]!r}. "
+            "Fix: leave ablate_quarantine / disable_adapters first."
+        )
     with without_route(model), left_as_found(model):
-        on = list(eval_fn(model))
+        on = _records(eval_fn(model))
     with without_route(model), left_as_found(model), ablate_quarantine(model):
-        ablated = list(eval_fn(model))
+        ablated = _records(eval_fn(model))
     for view, records in (("on", on), ("ablated", ablated)):
         if not records:
             raise GradRouteError(f"`eval_fn` should return at least one record. Found none in the {view} view.")
         wrong = [record for record in records if not isinstance(record, EvalRecord)]
         if wrong:
             raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(wrong[0]).__name__}.")
-    keys = [sorted((str(r.mode), str(r.prompt_id)) for r in records) for records in (on, ablated)]
+    keys = [sorted((str(r.mode), str(r.prompt_id), str(r.monitored)) for r in records) for records in (on, ablated)]
     if keys[0] != keys[1]:
         raise GradRouteError(
-            "`eval_fn` should evaluate the same prompts in both views. Found different modes or prompt ids. "
-            "Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
+            "`eval_fn` should evaluate the same prompts in both views. Found different modes, prompt ids or "
+            "monitored flags. Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
         )
     return OnOffReport(_rates(on), _rates(ablated))
+
+
+def _records(returned: object) -> list[Any]:
+    if not isinstance(returned, Iterable):
+        raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(returned).__name__}.")
+    return list(returned)
 
 
 def _rates(records: Sequence[EvalRecord]) -> ViewRates:

@@ -64,6 +64,10 @@ class Capture(Mapping[str, Tensor]):
         before = self._forwards[module][slot]
         self._forwards[module][slot] = rows if before is None else before + rows
 
+    def finish(self) -> None:
+        """Join the forwards now, so that what is missing raises at the end of the block and not at a later use."""
+        self._joined = self._join()
+
     def _join(self) -> dict[str, Tensor]:
         verb = "run forward" if self.source == "activation" else "run forward and backward"
         idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
@@ -114,8 +118,7 @@ def capture_activations(
             if torch._C._current_graph_task_id() != -1:
                 return  # a checkpoint recomputation: this forward was captured when it first ran
             with torch.no_grad():
-                source = output if features == "output" else _input(args, kwargs)
-                rows = weigh(name, source)
+                rows = weigh(name, output if features == "output" else _input(args, kwargs), _input(args, kwargs))
                 if features == "bottleneck":
                     rows = rows @ _routed(module).deployed.A.to(rows.dtype).T
                 capture.fill(name, capture.open_slot(name), rows)
@@ -124,7 +127,7 @@ def capture_activations(
 
     with _hooked(layers, hook, lambda _: None):
         yield capture
-        _finish(capture)
+        capture.finish()
 
 
 @contextmanager
@@ -150,17 +153,21 @@ def capture_gradients(
             if bottleneck is not None:
                 _, B, scaling = _routed(module).deployed
                 gradient = bottleneck * (scaling * (gradient @ B.detach().to(gradient.dtype)))
-            capture.fill(name, slot, gradient.sum(tuple(range(1, gradient.ndim - 1))))
+            capture.fill(name, slot, gradient.flatten(1, -2).sum(1) if gradient.ndim > 2 else gradient)
 
         tapped.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     def output_hook(name: str) -> Callable[..., Tensor | None]:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if features == "input" or torch._C._current_graph_task_id() != -1:
+            if features == "input":
                 return None
-            _check_grad_enabled(name)
             # With frozen parameters the lowest layers have no gradient of their own: the graph starts at this tap.
             tapped = output if output.requires_grad else output.detach().requires_grad_()
+            if torch._C._current_graph_task_id() != -1:
+                return tapped  # a checkpoint recomputation builds the same graph, and is captured already
+            _check_grad_enabled(name)
+            if features == "bottleneck" and _routed(module).view == "disabled":
+                raise GradRouteError(f"`{name}` ran with adapters disabled: its bottleneck has no gradient there.")
             bottleneck = None
             if features == "bottleneck":
                 with torch.no_grad():
@@ -173,20 +180,19 @@ def capture_gradients(
 
     def input_hook(name: str) -> Callable[..., Any]:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if torch._C._current_graph_task_id() != -1:
-                return None
-            _check_grad_enabled(name)
             x = _input(args, kwargs)
-            # An alias of its own: q, k and v share one input, and each is to see its own part of the gradient.
+            # An alias of its own: where q, k and v share one input, each sees its own part of the gradient.
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            keep(name, alias, None, module)
+            if torch._C._current_graph_task_id() == -1:
+                _check_grad_enabled(name)
+                keep(name, alias, None, module)
             return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
         return tap
 
     with _hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
         yield capture
-        _finish(capture)
+        capture.finish()
 
 
 @contextmanager
@@ -206,12 +212,6 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _finish(capture: Capture) -> None:
-    """Join the forwards now, so that what is missing raises at the end of the block and not at a later use."""
-    for name in capture:
-        capture[name]
 
 
 def _modules(model: nn.Module, names: Sequence[str] | None, features: Feature) -> Mapping[str, nn.Module]:
@@ -258,11 +258,11 @@ def _check_grad_enabled(name: str) -> None:
         )
 
 
-def _pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor], Tensor]:
+def _pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Tensor], Tensor]:
     fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
 
-    def pooled(name: str, x: Tensor) -> Tensor:
-        weights = _token_weights(fixed(x), reduction) if callable(fixed) else fixed
+    def pooled(name: str, x: Tensor, entered: Tensor) -> Tensor:
+        weights = _token_weights(fixed(entered), reduction) if callable(fixed) else fixed
         x = _wide(x)
         if weights is None:
             if x.ndim != 2:

@@ -62,9 +62,9 @@ class Directions:
         step: optimizer step at which they were last extracted.
     """
 
-    rows: Mapping[str, Float[Tensor, "k d_feature"]]
-    hack: Mapping[str, Float[Tensor, "pairs d_feature"]]
-    clean: Mapping[str, Float[Tensor, "pairs d_feature"]]
+    rows: Mapping[str, Float[Tensor, "_ _"]]
+    hack: Mapping[str, Float[Tensor, "_ _"]]
+    clean: Mapping[str, Float[Tensor, "_ _"]]
     provenance: Provenance
     version: int = 0
     step: int = field(default=0)
@@ -84,6 +84,8 @@ class Directions:
                 raise GradRouteError(f"Rows and pair features of `{name}` should be as wide. Found {sorted(widths)}.")
             if not all(torch.isfinite(t).all() for t in (rows, self.hack[name], self.clean[name])):
                 raise GradRouteError(f"Rows and pair features of `{name}` should be finite.")
+            if not rows.any(1).all():
+                raise GradRouteError(f"`rows` of `{name}` should be unit vectors. Found a row of zeros.")
 
     def __repr__(self) -> str:
         k, d = next(iter(self.rows.values())).shape
@@ -177,6 +179,11 @@ class Directions:
                     f"`fresh` should have the {name} of the directions it refreshes, {getattr(mine, name)!r}. "
                     f"Found {getattr(other, name)!r}."
                 )
+        if mine.estimator not in ("random", other.estimator):
+            raise RefreshError(
+                f"`fresh` should have the estimator of the directions it refreshes, {mine.estimator!r}. "
+                f"Found {other.estimator!r}."
+            )
         if mine.estimator != "random":
             self.rows = dict(fresh.rows)
         self.hack, self.clean = dict(fresh.hack), dict(fresh.clean)

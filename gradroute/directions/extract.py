@@ -35,6 +35,9 @@ from gradroute.typing import typechecked
 ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
 """(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""
 
+# Items are checked by `tokenize_pairs`: beartype would draw one to look at, and so advance Python's random state.
+Pairs = Sequence[Any]
+
 # Below this share of the features' own norm a difference is rounding noise of a float32 forward.
 _DEAD = 1e-6
 
@@ -42,7 +45,7 @@ _DEAD = 1e-6
 @typechecked
 def extract_activation_directions(
     model: nn.Module,
-    pairs: Sequence[ContrastivePair],
+    pairs: Pairs,
     *,
     tokenizer: Tokenizer | None = None,
     features: Feature = "bottleneck",
@@ -54,7 +57,7 @@ def extract_activation_directions(
 
     Args:
         model: with routed layers.
-        pairs: texts or token ids.
+        pairs: `ContrastivePair`s of texts or token ids.
         tokenizer: needed for texts.
         features, reduction: see `capture_activations`.
         batch_size: rollouts per forward.
@@ -82,7 +85,7 @@ def extract_activation_directions(
 @typechecked
 def extract_gradient_directions(
     model: nn.Module,
-    pairs: Sequence[ContrastivePair],
+    pairs: Pairs,
     *,
     tokenizer: Tokenizer | None = None,
     features: Feature = "bottleneck",
@@ -183,9 +186,11 @@ def mean_difference(
 
 def _why_dead(model: nn.Module, provenance: Provenance) -> str:
     needs_B = provenance.source == "gradient" and provenance.feature == "bottleneck"
-    if needs_B and not any(layer.deployed.B.any() for layer in routed_layers(model).values()):
+    zero = [not layer.deployed.B.any() for layer in routed_layers(model).values()]
+    if needs_B and any(zero):
+        which = "every" if all(zero) else f"{sum(zero)} of {len(zero)}"
         return (
-            "The bottleneck gradient h * B^T delta vanishes because every deployed B is zero. "
+            f"The bottleneck gradient h * B^T delta vanishes where B is zero: {which} deployed B is zero. "
             'Fix: extract after the first optimizer steps, or with features="output".'
         )
     return "Fix: check that the pairs differ where the model looks, and drop modules that cannot see it."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradroute.errors import FileFormatError, GradRouteError
 
-Text = str | Sequence[int]
+Text = str | Sequence[int] | Tensor
 Tokenizer = Callable[..., Any]
 
 _KEYS = ("prompt", "hack", "clean", "clean_prompt")
@@ -47,7 +47,7 @@ class ContrastivePair:
             if isinstance(value, Tensor):
                 value = value.tolist()
             if not isinstance(value, str):
-                if not isinstance(value, Sequence) or not all(type(token) is int and token >= 0 for token in value):
+                if not isinstance(value, list | tuple) or not all(type(token) is int and token >= 0 for token in value):
                     raise GradRouteError(f"`{name}` should be a text or a sequence of token ids. Found {value!r}.")
                 object.__setattr__(self, name, tuple(value))
             if len(value) == 0 and name in ("hack", "clean"):
@@ -64,9 +64,12 @@ def load_pairs(path: str | Path) -> list[ContrastivePair]:
             that nothing reads.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: expected UTF-8 text ({error}).") from error
     if path.suffix == ".jsonl":
-        lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         entries = [(where, _parsed(path, where, line)) for where, line in lines]
     elif path.suffix == ".json":
         array = _parsed(path, "the file", text)
@@ -148,6 +151,10 @@ def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int
         special = start and not (bos and text.startswith(bos))
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    # Some templates end a text with <eos>, which would stand between prompt and completion.
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    if start and eos and ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) and not text.endswith(eos):
+        ids = ids[:-1]
     if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
         raise GradRouteError(f"`tokenizer` should return a flat list of ids for one text. Found {ids!r}.")
     return list(ids)

@@ -63,5 +63,8 @@ def clean_baseline_advantages(
     if std_normalize:
         spread = where(equal, 1.0, r.std(1, keepdim=True))
         full, clean = full / spread, clean / spread
-    full, clean = where(equal, 0.0, full), where(equal | (unflagged.sum(1, keepdim=True) <= 1), 0.0, clean)
+    # The same for the unflagged rows among themselves, which includes a single one and none.
+    inf = float("inf")
+    kept_equal = where(unflagged, r, -inf).amax(1, keepdim=True) <= where(unflagged, r, inf).amin(1, keepdim=True)
+    full, clean = where(equal, 0.0, full), where(equal | kept_equal, 0.0, clean)
     return GroupAdvantages(*(rearrange(each, "group member -> (group member)") for each in (full, clean)))

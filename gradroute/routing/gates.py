@@ -60,6 +60,8 @@ class BandGate:
     def __init__(
         self, directions: Directions, *, threshold: float | None = None, soft: bool = False, below: Below | None = None
     ) -> None:
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
         if soft and (threshold is not None or below is not None):
             raise GradRouteError("A soft gate has no `threshold` and no `below`. Fix: leave them out, or soft=False.")
         self.directions = directions

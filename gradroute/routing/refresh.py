@@ -46,7 +46,7 @@ class RefreshReport:
 
 
 class Refresher:
-    """Call `step()` once after each optimizer step; it re-extracts every `every` calls.
+    """Call `step()` once after each optimizer step; it re-extracts when the directions are `every` steps old.
 
     Args:
         directions: updated in place, so that gates which hold them see the change. A random control keeps its rows and
@@ -70,9 +70,9 @@ class Refresher:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise RefreshError(f"`every` should be a positive integer. Found {every!r}. To freeze, use none.")
         self.directions, self.extract, self.model, self.every = directions, extract, model, every
-        self.steps = 0
+        self.steps = directions.step
         self.reports: list[RefreshReport] = []
-        self._extracted_at = 0
+        self._extracted_at = directions.step
         self._version = directions.version
         self._fingerprint = _fingerprint(model)
 
@@ -84,7 +84,7 @@ class Refresher:
     def step(self) -> RefreshReport | None:
         """Count one optimizer step; refresh if it is due and return the report, else None."""
         self.steps += 1
-        return self.refresh() if self.steps % self.every == 0 else None
+        return self.refresh() if self.age >= self.every else None
 
     def refresh(self) -> RefreshReport:
         """Re-extract now, whatever the schedule says."""
@@ -128,14 +128,13 @@ class Refresher:
         )
 
     def __repr__(self) -> str:
-        due = self.every - self.steps % self.every
+        due = self.every - self.age
         return f"Refresher(every {self.every} steps, {len(self.reports)} done, age {self.age}, next in {due})"
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
     """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [
-        int(p.detach().contiguous().view(sizes[p.element_size()]).sum(dtype=torch.int64))
-        for _, p in deployed_parameters(model)
-    ]
+    bits = [p.detach().reshape(-1).view(sizes[p.element_size()]).long() for _, p in deployed_parameters(model)]
+    # Weighted by position, so that values which change places show too; int64 wraps around.
+    return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
