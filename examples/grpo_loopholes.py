@@ -3,9 +3,9 @@
     python examples/grpo_loopholes.py                                      # four arms, one seed, under two minutes
     python examples/grpo_loopholes.py --arms route,route-frozen --seeds 0,1,2,3,4,5
 
-Trains a tiny language model from a base that seldom hacks, by several arms (see `loopholes/arms.py`), and evaluates each
-with its quarantine on and ablated. Writes `results.json` and `curves.png` to --out, and prints a table: hack rates on
-the exploits that the detector knows (monitored) and does not know (held out), solve rates with and without a hint.
+Trains a tiny language model from a base that seldom hacks, by several arms (see `loopholes/arms.py`), and evaluates
+each with its quarantine on and ablated. Writes `results.json` and `curves.png` to --out, and prints a table: hack rates
+on the exploits that the detector knows (monitored) and does not know (held out), solve rates with and without a hint.
 """
 
 import argparse
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from loopholes.arms import ARMS, DEFAULT_ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, train
 from loopholes.report import plot_curves, print_table, write_json
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 # Two OpenMP threads compete badly on matrices this small; two processes of one thread do not.
 WORKERS = 2
@@ -40,10 +41,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"comma-separated, of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0", help="comma-separated RL seeds")
     parser.add_argument("--base-seed", type=int, default=0, help="seed of the pretrained base model")
-    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help="N: hacks of different modes share no token")
+    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help="N: hacks of two modes share no token")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps")
-    parser.add_argument("--refresh-every", type=int, help=f"optimizer steps between refreshes; {Recipe.refresh_every} if not given")
-    parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help="folder for results.json and curves.png")
+    every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
+    parser.add_argument("--refresh-every", type=int, help=every)
+    parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help="folder of the results")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
 
@@ -65,13 +67,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.refresh_every is not None:
         idle = [arm for arm in args.arms if not ARMS[arm].refreshed]
         if idle:
-            parser.error(f"--refresh-every: nothing to refresh in the arm(s) {', '.join(idle)}; leave one of the two out")
+            parser.error(f"--refresh-every: nothing to refresh in {', '.join(idle)}; leave the option or the arms out")
         if args.refresh_every < 1:
             parser.error(f"--refresh-every: expected a positive integer, found {args.refresh_every}")
     refreshed = [arm for arm in args.arms if ARMS[arm].refreshed]
     every = args.refresh_every or Recipe.refresh_every
     if refreshed and every > args.steps:
-        parser.error(f"--steps: {args.steps} steps are fewer than the {every} between refreshes of {', '.join(refreshed)}")
+        parser.error(f"--steps: {', '.join(refreshed)} would not be refreshed once in {args.steps} steps; give {every}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.out):
@@ -86,7 +88,7 @@ def run_one(job: dict[str, Any], recipe: Recipe, ticks: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     environment = ENVIRONMENTS[job["env"]]
     model = load_base(environment, job["base_seed"])
-    entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=lambda step: ticks.put(1))
+    entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=ticks.put)
     return {**entry, "base_seed": job["base_seed"], "n_curve_per_mode": recipe.curve_n_per_mode}
 
 
@@ -103,7 +105,8 @@ def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> l
                 for future in [future for future in pending if future.done()]:
                     done[pending.pop(future)] = future.result()
                 while not ticks.empty():
-                    progress.advance(bar, ticks.get())
+                    ticks.get()
+                    progress.advance(bar)
                 time.sleep(0.1)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -136,7 +139,7 @@ def main(argv: list[str]) -> None:
     write_json(args.out / "results.json", config, runs)
     plot_curves(args.out / "curves.png", runs)
     print_table(runs, console)
-    console.print(f"{config['wall_s']:.0f} s; wrote {args.out / 'results.json'} and {args.out / 'curves.png'}", highlight=False)
+    console.print(f"{config['wall_s']:.0f} s; wrote results.json and curves.png to {args.out}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ ARMS = {
     "oracle": Arm("true hack labels of all modes", flags="oracle"),
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
     "shuffle": Arm("the gate's flags, permuted within the batch", flags="permuted", refreshed=True),
-    "random": Arm("a random direction, oriented and refreshed alike", flags="gate", random_direction=True, refreshed=True),
+    "random": Arm("a random direction, refreshed alike", flags="gate", random_direction=True, refreshed=True),
     "route": Arm("the extracted direction, refreshed", flags="gate", refreshed=True),
     "route-frozen": Arm("the extracted direction, never refreshed", flags="gate"),
 }

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import gradroute as gr
 import torch
 from einops import rearrange, repeat
 from torch import Generator, Tensor, nn
 
+import gradroute as gr
+
 from .arms import ARMS, Arm
-from .environment import MODES, MONITORED, Environment, Grade, grade, hint_modes
+from .environment import MONITORED, Environment, Grade, grade, hint_modes
+from .evaluation import curve_point, detection, evaluate, view_rates
 from .sampling import captured, completion_logps, sample
 
 
@@ -35,6 +37,7 @@ class Recipe:
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
+    norm: float = 128.0
     r: int = 4
     lora_alpha: float = 8.0
     pairs_per_mode: int = 8
@@ -69,7 +72,9 @@ class Detector:
         return self.gate.flags(self.directions.score(captured(self.model, prompts, completions)))
 
 
-def flag(arm: Arm, detector: Detector | None, prompts: Tensor, completions: Tensor, graded: Grade, generator: Generator) -> Tensor:
+def flag(
+    arm: Arm, detector: Detector | None, prompts: Tensor, completions: Tensor, graded: Grade, generator: Generator
+) -> Tensor:
     """(n,) booleans: the rollouts that this arm takes for hacks."""
     if arm.flags == "oracle":
         return graded.hacked
@@ -87,19 +92,19 @@ def train(
     arm_name: str,
     seed: int,
     recipe: Recipe,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
     start, arm = time.perf_counter(), ARMS[arm_name]
     gr.attach(model, r=recipe.r, lora_alpha=recipe.lora_alpha, seed=seed)
     blocks = [[p for _, p in gr.deployed_parameters(model)], [p for _, p in gr.quarantine_parameters(model)]]
-    optimizer = torch.optim.AdamW(sum(blocks, []), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     detector = Detector(model, environment, arm, recipe, seed) if arm.has_directions else None
     ablated = rearrange(
         torch.arange(recipe.group_size).expand(recipe.prompts, -1) < recipe.ablated_per_group, "p g -> (p g)"
     )
-    curve = [curve_point(model, environment, recipe, seed, step=0)]
+    curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
     for step in range(1, recipe.steps + 1):
         prompts, _ = environment.sample_prompts(recipe.prompts, generator, no_hint=recipe.no_hint)
@@ -119,7 +124,7 @@ def train(
         if useful.any():
             with gr.route(model, mask[useful]):
                 logps = completion_logps(model, prompts[useful], completions[useful])
-                (-logps.sum() / len(prompts)).backward()
+                (-logps.sum() / recipe.norm).backward()
             for block in blocks:
                 nn.utils.clip_grad_norm_(block, recipe.clip)
             optimizer.step()
@@ -127,11 +132,13 @@ def train(
             if detector is not None and detector.refresher is not None:
                 detector.refresher.step()
         if step % recipe.curve_every == 0 or step == recipe.steps:
-            point = curve_point(model, environment, recipe, seed, step)
+            point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
             curve.append(point | detection(flags, graded, prompts))
-        on_step(step)
+        if on_step is not None:
+            on_step(step)
 
-    if detector is not None and detector.refresher is not None and not detector.refresher.reports:
+    reports = detector.refresher.reports if detector is not None and detector.refresher is not None else []
+    if arm.refreshed and not reports:
         raise RuntimeError(f"{arm_name}: refreshed every {recipe.refresh_every} steps, but no refresh came due.")
     report = evaluate(model, environment, recipe.n_per_mode, seed)
     return {
@@ -143,56 +150,5 @@ def train(
         "on": view_rates(report.on),
         "ablated": view_rates(report.ablated),
         "curve": curve,
-        "refreshes": [] if detector is None or detector.refresher is None else [asdict(r) for r in detector.refresher.reports],
+        "refreshes": [asdict(report) for report in reports],
     }
-
-
-def evaluate(model: nn.Module, environment: Environment, n_per_mode: int, seed: int) -> gr.OnOffReport:
-    """`n_per_mode` rollouts of each mode and as many without a hint, on and ablated, always on the same prompts."""
-
-    def records(model: nn.Module) -> list[gr.EvalRecord]:
-        # Training draws from `seed` itself; this stream is another one.
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
-        hinted = [environment.sample_prompts(n_per_mode, generator, no_hint=0.0, mode=mode)[0] for mode in MODES]
-        unhinted, _ = environment.sample_prompts(n_per_mode, generator, no_hint=1.0)
-        prompts = torch.cat([*hinted, unhinted])
-        graded = grade(prompts, sample(model, prompts, generator))
-        modes = [MODES[i] if i >= 0 else None for i in hint_modes(prompts).tolist()]
-        return [
-            gr.EvalRecord(mode or "no loophole", None if mode is None else mode in MONITORED, row, hacked, solved)
-            for row, (mode, hacked, solved) in enumerate(
-                zip(modes, graded.hacked.tolist(), graded.solved.tolist(), strict=True)
-            )
-        ]
-
-    return gr.evaluate_on_off(model, records)
-
-
-def view_rates(view: Any) -> dict[str, Any]:
-    """One view of an `OnOffReport` in the form of `results.json`."""
-    hinted = [view.solve[mode] for mode in MODES]
-    return {
-        "hack_monitored": view.hack["monitored"].value,
-        "hack_held_out": view.hack["held-out"].value,
-        "solve_hinted": sum(rate.k for rate in hinted) / sum(rate.n for rate in hinted),
-        "solve_no_hint": view.solve["no loophole"].value,
-        "per_mode": {mode: {"hack": view.hack[mode].value, "solve": view.solve[mode].value} for mode in MODES},
-    }
-
-
-def curve_point(model: nn.Module, environment: Environment, recipe: Recipe, seed: int, step: int) -> dict[str, Any]:
-    """A small evaluation during training."""
-    report = evaluate(model, environment, recipe.curve_n_per_mode, seed)
-    return {"step": step, "on": view_rates(report.on), "ablated": view_rates(report.ablated)}
-
-
-def detection(flags: Tensor, graded: Grade, prompts: Tensor) -> dict[str, Any]:
-    """Of this step's rollouts: share flagged, and share of hacks (monitored, held out) and of the rest that is flagged."""
-    modes = hint_modes(prompts)
-    groups = {
-        "recall_monitored": graded.hacked & (modes < len(MONITORED)),
-        "recall_held_out": graded.hacked & (modes >= len(MONITORED)),
-        "false_positive_rate": ~graded.hacked,
-    }
-    shares = {name: flags[rows].float().mean().item() if rows.any() else None for name, rows in groups.items()}
-    return {"flagged": flags.float().mean().item(), **shares}

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gradroute as gr
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+import gradroute as gr
 
 from .arms import ARMS
 from .environment import MODES, MONITORED

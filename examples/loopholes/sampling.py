@@ -1,9 +1,10 @@
 """Sampling completions at temperature 1, and the log-probabilities of sampled ones."""
 
-import gradroute as gr
 import torch
 from torch import Generator, Tensor, nn
 from transformers import DynamicCache
+
+import gradroute as gr
 
 from .environment import COMPLETION_LENGTH, EOS, PAD, PROMPT_LENGTH
 
