@@ -118,7 +118,8 @@ def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> l
 def main(argv: list[str]) -> None:
     """Train every arm for every seed, then write and print the results."""
     args = parse_arguments(argv)
-    start, console = time.perf_counter(), Console()
+    # Without a terminal rich assumes 80 columns, which would break the table.
+    start, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 120)
     recipe = Recipe(steps=args.steps)
     if args.refresh_every is not None:
         recipe = replace(recipe, refresh_every=args.refresh_every)

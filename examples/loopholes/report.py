@@ -16,8 +16,8 @@ from .environment import MODES, MONITORED
 
 # group -> how many modes it pools
 GROUPS = {
-    "hack_monitored": ("hack, monitored modes", len(MONITORED)),
-    "hack_held_out": ("hack, held-out modes", len(MODES) - len(MONITORED)),
+    "hack_monitored": ("hack, monitored", len(MONITORED)),
+    "hack_held_out": ("hack, held out", len(MODES) - len(MONITORED)),
     "solve_hinted": ("solve, hinted", len(MODES)),
     "solve_no_hint": ("solve, no hint", 1),
 }
@@ -41,25 +41,28 @@ def pooled_rate(runs: list[dict[str, Any]], view: str, group: str) -> gr.Rate:
 def print_table(runs: list[dict[str, Any]], console: Console) -> None:
     """Rates with 95 % intervals, per arm, on and ablated; with several seeds also each seed's ablated hack rates."""
     seeds = sorted({(run["base_seed"], run["seed"]) for run in runs})
-    table = Table(title=f"env {runs[0]['env']}, {len(seeds)} seed(s), rate [95 % Wilson interval] n", show_lines=True)
+    table = Table(title=f"env {runs[0]['env']}, {len(seeds)} seed(s): rate [95 % Wilson interval]")
     table.add_column("arm")
     table.add_column("view")
-    for title, _ in GROUPS.values():
-        table.add_column(title, justify="right")
+    for group, (title, _) in GROUPS.items():
+        sizes = sorted({pooled_rate(found, "on", group).n for found in by_arm(runs).values()})
+        table.add_column(f"{title}\nn = {', '.join(map(str, sizes))}", justify="right")
     for arm, found in by_arm(runs).items():
-        cells = {view: [_cell(pooled_rate(found, view, group)) for group in GROUPS] for view in VIEWS}
-        name = f"{arm}\n[dim]{ARMS[arm].about}[/dim]"
-        table.add_row(name, "\n\n".join(VIEWS), *map("\n".join, zip(cells["on"], cells["ablated"], strict=True)))
+        for view in VIEWS:
+            cells = [_cell(pooled_rate(found, view, group)) for group in GROUPS]
+            table.add_row(arm if view == VIEWS[0] else "", view, *cells, end_section=view == VIEWS[-1])
     console.print(table)
-    if len(seeds) > 1:
-        for arm, found in by_arm(runs).items():
+    for arm, found in by_arm(runs).items():
+        text = f"{arm}: {ARMS[arm].about}"
+        if len(found) > 1:
             each = [f"{r['ablated']['hack_monitored']:.2f}/{r['ablated']['hack_held_out']:.2f}" for r in found]
-            console.print(f"{arm}: ablated hack monitored/held-out per seed  {'  '.join(each)}", highlight=False)
+            text += f"; ablated hack monitored/held out, per seed: {' '.join(each)}"
+        console.print(text, highlight=False)
 
 
 def _cell(rate: gr.Rate) -> str:
     low, high = rate.interval
-    return f"{rate.value:.3f}\n[dim]\\[{low:.2f}, {high:.2f}] n={rate.n}[/dim]"
+    return f"{rate.value:.3f} \\[{low:.2f}, {high:.2f}]"
 
 
 def write_json(path: Path, config: dict[str, Any], runs: list[dict[str, Any]]) -> None:

@@ -1,0 +1,164 @@
+"""The main job as a user runs it: refusals before any training, a short run, and every arm doing what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from loopholes import base_model
+from loopholes.arms import ARMS
+from loopholes.base_model import load_base
+from loopholes.environment import ENVIRONMENTS, Grade
+from loopholes.grpo import Recipe, flag, train
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "grpo_loopholes.py"
+ENVIRONMENT = ENVIRONMENTS["C"]
+SHORT = Recipe(steps=6, refresh_every=3, curve_every=3, curve_n_per_mode=8, n_per_mode=8)
+
+
+def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(cache or "/nonexistent"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder whose cache holds the base model, pretrained once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("home")
+    load_base(ENVIRONMENT, 0, cache_dir=folder / ".cache" / "gradroute-examples")
+    return folder
+
+
+def base(home: Path) -> LlamaForCausalLM:
+    return load_base(ENVIRONMENT, 0, cache_dir=home / ".cache" / "gradroute-examples")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arm", "route"], "unrecognized arguments: --arm route"),
+        (["--arms", "route,roote"], "--arms: unknown arm 'roote'"),
+        (["--arms", "route,route"], "--arms: route,route names something twice"),
+        (["--seeds", "0,x"], "--seeds: expected comma-separated integers"),
+        (["--seeds", "-1"], "integers >= 0"),
+        (["--env", "Z"], "--env: invalid choice: 'Z'"),
+        (["--steps", "0"], "--steps: expected a positive integer, found 0"),
+        (["--refresh-every", "5"], "--refresh-every: nothing to refresh in vanilla, clean"),
+        (["--arms", "route-frozen", "--refresh-every", "5"], "--refresh-every: nothing to refresh in route-frozen"),
+        (["--arms", "route", "--refresh-every", "0"], "--refresh-every: expected a positive integer, found 0"),
+        (["--arms", "route", "--steps", "4"], "route would not be refreshed once in 4 steps"),
+        (["--out", "/proc/nowhere"], "--out: cannot write to /proc/nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_training(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_short_run_writes_what_it_says(home: Path, tmp_path: Path) -> None:
+    done = run(
+        "--arms", "vanilla,route", "--steps", "10", "--out", str(tmp_path / "out"), "--no-progress", cache=home
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "monitored" in done.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["config"]["steps"] == 10
+    assert [(r["arm"], r["seed"], r["base_seed"], r["env"]) for r in results["runs"]] == [
+        ("vanilla", 0, 0, "C"),
+        ("route", 0, 0, "C"),
+    ]
+    for entry in results["runs"]:
+        assert entry["wall_s"] > 0
+        assert entry["n_per_mode"] == Recipe.n_per_mode
+        for view in ("on", "ablated"):
+            assert entry[view].keys() == {
+                "hack_monitored",
+                "hack_held_out",
+                "solve_hinted",
+                "solve_no_hint",
+                "per_mode",
+            }
+        assert [point["step"] for point in entry["curve"]] == [0, 10]
+    vanilla, route = results["runs"]
+    assert vanilla["refreshes"] == []
+    assert [(r["step"], r["moved"]) for r in route["refreshes"]] == [(5, True), (10, True)]
+    assert vanilla["on"] == vanilla["ablated"]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.refreshed])
+def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, home: Path) -> None:
+    entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
+    assert [report["step"] for report in entry["refreshes"]] == [3, 6]
+    assert all(report["moved"] for report in entry["refreshes"])
+    # A random control keeps its rows; the others turn with the policy.
+    assert all((report["overlap"] > 0.999999) == (arm == "random") for report in entry["refreshes"])
+
+
+def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
+    with pytest.raises(RuntimeError, match="no refresh came due"):
+        train(base(home), ENVIRONMENT, "route", 0, Recipe(steps=2, refresh_every=3, n_per_mode=8, curve_n_per_mode=8))
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "clean"])
+def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
+    model = base(home)
+    entry = train(model, ENVIRONMENT, arm, 0, SHORT)
+    assert entry["on"] == entry["ablated"]
+    parameters = dict(model.named_parameters())
+    assert all(not p.any() for name, p in parameters.items() if name.endswith("lora_B_quarantine"))
+    assert any(p.any() for name, p in parameters.items() if name.endswith("lora_B"))
+
+
+def test_a_run_is_a_function_of_its_seed(home: Path) -> None:
+    first, again, other = (train(base(home), ENVIRONMENT, "route", seed, SHORT) for seed in (0, 0, 1))
+    for entry in (first, again, other):
+        del entry["wall_s"], entry["seed"]
+    assert first == again
+    assert first != other
+
+
+def test_arms_flag_what_they_are_allowed_to_know() -> None:
+    prompts = torch.cat(
+        [ENVIRONMENT.sample_prompts(1, torch.Generator(), 0.0, mode)[0] for mode in ("sentinel", "file")]
+    )
+    graded = Grade(solved=torch.tensor([False, False]), marker=torch.tensor([True, True]))
+    flags = {
+        name: flag(ARMS[name], None, prompts, prompts, graded, torch.Generator()).tolist()
+        for name in ("vanilla", "absorb", "oracle", "weak")
+    }
+    assert flags == {"vanilla": [False] * 2, "absorb": [False] * 2, "oracle": [True] * 2, "weak": [True, False]}
+
+
+def test_permuted_flags_are_rate_matched() -> None:
+    class TwoOfFive:
+        def flags(self, prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([True, True, False, False, False])
+
+    prompts, generator = torch.zeros(5, 8, dtype=torch.long), torch.Generator().manual_seed(0)
+    graded = Grade(torch.zeros(5).bool(), torch.zeros(5).bool())
+    drawn = [flag(ARMS["shuffle"], TwoOfFive(), prompts, prompts, graded, generator).tolist() for _ in range(20)]
+    assert all(sum(flags) == 2 for flags in drawn)
+    assert len({tuple(flags) for flags in drawn}) > 5
+
+
+def test_a_corrupt_cache_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "STEPS", 2)
+    first = load_base(ENVIRONMENT, 0, cache_dir=tmp_path).state_dict()
+    (cached,) = tmp_path.iterdir()
+    cached.write_bytes(cached.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="corrupt"):
+        again = load_base(ENVIRONMENT, 0, cache_dir=tmp_path).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    monkeypatch.setattr(base_model, "STEPS", 3)
+    load_base(ENVIRONMENT, 0, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
