@@ -29,7 +29,7 @@ from loopholes.grpo import Recipe, train
 from loopholes.report import plot_curves, print_table, write_json
 
 # Two OpenMP threads compete badly on matrices this small; two processes of one thread do not.
-WORKERS = 2
+WORKERS, THREADS = 2, 1
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def run_one(job: dict[str, Any], recipe: Recipe, ticks: Any) -> dict[str, Any]:
     """One run in a worker process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     environment = ENVIRONMENTS[job["env"]]
     model = load_base(environment, job["base_seed"])
     entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=ticks.put)
@@ -120,6 +120,7 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     # Without a terminal rich assumes 80 columns, which would break the table.
     start, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 120)
+    torch.set_num_threads(THREADS)
     recipe = Recipe(steps=args.steps)
     if args.refresh_every is not None:
         recipe = replace(recipe, refresh_every=args.refresh_every)

@@ -39,6 +39,13 @@ def test_weights_keep_float64() -> None:
     assert gr.RouteMask.weights(1.0, third, third).g_d.item() == 1 / 3
 
 
+def test_a_mask_does_not_change_with_the_tensors_it_was_made_of() -> None:
+    values = torch.ones(2)
+    mask = gr.RouteMask(values, values, values)
+    values.zero_()
+    assert triples(mask) == [ZONES["absorb"]] * 2
+
+
 def test_routed_marks_the_route_zone() -> None:
     assert gr.RouteMask.zones(["keep", "absorb", "route"]).routed.tolist() == [False, False, True]
 

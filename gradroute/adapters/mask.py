@@ -58,6 +58,9 @@ class RouteMask:
         if not self.m.shape == self.g_d.shape == self.g_q.shape:
             shapes = [tuple(t.shape) for t in (self.m, self.g_d, self.g_q)]
             raise RouteError(f"`m`, `g_d` and `g_q` should have one shape. Found {shapes}.")
+        for name in ("m", "g_d", "g_q"):
+            # A copy: what the caller writes into the tensor later must not reach a route that is open.
+            object.__setattr__(self, name, getattr(self, name).clone())
 
     @classmethod
     def zones(cls, zones: Sequence[Any] | Tensor) -> "RouteMask":
@@ -112,7 +115,7 @@ class RouteMask:
         except RuntimeError as error:
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             raise RouteError(f"`m`, `g_d` and `g_q` should broadcast to one shape. Found {shapes}.") from error
-        return cls(*(t.clone() for t in spread))
+        return cls(*spread)
 
     @property
     def shape(self) -> torch.Size:
