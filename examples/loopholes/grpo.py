@@ -38,7 +38,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     r: int = 4
-    lora_alpha: float = 8.0
+    lora_alpha: float = 16.0
     pairs_per_mode: int = 8
     threshold: float = 0.5
     refresh_every: int = 5
