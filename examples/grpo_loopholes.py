@@ -10,10 +10,12 @@ on the exploits that the detector knows (monitored) and does not know (held out)
 
 import argparse
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +36,19 @@ WORKERS, THREADS = 2, 1
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The checked command line; anything wrong ends with one line and exit code 2, before any training."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
-    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"comma-separated, of {', '.join(ARMS)}")
-    parser.add_argument("--seeds", default="0", help="comma-separated RL seeds")
-    parser.add_argument("--base-seed", type=int, default=0, help="seed of the pretrained base model")
-    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help="N: hacks of two modes share no token")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps")
+    arms = f"comma-separated, of {', '.join(ARMS)}; default %(default)s"
+    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=arms)
+    parser.add_argument("--seeds", default="0", help="comma-separated RL seeds; default %(default)s")
+    parser.add_argument("--base-seed", type=int, default=0, help="seed of the base model; default %(default)s")
+    env = "C: hacks of different modes share a token, N: they share none; default %(default)s"
+    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help=env)
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps; default %(default)s")
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
     parser.add_argument("--refresh-every", type=int, help=every)
-    parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help="folder of the results")
+    out = "folder of the results; default %(default)s"
+    parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help=out)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
 
@@ -60,8 +63,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, values in (("--arms", args.arms), ("--seeds", args.seeds)):
         if len(set(values)) < len(values):
             parser.error(f"{name}: {','.join(map(str, values))} names something twice")
-    if min(*args.seeds, args.base_seed, 0) < 0:
-        parser.error("--seeds, --base-seed: expected integers >= 0")
+    if not all(0 <= seed < 2**32 for seed in (*args.seeds, args.base_seed)):
+        parser.error("--seeds, --base-seed: expected integers from 0 to 2**32 - 1")
     if args.steps < 1:
         parser.error(f"--steps: expected a positive integer, found {args.steps}")
     if args.refresh_every is not None:
@@ -83,36 +86,48 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_one(job: dict[str, Any], recipe: Recipe, ticks: Any) -> dict[str, Any]:
-    """One run in a worker process."""
+def start_worker(steps_done: Any) -> None:
+    """One thread, a shared count of steps, and Ctrl-C left to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(THREADS)
-    environment = ENVIRONMENTS[job["env"]]
-    model = load_base(environment, job["base_seed"])
-    entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=ticks.put)
+    run_one.steps_done = steps_done  # type: ignore[attr-defined]
+
+
+def run_one(job: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """One run in a worker process."""
+    environment, steps_done = ENVIRONMENTS[job["env"]], run_one.steps_done  # type: ignore[attr-defined]
+
+    def count(_: int) -> None:
+        with steps_done.get_lock():
+            steps_done.value += 1
+
+    try:
+        model = load_base(environment, job["base_seed"])
+        entry = train(model, environment, job["arm"], job["seed"], recipe, on_step=count)
+    except Exception as error:
+        raise RuntimeError(f"The run {job} failed: {error}") from error
     return {**entry, "base_seed": job["base_seed"], "n_curve_per_mode": recipe.curve_n_per_mode}
 
 
-def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> list[dict[str, Any]]:
-    """All runs, two at a time, in the order of `jobs`."""
+def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> Iterator[list[dict[str, Any]]]:
+    """Train two at a time; each time that some have ended, yield all that have, in the order of `jobs`."""
     bar = progress.add_task("training", total=len(jobs) * recipe.steps)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(min(WORKERS, len(jobs)), mp_context=context) as pool:
-        ticks = manager.Queue()
-        pending = {pool.submit(run_one, job, recipe, ticks): i for i, job in enumerate(jobs)}
-        done: dict[int, dict[str, Any]] = {}
+    steps_done = context.Value("i", 0)
+    with ProcessPoolExecutor(WORKERS, context, start_worker, (steps_done,)) as pool:
+        runs = [pool.submit(run_one, job, recipe) for job in jobs]
+        pending = set(runs)
         try:
-            while len(done) < len(jobs):
-                for future in [future for future in pending if future.done()]:
-                    done[pending.pop(future)] = future.result()
-                while not ticks.empty():
-                    ticks.get()
-                    progress.advance(bar)
-                time.sleep(0.1)
+            while pending:
+                ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                progress.update(bar, completed=steps_done.value)
+                if ended:
+                    yield [run.result() for run in runs if run.done()]
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            # Leaving the block waits for the workers: end them, or Ctrl-C and a failed run would take minutes.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
-    progress.update(bar, completed=len(jobs) * recipe.steps)
-    return [done[i] for i in range(len(jobs))]
 
 
 def main(argv: list[str]) -> None:
@@ -124,6 +139,9 @@ def main(argv: list[str]) -> None:
     recipe = Recipe(steps=args.steps)
     if args.refresh_every is not None:
         recipe = replace(recipe, refresh_every=args.refresh_every)
+    common = {"base_seed": args.base_seed, "env": args.env}
+    config = {"arms": args.arms, "seeds": args.seeds, **common, **asdict(recipe)}
+    jobs = [{"arm": arm, "seed": seed, **common} for seed in args.seeds for arm in args.arms]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=args.no_progress or not console.is_terminal) as progress:
         bar = progress.add_task(f"base model (seed {args.base_seed}, cached)")
@@ -133,16 +151,16 @@ def main(argv: list[str]) -> None:
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
         progress.update(bar, completed=1, total=1)
-        common = {"base_seed": args.base_seed, "env": args.env}
-        jobs = [{"arm": arm, "seed": seed, **common} for seed in args.seeds for arm in args.arms]
-        runs = run_all(jobs, recipe, progress)
-    config = {"arms": args.arms, "seeds": args.seeds, **common, **asdict(recipe)}
-    config["wall_s"] = round(time.perf_counter() - start, 1)
-    write_json(args.out / "results.json", config, runs)
+        for runs in run_all(jobs, recipe, progress):
+            config["wall_s"] = round(time.perf_counter() - start, 1)
+            write_json(args.out / "results.json", config, runs)
     plot_curves(args.out / "curves.png", runs)
     print_table(runs, console)
     console.print(f"{config['wall_s']:.0f} s; wrote results.json and curves.png to {args.out}", highlight=False)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("interrupted; results.json holds the runs that had ended")

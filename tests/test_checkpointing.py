@@ -74,12 +74,83 @@ def test_a_forward_before_the_route_opens_raises(use_reentrant: bool) -> None:
         loss.backward()
 
 
-def test_backward_under_another_ablation_raises() -> None:
+@both_modes
+def test_backward_under_another_ablation_raises(use_reentrant: bool) -> None:
     model = routed_tower()
     with gr.ablate_quarantine(model, 0.5):
-        loss = loss_of(model, use_reentrant=False)
+        loss = loss_of(model, use_reentrant)
     with pytest.raises(gr.RouteError, match="another route or ablation"):
         loss.backward()
+    loss = loss_of(model, use_reentrant)
+    with gr.ablate_quarantine(model, 0.5), pytest.raises(gr.RouteError, match="another route or ablation"):
+        loss.backward()
+
+
+@both_modes
+def test_one_of_two_forwards_back_propagated_under_the_other_route_raises(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with gr.route(model, FIRST):
+        first = loss_of(model, use_reentrant)
+    with gr.route(model, SECOND):
+        loss_of(model, use_reentrant)
+        with pytest.raises(gr.RouteError):
+            first.backward()
+
+
+@both_modes
+def test_a_route_ended_by_an_exception_is_closed_for_backward_too(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with pytest.raises(KeyError), gr.route(model, FIRST):
+        loss = loss_of(model, use_reentrant)
+        raise KeyError
+    with pytest.raises(gr.RouteError):
+        loss.backward()
+
+
+@both_modes
+def test_scoring_under_a_route_and_discarded_losses_raise_no_alarm_later(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with gr.route(model, FIRST), torch.no_grad():
+        model(x())
+    with gr.route(model, FIRST):
+        loss_of(model, use_reentrant)
+    loss_of(model, use_reentrant).backward()
+    assert gradients(model)
+
+
+@both_modes
+def test_two_backwards_through_one_forward_are_exact(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with gr.route(model, FIRST):
+        loss = loss_of(model, use_reentrant)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    once = routed_gradients(None)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * once[name], rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_reentrant_checkpoint_is_refused() -> None:
+    class Homemade(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, run: nn.Module, inputs: Tensor) -> Tensor:
+            ctx.run = run
+            ctx.save_for_backward(inputs)
+            with torch.no_grad():
+                return run(inputs)
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> tuple[None, Tensor]:
+            (inputs,) = ctx.saved_tensors
+            inputs = inputs.detach().requires_grad_()
+            with torch.enable_grad():
+                output = ctx.run(inputs)
+            torch.autograd.backward(output, gradient)
+            return None, inputs.grad
+
+    model = routed_tower()
+    with gr.route(model, FIRST), pytest.raises(gr.RouteError, match="not torch.utils.checkpoint"):
+        Homemade.apply(model, x()).sum().backward()
 
 
 @both_modes

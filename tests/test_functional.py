@@ -143,6 +143,14 @@ def test_unknown_stop_gradient_raises() -> None:
         run(**tensors(), stop_gradient="output")
 
 
+@pytest.mark.parametrize(
+    "gate", [torch.ones(N - 1), torch.ones(1), torch.ones(N, dtype=torch.long), torch.ones(N, requires_grad=True)]
+)
+def test_gates_that_do_not_fit_raise(gate: Tensor) -> None:
+    with pytest.raises((gr.RouteError, TypeError)):
+        run(**tensors(), g_d=gate)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_close_to_float64_and_advantages_are_not_rounded(dtype: torch.dtype) -> None:
     t = tensors()

@@ -46,6 +46,14 @@ def test_a_mask_does_not_change_with_the_tensors_it_was_made_of() -> None:
     assert triples(mask) == [ZONES["absorb"]] * 2
 
 
+def test_one_value_per_row_serves_all_tokens_of_the_row() -> None:
+    m = torch.tensor([0.0, 1.0, 1.0])
+    mask = gr.RouteMask.weights(m, torch.ones(3, 3), torch.arange(9.0).view(3, 3))
+    assert torch.equal(mask.m, m[:, None].expand(3, 3))
+    with pytest.raises(gr.RouteError, match=r"same rows.*\(1, 4\)"):
+        gr.RouteMask.weights(m, torch.ones(1, 4), 1.0)
+
+
 def test_routed_marks_the_route_zone() -> None:
     assert gr.RouteMask.zones(["keep", "absorb", "route"]).routed.tolist() == [False, False, True]
 
@@ -81,6 +89,7 @@ def test_repr_counts_zones() -> None:
         (lambda: gr.RouteMask.weights(1.0, torch.ones(2, 2, 2), 1.0), r"\(2, 2, 2\)"),
         (lambda: gr.RouteMask.zones(["keep"])[0], r"mask\[0:1\]"),
         (lambda: gr.RouteMask.zones(["keep"])[1:], "at least one row"),
+        (lambda: gr.RouteMask.zones([["keep"]])[torch.tensor([[True]])], r"\(1, 1\)"),
     ],
 )
 def test_what_is_no_mask_is_refused(make: object, message: str) -> None:

@@ -137,6 +137,44 @@ def test_rows_must_be_booleans_per_row_or_token(rows: Tensor) -> None:
         pass
 
 
+def test_nested_rows_of_different_batches_raise() -> None:
+    model = routed_tower()
+    with gr.ablate_quarantine(model, rows=torch.tensor([True])):
+        with (
+            pytest.raises(gr.RouteError, match=r"\(1,\), \(4,\)"),
+            gr.ablate_quarantine(model, rows=torch.ones(4).bool()),
+        ):
+            pass
+
+
+def test_views_left_in_another_order_than_entered_raise() -> None:
+    model = routed_tower()
+    outer, inner = gr.ablate_quarantine(model), gr.ablate_quarantine(model, 0.5)
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(gr.RouteError, match="another order"):
+        outer.__exit__(None, None, None)
+
+
+def test_bad_arguments_raise_before_the_block_is_entered() -> None:
+    with pytest.raises((gr.RouteError, TypeError)):
+        gr.ablate_quarantine(routed_tower(), scale=7.0)
+    with pytest.raises((gr.RouteError, TypeError)):
+        gr.route(routed_tower(), None)
+
+
+def test_a_sticky_route_is_not_set_or_cleared_inside_a_view() -> None:
+    model, mask = routed_tower(), gr.RouteMask.zones(["keep"] * 4)
+    gr.set_route(model, mask)
+    model(X)
+    for view in (gr.ablate_quarantine(model), gr.disable_adapters(model)):
+        with view:
+            for call in (lambda: gr.set_route(model, mask), lambda: gr.clear_route(model)):
+                with pytest.raises(gr.RouteError, match="leave that block first"):
+                    call()
+    gr.clear_route(model)
+
+
 def test_rows_that_do_not_fit_the_batch_raise() -> None:
     model = routed_tower()
     with pytest.raises(gr.RouteError, match=r"ablation rows.*\(3,\).*\(4,\)"):

@@ -119,7 +119,7 @@ def train(
         else:
             mask = gr.RouteMask.weights(m=0.0, g_d=a, g_q=0.0)
 
-        useful = a != 0
+        useful = (a != 0) | (b != 0)
         if useful.any():
             with gr.route(model, mask[useful]):
                 logps = completion_logps(model, prompts[useful], completions[useful])
@@ -138,7 +138,7 @@ def train(
 
     reports = detector.refresher.reports if detector is not None and detector.refresher is not None else []
     if arm.refreshed and not reports:
-        raise RuntimeError(f"{arm_name}: refreshed every {recipe.refresh_every} steps, but no refresh came due.")
+        raise RuntimeError(f"{arm_name}: no refresh came due; too few steps had an advantage to train on.")
     report = evaluate(model, environment, recipe.n_per_mode, seed)
     return {
         "arm": arm_name,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gradroute.adapters.functional import StopGradient
-from gradroute.adapters.layer import QuarantineLoRA
-from gradroute.errors import TargetError
+from gradroute.adapters.layer import Attachment, QuarantineLoRA
+from gradroute.errors import RouteError, TargetError
 from gradroute.protocol import RoutedLayer, routed_layers
 
 
@@ -42,7 +42,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     # A linear that is used in two places must stay one module.
     wrapped: dict[nn.Module, QuarantineLoRA] = {}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         for name, linear in targets.items():
             if linear not in wrapped:
@@ -51,31 +51,51 @@ def attach(
                     stop_gradient=stop_gradient, generator=generator,
                 )  # fmt: skip
                 wrapped[linear].name = name
-    except TargetError as error:
-        for parameter in trainable:
+    except BaseException as error:
+        for parameter in trainable.values():
             parameter.requires_grad_(True)
-        raise TargetError(f"Module `{name}`: {error}") from error
-    for parameter in trainable:
+        if isinstance(error, TargetError):
+            raise TargetError(f"Module `{name}`: {error}") from error
+        raise
+    for parameter in trainable.values():
         parameter.requires_grad_(False)
+    attachment = Attachment(len(wrapped), tuple(trainable))
     for name, linear in targets.items():
-        wrapped[linear].trainable_before_attach = trainable
+        wrapped[linear].attachment = attachment
         _replace(model, name, wrapped[linear])
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Put the original linears back and restore their `requires_grad`; both blocks are dropped. Returns `model`."""
+    """Put the original linears back and restore their `requires_grad`; both blocks are dropped. Returns `model`.
+
+    Raises:
+        TargetError: `model` was not given blocks by `attach`, or holds only a part of what was.
+        RouteError: inside a route or view, whose end would find no layers.
+    """
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuarantineLoRA)
+        if isinstance(module, QuarantineLoRA) and module.attachment is not None
     }
-    if not layers:
-        raise TargetError(f"`model` should have been given blocks by attach(). Found none in a {type(model).__name__}.")
+    if not layers or "" in layers:
+        raise TargetError(f"`model` should have been given blocks by attach(). Found a {type(model).__name__}.")
+    attachment = next(iter(layers.values())).attachment
+    assert attachment is not None
+    found = len(set(layers.values()))
+    if found != attachment.layers:
+        raise TargetError(
+            f"`model` should hold all {attachment.layers} layers that attach() made. Found {found}. "
+            "Fix: detach the module that was attached."
+        )
+    if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
+        raise RouteError("detach(model) inside a route, ablate_quarantine or disable_adapters. Fix: leave it first.")
+    name, layer = next(iter(layers.items()))
+    root = name.removesuffix(layer.name)
     for name, layer in layers.items():
         _replace(model, name, layer.base_layer)
-        for parameter in layer.trainable_before_attach:
-            parameter.requires_grad_(True)
+    for name in attachment.frozen:
+        model.get_parameter(root + name).requires_grad_(True)
     return model
 
 
@@ -117,23 +137,30 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
             raise TargetError(_nothing_matched(target_modules, modules, "A string must match whole module names."))
     else:
         names = []
-        if not target_modules:
-            raise TargetError("`target_modules` should name at least one module. Found an empty list.")
+        if not target_modules or not all(isinstance(entry, str) for entry in target_modules):
+            raise TargetError(f"`target_modules` should be names of modules. Found {target_modules!r}.")
         for entry in target_modules:
             matched = [name for name in modules if name == entry or name.endswith(f".{entry}")]
             if not matched:
                 raise TargetError(_nothing_matched(entry, modules, "An entry is a module's name or its suffix."))
             names += [name for name in matched if name not in names]
-    return {name: _linear(name, modules[name]) for name in names}
+    return {name: _linear(model, name) for name in names}
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Linear]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+    return {name: _linear(model, name) for name in linears}
 
 
-def _linear(name: str, module: nn.Module) -> nn.Linear:
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        raise TargetError(
+            f"`target_modules` matched `{name}`, inside an nn.TransformerEncoderLayer, which in eval mode reads the "
+            "weights of its linears and never calls them: blocks there would not run. Fix: leave it out."
+        )
     if not isinstance(module, nn.Linear):
         raise TargetError(
             f"`target_modules` matched `{name}`, a {type(module).__name__}; only nn.Linear can be adapted. "

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradroute.adapters.state import ForwardRecord
+from gradroute.adapters.state import ForwardRecord, Gates
+from gradroute.errors import RouteError
 from gradroute.protocol import Block
 
 StopGradient = Literal["parameters", "branch"]
@@ -35,7 +36,6 @@ def quarantine_lora(
     g_d: Float[Tensor, "*batch"] | None = None,
     g_q: Float[Tensor, "*batch"] | None = None,
     stop_gradient: StopGradient = "parameters",
-    record: ForwardRecord | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """y = base_output + s_d B_d A_d x + m s_q B_q A_q x, with parameter gradients weighted by g_d and g_q.
 
@@ -45,23 +45,44 @@ def quarantine_lora(
         deployed, quarantine: `Block(A, B, scaling)` with A (r, d_in), B (d_out, r).
         m, g_d, g_q: one float per leading index of `x`; None means 1 everywhere.
         stop_gradient: "parameters" (exact dx) or "branch" (dx is gated too).
-        record: ties the backward to the state of the forward it belongs to, so that a checkpoint recomputation in
-            another state raises.
 
     Raises:
+        RouteError: a gate of another shape, not floating point, or that requires a gradient itself.
         RuntimeError: on double backward (the operation is once differentiable).
     """
     if stop_gradient not in ("parameters", "branch"):
-        raise ValueError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
+        raise RouteError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
+    for name, gate in (("m", m), ("g_d", g_d), ("g_q", g_q)):
+        if gate is not None and (gate.shape != x.shape[:-1] or not gate.is_floating_point() or gate.requires_grad):
+            raise RouteError(
+                f"`{name}` should be floating point, of shape {tuple(x.shape[:-1])}, and not require a gradient. Found "
+                f"{gate.dtype}, {tuple(gate.shape)}, requires_grad={gate.requires_grad}."
+            )
+    return add_lora_blocks(x, base_output, deployed, quarantine, Gates(m, g_d, g_q), stop_gradient == "branch", None)
+
+
+def add_lora_blocks(  # noqa: PLR0917
+    x: Float[Tensor, "*batch d_in"],
+    base_output: Float[Tensor, "*batch d_out"],
+    deployed: Block,
+    quarantine: Block,
+    gates: Gates,
+    branch: bool,
+    record: ForwardRecord | None,
+) -> Float[Tensor, "*batch d_out"]:
+    """`quarantine_lora` with gates that are known to fit.
+
+    `record` ties the backward to the state of its forward, so that a checkpoint recomputation in another one raises.
+    """
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else deployed.A.dtype
     # Casts stay outside the Function, where autograd differentiates them.
     x, A_d, B_d, A_q, B_q = (t.to(compute) for t in (x, deployed.A, deployed.B, quarantine.A, quarantine.B))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         y: Tensor = _QuarantineLora.apply(  # type: ignore[no-untyped-call]
             x, base_output, A_d, B_d, A_q, B_q, deployed.scaling, quarantine.scaling,
-            _column(m), _column(g_d), _column(g_q), stop_gradient == "branch", record,
+            _column(gates.m), _column(gates.g_d), _column(gates.g_q), branch, record,
             None if record is None else record.state_id,
         )  # fmt: skip
     return y

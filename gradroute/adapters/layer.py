@@ -6,16 +6,25 @@ A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute.adapters.functional import StopGradient, quarantine_lora
-from gradroute.adapters.state import ActiveRoute, ForwardRecord, ForwardState, check_recomputation
+from gradroute.adapters.functional import StopGradient, add_lora_blocks
+from gradroute.adapters.state import ForwardRecord, ForwardState
 from gradroute.errors import TargetError
 from gradroute.protocol import Block, RoutedLayer, routed_layers
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `detach` needs to know: how many layers `attach` made, and which parameters it froze, by name."""
+
+    layers: int
+    frozen: tuple[str, ...]
 
 
 class RoutedLinear(RoutedLayer):
@@ -26,15 +35,14 @@ class RoutedLinear(RoutedLayer):
         self.name = ""
         self.stop_gradient: StopGradient = "parameters"
         self.state = ForwardState()
-        self.last_route: ActiveRoute | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        return {name: value for name, value in self.__dict__.items() if name not in ("state", "last_route")}
+        return {name: value for name, value in self.__dict__.items() if name != "state"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.state, self.last_route = ForwardState(), None
+        self.state = ForwardState()
 
     @property
     def has_open_route(self) -> bool:
@@ -55,20 +63,14 @@ class RoutedLinear(RoutedLayer):
         state = self.state
         if state.disabled:
             return base_output
-        recomputing = torch._C._current_graph_task_id() != -1
-        if recomputing:
-            check_recomputation(self.name, id(self), state, self.last_route)
-        elif state.route is not None:
-            state.route.ran[id(self)] = state.route.ran.get(id(self), 0) + 1
+        record = ForwardRecord(self.name, id(self), state)
         gates = state.gates(x, self.name)
         if state.quarantine_is_off and not torch.is_grad_enabled():
             A, B, scaling = self.deployed
             delta = (x.to(A.dtype) @ A.T) @ (scaling * B).T
             return base_output + delta.to(base_output.dtype)
-        return quarantine_lora(
-            x, base_output, self.deployed, self.quarantine, m=gates.m, g_d=gates.g_d, g_q=gates.g_q,
-            stop_gradient=self.stop_gradient, record=ForwardRecord(self.name, id(self), state, recomputing),
-        )  # fmt: skip
+        branch = self.stop_gradient == "branch"
+        return add_lora_blocks(x, base_output, self.deployed, self.quarantine, gates, branch, record)
 
 
 class QuarantineLoRA(RoutedLinear):
@@ -106,7 +108,7 @@ class QuarantineLoRA(RoutedLinear):
         self.lora_B = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r))
         self.lora_A_quarantine = nn.Parameter(_kaiming(r_quarantine, base_layer, generator))
         self.lora_B_quarantine = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r_quarantine))
-        self.trainable_before_attach: list[nn.Parameter] = []
+        self.attachment: Attachment | None = None
         self.train(base_layer.training)
 
     @property

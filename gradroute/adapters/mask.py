@@ -109,7 +109,13 @@ class RouteMask:
             raise RouteError("At least one of `m`, `g_d`, `g_q` should have one value per row. Found three scalars.")
         if len(devices) > 1:
             raise RouteError(f"`m`, `g_d` and `g_q` should be on one device. Found {sorted(map(str, devices))}.")
-        device = devices.pop()
+        device, ndim = devices.pop(), max(t.ndim for t in tensors.values())
+        if ndim == 2:
+            # Aligned on the left, as everywhere: one value per row serves all tokens of the row.
+            tensors = {name: t.unsqueeze(1) if t.ndim == 1 else t for name, t in tensors.items()}
+        if len({t.shape[0] for t in tensors.values() if t.ndim}) > 1:
+            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            raise RouteError(f"`m`, `g_d` and `g_q` should have the same rows. Found {shapes}.")
         try:
             spread = torch.broadcast_tensors(*(t.to(device) for t in tensors.values()))  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -135,6 +141,8 @@ class RouteMask:
         if isinstance(rows, int):
             raise RouteError(f"A mask keeps its row axis. Found the index {rows}. Fix: mask[{rows}:{rows + 1}].")
         index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows)
+        if isinstance(index, Tensor) and index.ndim != 1:
+            raise RouteError(f"`rows` should be one index or flag per row. Found the shape {tuple(index.shape)}.")
         return type(self)(self.m[index], self.g_d[index], self.g_q[index])
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ and end with their block, also on an exception.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Bool
@@ -20,10 +20,9 @@ from gradroute.adapters.state import ForwardState, combine_scales
 from gradroute.errors import RouteError
 
 
-@contextmanager
 def ablate_quarantine(
     model: nn.Module, scale: float = 0.0, rows: Bool[Tensor, "*batch"] | None = None
-) -> Iterator[nn.Module]:
+) -> AbstractContextManager[nn.Module]:
     """m <- scale * m, for all rows or for those where `rows` is True.
 
     Args:
@@ -41,29 +40,31 @@ def ablate_quarantine(
         if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.ndim not in (1, 2):
             raise RouteError(f"`rows` should be a boolean tensor of shape (batch,) or (batch, seq). Found {rows!r}.")
         factor = torch.where(rows, float(scale), 1.0)
-    with changed_state(
-        routed_linears(model),
-        lambda state: ForwardState(state.route, combine_scales(state.scale, factor), state.disabled),
-    ):
-        yield model
+    return _view(model, lambda state: ForwardState(state.route, combine_scales(state.scale, factor), state.disabled))
 
 
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """y <- W x: both blocks off, as for the reference pass of a KL penalty.
 
     A routed layer that runs in this view does not count as having run under an open route.
     """
-    with changed_state(routed_linears(model), lambda state: ForwardState(state.route, state.scale, disabled=True)):
-        yield model
+    return _view(model, lambda state: ForwardState(state.route, state.scale, disabled=True))
+
+
+def without_route(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Suspend an open route, so that a batch of other rows can run in between."""
+    return _view(model, lambda state: ForwardState(None, state.scale, state.disabled))
+
+
+def _view(model: nn.Module, change: Callable[[ForwardState], ForwardState]) -> AbstractContextManager[nn.Module]:
+    return _viewed(model, routed_linears(model), change)
 
 
 @contextmanager
-def without_route(model: nn.Module) -> Iterator[nn.Module]:
-    """Suspend an open route, so that a batch of other rows can run in between."""
-    with changed_state(
-        routed_linears(model), lambda state: ForwardState(None, scale=state.scale, disabled=state.disabled)
-    ):
+def _viewed(
+    model: nn.Module, layers: Mapping[str, RoutedLinear], change: Callable[[ForwardState], ForwardState]
+) -> Iterator[nn.Module]:
+    with changed_state(layers, change):
         yield model
 
 
@@ -78,11 +79,22 @@ def set_states(layers: Mapping[str, RoutedLinear], change: Callable[[ForwardStat
 
 @contextmanager
 def changed_state(layers: Mapping[str, RoutedLinear], change: Callable[[ForwardState], ForwardState]) -> Iterator[None]:
-    """Change the state of `layers` for the duration of the block."""
+    """Change the state of `layers` for the duration of the block.
+
+    Raises `RouteError` at the end if the layers are not in the state that the block gave them: then blocks were left in
+    another order than entered, and putting the old state back would undo somebody else's.
+    """
     before = {name: layer.state for name, layer in layers.items()}
     try:
         set_states(layers, change)
+        inside = {name: layer.state for name, layer in layers.items()}
         yield
+        moved = [name for name, layer in layers.items() if layer.state is not inside[name]]
+        if moved:
+            raise RouteError(
+                f"The route or ablation of `{moved[0]}` was changed from outside of its block: blocks were left in "
+                "another order than entered. Fix: nest `with` blocks, and do not leave one open in a generator."
+            )
     finally:
         for name, layer in layers.items():
             layer.state = before[name]

@@ -6,7 +6,7 @@ Without a route every row is absorbed: m = g_d = g_q = 1.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -17,8 +17,7 @@ from gradroute.adapters.state import ActiveRoute, ForwardState
 from gradroute.errors import RouteError
 
 
-@contextmanager
-def route(model: nn.Module, mask: RouteMask) -> Iterator[RouteMask]:
+def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask]:
     """Forwards inside use `mask`; enclose both forward and backward.
 
     Nests: an inner route replaces the outer one for its duration. On leaving without an exception, raises `RouteError`
@@ -27,13 +26,14 @@ def route(model: nn.Module, mask: RouteMask) -> Iterator[RouteMask]:
     Raises:
         RouteError: `mask` is no `RouteMask`, its rows do not fit a batch, or a routed layer did not run.
     """
-    layers = routed_linears(model)
-    active = ActiveRoute(_checked(mask), sticky=False)
+    return _routed(routed_linears(model), ActiveRoute(_checked(mask), sticky=False))
+
+
+@contextmanager
+def _routed(layers: dict[str, RoutedLinear], active: ActiveRoute) -> Iterator[RouteMask]:
     with changed_state(layers, lambda state: _with_route(state, active)):
-        yield mask
+        yield active.mask
         _check_all_ran(layers, active)
-    for layer in layers.values():
-        layer.last_route = active
 
 
 def set_route(model: nn.Module, mask: RouteMask) -> None:
@@ -66,16 +66,14 @@ def _with_route(state: ForwardState, active: ActiveRoute | None) -> ForwardState
 
 
 def _close_sticky(layers: dict[str, RoutedLinear], caller: str) -> None:
-    routes = {id(layer.state.route): layer.state.route for layer in layers.values()}
-    for active in routes.values():
-        if active is not None and not active.sticky:
-            raise RouteError(f"{caller}(model) inside a `with route(...)` block. Fix: leave the block first.")
-    for layer in layers.values():
-        layer.last_route = layer.state.route or layer.last_route
+    if any(layer.view != "on" for layer in layers.values()):
+        raise RouteError(f"{caller}(model) inside ablate_quarantine or disable_adapters. Fix: leave that block first.")
+    routes = {name: layer.state.route for name, layer in layers.items() if layer.state.route is not None}
+    if any(not active.sticky for active in routes.values()):
+        raise RouteError(f"{caller}(model) inside a `with route(...)` block. Fix: leave the block first.")
     set_states(layers, lambda state: _with_route(state, None))
-    for active in routes.values():
-        if active is not None:
-            _check_all_ran({n: layer for n, layer in layers.items() if layer.last_route is active}, active)
+    for active in {id(active): active for active in routes.values()}.values():
+        _check_all_ran({name: layers[name] for name in routes if routes[name] is active}, active)
 
 
 def _checked(mask: RouteMask) -> RouteMask:

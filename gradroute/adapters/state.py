@@ -9,12 +9,17 @@ Gradient checkpointing runs a layer's forward a second time, inside backward. If
 gradients are wrong and nothing shows it; `ForwardRecord` finds this out and raises.
 """
 
+import sys
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import RouteError
@@ -24,13 +29,11 @@ Weights = Float[Tensor, "*batch"]
 
 @dataclass(eq=False)
 class ActiveRoute:
-    """A mask in force, with the account (by `id` of the layer) of what ran under it."""
+    """A mask in force, and the layers (by `id`) that ran under it."""
 
     mask: RouteMask
     sticky: bool
-    ran: dict[int, int] = field(default_factory=dict)
-    recomputed: dict[int, int] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
+    ran: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Gates:
     g_q: Weights | None = None
 
 
+def _new_id() -> Tensor:
+    # Saved by autograd later, so neither an inference tensor nor on a device that happens to be the default now.
+    with torch.inference_mode(False):
+        return torch.tensor(uuid.uuid4().int >> 65, device="cpu")
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardState:
     """What a routed layer's forward depends on besides its input and parameters."""
@@ -49,8 +58,8 @@ class ForwardState:
     route: ActiveRoute | None = None
     scale: float | Float[Tensor, "..."] = 1.0
     disabled: bool = False
-    id: Int[Tensor, ""] = field(default_factory=lambda: torch.tensor(uuid.uuid4().int >> 65))
-    _cache: dict[tuple[torch.Size, torch.device], Gates] = field(default_factory=dict, repr=False)
+    id: Int[Tensor, ""] = field(default_factory=_new_id)
+    _cache: dict[tuple[torch.Size, torch.device, torch.dtype], Gates] = field(default_factory=dict, repr=False)
 
     @property
     def quarantine_is_off(self) -> bool:
@@ -59,7 +68,7 @@ class ForwardState:
 
     def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
         """The three gates, one float per leading index of `x`."""
-        key = (x.shape[:-1], x.device)
+        key = (x.shape[:-1], x.device, x.dtype)
         if key not in self._cache:
             # Few shapes occur under one state; a long generation under a sticky state must not grow the cache.
             if len(self._cache) >= 16:
@@ -85,8 +94,11 @@ class ForwardState:
 
 def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:
     """The product of two ablation scales; a per-row one is aligned with a per-token one on the left."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim != second.ndim:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
         low, high = sorted((first, second), key=lambda t: t.ndim)
+        if low.shape != high.shape[: low.ndim]:
+            found = (tuple(first.shape), tuple(second.shape))
+            raise RouteError(f"Nested ablations should have `rows` of one batch. Found the shapes {found}.")
         return low.reshape(low.shape + (1,) * (high.ndim - low.ndim)) * high
     return first * second
 
@@ -105,17 +117,48 @@ def _per_row(values: Tensor, x: Tensor, layer: str, what: str) -> Weights:
             f"Fix: {hint}."
         )
     values = values.to(x.device)
-    return values.reshape(values.shape + (1,) * (len(lead) - values.ndim)).expand(lead).contiguous()
+    return (
+        values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
+        .expand(lead)
+        .clone(memory_format=torch.contiguous_format)
+    )
 
 
 @dataclass(frozen=True)
 class ForwardRecord:
-    """Which state one forward of one layer ran in, and whether that forward was a recomputation."""
+    """Which state one forward of one layer ran in, and whether it ran inside backward.
+
+    Raises on creation if a reentrant checkpoint recomputes the layer in another state than it first ran in.
+    """
 
     layer: str
     key: int
     state: ForwardState
-    recomputing: bool
+    unverified: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        recomputing = torch._C._current_graph_task_id() != -1
+        if recomputing or not torch.is_grad_enabled():
+            checkpoint = _reentrant_checkpoint()
+            if checkpoint is not None:
+                self._compare_with_first_forward(checkpoint, recomputing)
+            # Under non-reentrant checkpointing this forward's own graph is thrown away and `check_backward` decides.
+            object.__setattr__(self, "unverified", recomputing and checkpoint is None)
+        if not recomputing and self.state.route is not None:
+            self.state.route.ran.add(self.key)
+
+    def _compare_with_first_forward(self, checkpoint: Any, recomputing: bool) -> None:
+        """A reentrant checkpoint's context is the same object in forward and backward: the states are kept on it."""
+        if not recomputing:
+            states = checkpoint.__dict__.setdefault("gradroute_states", {})
+            states.setdefault(self.key, []).append(self.state.id.item())
+            return
+        first = checkpoint.__dict__.get("gradroute_states", {}).get(self.key, [])
+        turns = checkpoint.__dict__.setdefault("gradroute_turns", Counter())
+        turn = (torch._C._current_graph_task_id(), self.key)
+        if turns[turn] >= len(first) or first[turns[turn]] != self.state.id.item():
+            raise RouteError(_CHANGED.format(layer=self.layer))
+        turns[turn] += 1
 
     @property
     def state_id(self) -> Int[Tensor, ""]:
@@ -126,25 +169,29 @@ class ForwardRecord:
         """Raise if the activations of this backward were computed in another state than the forward's."""
         if saved_id.item() != self.state.id.item():
             raise RouteError(_CHANGED.format(layer=self.layer))
-        route = self.state.route
-        if route is None:
-            return
-        route.finished.add(self.key)
-        if self.recomputing:
-            # Reentrant checkpointing: this graph was built inside backward and knows nothing of the first forward.
-            # More recomputations than forwards means that one of them belongs to another route.
-            route.recomputed[self.key] = route.recomputed.get(self.key, 0) + 1
-            if route.recomputed[self.key] > route.ran.get(self.key, 0):
-                raise RouteError(_CHANGED.format(layer=self.layer))
+        if self.unverified:
+            raise RouteError(
+                f"`{self.layer}` ran forward inside backward, in a checkpoint that is not torch.utils.checkpoint. "
+                "Whether its route is that of its first forward cannot be known. Fix: use torch.utils.checkpoint."
+            )
 
+
+def _reentrant_checkpoint() -> Any:
+    """The context of the reentrant checkpoint that is running a forward now, or None.
+
+    Its graph is built inside backward and knows nothing of the first forward, so it has to be found on the stack.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _CHECKPOINT_CODE:
+            return frame.f_locals["ctx"]
+        frame = frame.f_back
+    return None
+
+
+_CHECKPOINT_CODE = (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__)
 
 _CHANGED = (
     "Gradient checkpointing recomputed `{layer}` under another route or ablation than its forward ran in, so its "
-    "gradients would be wrong. Fix: let `route(...)` enclose both forward and backward, one forward per route."
+    "gradients would be wrong. Fix: let `route(...)`, or the ablation, enclose both forward and backward."
 )
-
-
-def check_recomputation(layer: str, key: int, state: ForwardState, previous: ActiveRoute | None) -> None:
-    """Raise if a recomputation finds no route although the layer's last routed forward still awaits its backward."""
-    if state.route is None and previous is not None and key not in previous.finished:
-        raise RouteError(_CHANGED.format(layer=layer))
