@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpo_loopholes
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -56,12 +57,22 @@ def base(home: Path) -> LlamaForCausalLM:
         (["--out", "/proc/nowhere"], "--out: cannot write to /proc/nowhere"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_training(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_training(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # `main` parses first; were anything trained, this would take a minute and write files.
+    with pytest.raises(SystemExit) as ended:
+        grpo_loopholes.main(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_a_refusal_of_the_script_ends_the_process_with_exit_code_2() -> None:
+    done = run("--arms", "roote")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_a_short_run_writes_what_it_says(home: Path, tmp_path: Path) -> None:
