@@ -35,6 +35,13 @@ def test_attach_returns_the_model_freezes_the_rest_and_trains_both_blocks() -> N
     assert all(dict(model.named_parameters())[name] is p for name, p in (deployed | quarantine).items())
 
 
+def test_what_is_not_adapted_is_frozen_and_thawed_by_detach() -> None:
+    model = gr.attach(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)), r=2)
+    assert not any(p.requires_grad for p in model[1].parameters())
+    gr.detach(model)
+    assert all(p.requires_grad for p in model[1].parameters())
+
+
 def test_ranks_scalings_and_dtype_of_the_blocks() -> None:
     model = gr.attach(Tower().bfloat16(), r=2, r_quarantine=4, lora_alpha=8)
     assert model.lower.deployed.A.shape == (2, 5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import gradients, reference_forward, routed_tower
+from models import gradients, randomize_blocks, reference_forward, routed_tower
 from torch import Tensor, nn
 
 import gradroute as gr
@@ -75,6 +75,16 @@ def test_ablated_quarantine_gets_zero_gradients_and_the_deployed_block_its_own()
     for name, _ in gr.quarantine_parameters(model):
         assert torch.equal(ablated[name], torch.zeros_like(ablated[name]))
     assert all(ablated[name].abs().sum() > 0 for name, _ in gr.deployed_parameters(model))
+
+
+def test_a_scale_is_exact_in_float64_also_after_a_float32_layer_of_the_same_shape() -> None:
+    model = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4).double()])
+    randomize_blocks(gr.attach(model, r=2))
+    with gr.ablate_quarantine(model, 0.3):
+        model[0](X.float())
+        output = model[1](X)
+    expected = reference_forward(model[1], X, torch.full((4,), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_disabled_adapters_give_the_base_output_bitwise() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA
+from gradroute.adapters.state import ForwardState
 from gradroute.errors import RouteError, TargetError
 from gradroute.protocol import RoutedLayer, routed_layers
 
@@ -59,9 +60,10 @@ def attach(
         raise
     for parameter in trainable.values():
         parameter.requires_grad_(False)
-    attachment = Attachment(len(wrapped), tuple(trainable))
+    # One state for all layers: then a route or view computes its gates once per shape, not once per layer.
+    attachment, state = Attachment(len(wrapped), tuple(trainable)), ForwardState()
     for name, linear in targets.items():
-        wrapped[linear].attachment = attachment
+        wrapped[linear].attachment, wrapped[linear].state = attachment, state
         _replace(model, name, wrapped[linear])
     return model
 

@@ -11,7 +11,6 @@ gradients are wrong and nothing shows it; `ForwardRecord` finds this out and rai
 
 import sys
 import uuid
-from collections import Counter
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -149,16 +148,11 @@ class ForwardRecord:
 
     def _compare_with_first_forward(self, checkpoint: Any, recomputing: bool) -> None:
         """A reentrant checkpoint's context is the same object in forward and backward: the states are kept on it."""
+        first_states = checkpoint.__dict__.setdefault("gradroute_states", set())
         if not recomputing:
-            states = checkpoint.__dict__.setdefault("gradroute_states", {})
-            states.setdefault(self.key, []).append(self.state.id.item())
-            return
-        first = checkpoint.__dict__.get("gradroute_states", {}).get(self.key, [])
-        turns = checkpoint.__dict__.setdefault("gradroute_turns", Counter())
-        turn = (torch._C._current_graph_task_id(), self.key)
-        if turns[turn] >= len(first) or first[turns[turn]] != self.state.id.item():
+            first_states.add((self.key, self.state.id.item()))
+        elif (self.key, self.state.id.item()) not in first_states:
             raise RouteError(_CHANGED.format(layer=self.layer))
-        turns[turn] += 1
 
     @property
     def state_id(self) -> Int[Tensor, ""]:
