@@ -200,7 +200,9 @@ def test_a_layer_made_under_inference_mode_or_on_meta_trains_later() -> None:
         gr.set_route(model, gr.RouteMask.zones(["keep"] * 3))
         model(X)
         gr.clear_route(model)
+    model.zero_grad()
     model(X).sum().backward()
+    assert all(p.grad is not None for _, p in gr.quarantine_parameters(model))
 
 
 def test_a_linear_used_in_two_places_stays_one_module() -> None:
