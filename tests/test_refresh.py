@@ -1,6 +1,7 @@
 """`Refresher`: it fires on schedule, changes what it should, and raises where it would change nothing."""
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -427,3 +428,13 @@ def test_a_resumed_run_goes_on_counting_steps() -> None:
     made.step()
     assert made.step().step == 42
     assert directions.step == 42
+
+
+def test_a_refresh_that_renews_the_clean_side_alone_is_no_no_op() -> None:
+    model = routed_mixer()
+    old = ablated(model)
+    fresh = dataclasses.replace(old, clean={name: rows + 1 for name, rows in old.clean.items()})
+    made = gr.Refresher(old, lambda: fresh, model=model, every=1)
+    move(model)
+    assert made.step().moved
+    assert all(torch.equal(made.directions.clean[name], fresh.clean[name]) for name in fresh.clean)

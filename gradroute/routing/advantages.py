@@ -45,7 +45,7 @@ def clean_baseline_advantages(
         `GroupAdvantages(full=a, clean=b)`. A group with all rows flagged, or with a single unflagged row, has b = 0; a
         group whose rewards are all equal has a = b = 0.
 
-    Source: the "balanced" advantages of dual-adapter GRPO (see the references in the docs).
+    Source: the "balanced" advantages of GRPO with two adapters (GRAFT, in shawnghu/small-rl).
     """
     if group_size < 2:
         raise GradRouteError(f"`group_size` should be at least 2. Found {group_size}.")
