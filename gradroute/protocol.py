@@ -6,7 +6,8 @@
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class Block(NamedTuple):
     scaling: float
 
 
+BlockName = Literal["deployed", "quarantine"]
+
+
 class RoutedLayer(nn.Module, ABC):
     """A linear layer that carries a deployed and a quarantine block."""
 
@@ -34,6 +38,10 @@ class RoutedLayer(nn.Module, ABC):
     @abstractmethod
     def quarantine(self) -> Block:
         """The block that is ablated at deployment."""
+
+    @abstractmethod
+    def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
+        """The trainable tensors of one block; not `block.A` and `block.B` where those are computed from others."""
 
     @property
     @abstractmethod

@@ -9,9 +9,8 @@ from torch import nn
 
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA
-from gradroute.adapters.state import ForwardState
 from gradroute.errors import RouteError, TargetError
-from gradroute.protocol import RoutedLayer, routed_layers
+from gradroute.protocol import BlockName, RoutedLayer, routed_layers
 
 
 def attach(
@@ -60,10 +59,9 @@ def attach(
         raise
     for parameter in trainable.values():
         parameter.requires_grad_(False)
-    # One state for all layers: then a route or view computes its gates once per shape, not once per layer.
-    attachment, state = Attachment(len(wrapped), tuple(trainable)), ForwardState()
+    attachment = Attachment(len(wrapped), tuple(trainable))
     for name, linear in targets.items():
-        wrapped[linear].attachment, wrapped[linear].state = attachment, state
+        wrapped[linear].attachment = attachment
         _replace(model, name, wrapped[linear])
     return model
 
@@ -111,8 +109,8 @@ def quarantine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
     return _block_parameters(model, "quarantine")
 
 
-def _block_parameters(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Parameter]]:
-    wanted = {id(p) for layer in routed_layers(model).values() for p in getattr(layer, block)[:2]}
+def _block_parameters(model: nn.Module, block: BlockName) -> Iterator[tuple[str, nn.Parameter]]:
+    wanted = {id(p) for layer in routed_layers(model).values() for p in layer.block_parameters(block)}
     return ((name, p) for name, p in model.named_parameters() if id(p) in wanted)
 
 

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradroute.adapters.state import ForwardRecord, Gates
+from gradroute.adapters.recompute import ForwardRecord
+from gradroute.adapters.state import Gates
 from gradroute.errors import RouteError
 from gradroute.protocol import Block
 

@@ -6,6 +6,7 @@ A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute.adapters.functional import StopGradient, add_lora_blocks
-from gradroute.adapters.state import ForwardRecord, ForwardState
+from gradroute.adapters.recompute import record_forward
+from gradroute.adapters.state import INITIAL, ActiveRoute, ForwardState
 from gradroute.errors import TargetError
-from gradroute.protocol import Block, RoutedLayer, routed_layers
+from gradroute.protocol import Block, BlockName, RoutedLayer, routed_layers
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,16 @@ class RoutedLinear(RoutedLayer):
         super().__init__(*args, **kwargs)
         self.name = ""
         self.stop_gradient: StopGradient = "parameters"
-        self.state = ForwardState()
+        self.state: ForwardState = INITIAL
+        self.ran_under: ActiveRoute | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        return {name: value for name, value in self.__dict__.items() if name != "state"}
+        return {**self.__dict__, "state": None, "ran_under": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.state = ForwardState()
+        self.state = INITIAL
 
     @property
     def has_open_route(self) -> bool:
@@ -60,10 +63,14 @@ class RoutedLinear(RoutedLayer):
         self, x: Float[Tensor, "*batch d_in"], base_output: Float[Tensor, "*batch d_out"]
     ) -> Float[Tensor, "*batch d_out"]:
         """base_output + s_d B_d A_d x + m s_q B_q A_q x, under the route and ablation in force."""
-        state = self.state
+        state, record = self.state, None
+        if not torch.compiler.is_compiling():
+            record = record_forward(self.name, id(self), state)
+            state = record.state
         if state.disabled:
             return base_output
-        record = ForwardRecord(self.name, id(self), state)
+        if record is None or not record.recomputing:
+            self.ran_under = state.route
         gates = state.gates(x, self.name)
         if state.quarantine_is_off and not torch.is_grad_enabled():
             A, B, scaling = self.deployed
@@ -118,6 +125,11 @@ class QuarantineLoRA(RoutedLinear):
     @property
     def quarantine(self) -> Block:
         return Block(self.lora_A_quarantine, self.lora_B_quarantine, self.lora_alpha / self.r_quarantine)
+
+    def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
+        yield from (
+            (self.lora_A, self.lora_B) if block == "deployed" else (self.lora_A_quarantine, self.lora_B_quarantine)
+        )
 
     @property
     def weight(self) -> Tensor:

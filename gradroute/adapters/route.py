@@ -31,9 +31,15 @@ def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask
 
 @contextmanager
 def _routed(layers: dict[str, RoutedLinear], active: ActiveRoute) -> Iterator[RouteMask]:
-    with changed_state(layers, lambda state: _with_route(state, active)):
-        yield active.mask
-        _check_all_ran(layers, active)
+    outer = {name: layer.ran_under for name, layer in layers.items()}
+    try:
+        with changed_state(layers, lambda state: _with_route(state, active)):
+            yield active.mask
+            _check_all_ran(layers, active)
+    finally:
+        active.closed = True
+        for name, layer in layers.items():
+            layer.ran_under = outer[name]
 
 
 def set_route(model: nn.Module, mask: RouteMask) -> None:
@@ -73,6 +79,7 @@ def _close_sticky(layers: dict[str, RoutedLinear], caller: str) -> None:
         raise RouteError(f"{caller}(model) inside a `with route(...)` block. Fix: leave the block first.")
     set_states(layers, lambda state: _with_route(state, None))
     for active in {id(active): active for active in routes.values()}.values():
+        active.closed = True
         _check_all_ran({name: layers[name] for name in routes if routes[name] is active}, active)
 
 
@@ -85,7 +92,7 @@ def _checked(mask: RouteMask) -> RouteMask:
 
 
 def _check_all_ran(layers: dict[str, RoutedLinear], active: ActiveRoute) -> None:
-    idle = [name for name in layers if id(layers[name]) not in active.ran]
+    idle = [name for name, layer in layers.items() if layer.ran_under is not active]
     if idle:
         shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
         raise RouteError(

@@ -1,24 +1,17 @@
-"""The state a routed layer reads in its forward, and the record that ties a backward to it.
+"""The state a routed layer reads in its forward.
 
     state = (open route or none) x (ablation scale) x (adapters disabled or not)
 
 States are immutable and carry an id. A context manager gives a layer a new state and later puts the old object back, so
 nothing is written into parameters and an exception restores what was there.
-
-Gradient checkpointing runs a layer's forward a second time, inside backward. If the state has changed by then the
-gradients are wrong and nothing shows it; `ForwardRecord` finds this out and raises.
 """
 
-import sys
 import uuid
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import RouteError
@@ -28,11 +21,11 @@ Weights = Float[Tensor, "*batch"]
 
 @dataclass(eq=False)
 class ActiveRoute:
-    """A mask in force, and the layers (by `id`) that ran under it."""
+    """A mask in force; `closed` once its block has ended."""
 
     mask: RouteMask
     sticky: bool
-    ran: set[int] = field(default_factory=set)
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class ForwardState:
     disabled: bool = False
     id: Int[Tensor, ""] = field(default_factory=_new_id)
     _cache: dict[tuple[torch.Size, torch.device, torch.dtype], Gates] = field(default_factory=dict, repr=False)
+    _axes: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def quarantine_is_off(self) -> bool:
@@ -67,13 +61,31 @@ class ForwardState:
 
     def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
         """The three gates, one float per leading index of `x`."""
+        if self.route is None and isinstance(self.scale, float) and self.scale == 1.0:
+            return Gates()
+        if torch.compiler.is_compiling():
+            return self._spread(x, layer)
         key = (x.shape[:-1], x.device, x.dtype)
         if key not in self._cache:
             # Few shapes occur under one state; a long generation under a sticky state must not grow the cache.
             if len(self._cache) >= 16:
                 self._cache.clear()
+            self._check_axes(x, layer)
             self._cache[key] = self._spread(x, layer)
         return self._cache[key]
+
+    def _check_axes(self, x: Tensor, layer: str) -> None:
+        """Rows must mean the same in every layer: an expert's input (tokens, d) may by chance have `batch` tokens."""
+        if self.route is None and isinstance(self.scale, float):
+            return
+        self._axes.setdefault(x.ndim, layer)
+        if len(self._axes) > 1:
+            found = ", ".join(f"{ndim} axes in `{name}`" for ndim, name in sorted(self._axes.items(), reverse=True))
+            raise RouteError(
+                f"The inputs of all layers under one mask should have the same axes. Found {found}: a module that "
+                "flattens its tokens, or takes some of them (an expert), cannot be matched with rows. "
+                "Fix: exclude it from `target_modules`, or run it under a route of its own."
+            )
 
     def _spread(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
         mask = None if self.route is None else self.route.mask
@@ -123,69 +135,5 @@ def _per_row(values: Tensor, x: Tensor, layer: str, what: str) -> Weights:
     )
 
 
-@dataclass(frozen=True)
-class ForwardRecord:
-    """Which state one forward of one layer ran in, and whether it ran inside backward.
-
-    Raises on creation if a reentrant checkpoint recomputes the layer in another state than it first ran in.
-    """
-
-    layer: str
-    key: int
-    state: ForwardState
-    unverified: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        recomputing = torch._C._current_graph_task_id() != -1
-        if recomputing or not torch.is_grad_enabled():
-            checkpoint = _reentrant_checkpoint()
-            if checkpoint is not None:
-                self._compare_with_first_forward(checkpoint, recomputing)
-            # Under non-reentrant checkpointing this forward's own graph is thrown away and `check_backward` decides.
-            object.__setattr__(self, "unverified", recomputing and checkpoint is None)
-        if not recomputing and self.state.route is not None:
-            self.state.route.ran.add(self.key)
-
-    def _compare_with_first_forward(self, checkpoint: Any, recomputing: bool) -> None:
-        """A reentrant checkpoint's context is the same object in forward and backward: the states are kept on it."""
-        first_states = checkpoint.__dict__.setdefault("gradroute_states", set())
-        if not recomputing:
-            first_states.add((self.key, self.state.id.item()))
-        elif (self.key, self.state.id.item()) not in first_states:
-            raise RouteError(_CHANGED.format(layer=self.layer))
-
-    @property
-    def state_id(self) -> Int[Tensor, ""]:
-        """Saved with the activations: under non-reentrant checkpointing it comes back from the recomputation."""
-        return self.state.id
-
-    def check_backward(self, saved_id: Int[Tensor, ""]) -> None:
-        """Raise if the activations of this backward were computed in another state than the forward's."""
-        if saved_id.item() != self.state.id.item():
-            raise RouteError(_CHANGED.format(layer=self.layer))
-        if self.unverified:
-            raise RouteError(
-                f"`{self.layer}` ran forward inside backward, in a checkpoint that is not torch.utils.checkpoint. "
-                "Whether its route is that of its first forward cannot be known. Fix: use torch.utils.checkpoint."
-            )
-
-
-def _reentrant_checkpoint() -> Any:
-    """The context of the reentrant checkpoint that is running a forward now, or None.
-
-    Its graph is built inside backward and knows nothing of the first forward, so it has to be found on the stack.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in _CHECKPOINT_CODE:
-            return frame.f_locals["ctx"]
-        frame = frame.f_back
-    return None
-
-
-_CHECKPOINT_CODE = (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__)
-
-_CHANGED = (
-    "Gradient checkpointing recomputed `{layer}` under another route or ablation than its forward ran in, so its "
-    "gradients would be wrong. Fix: let `route(...)`, or the ablation, enclose both forward and backward."
-)
+INITIAL = ForwardState()
+"""No route, nothing ablated: the state of every layer outside of `with` blocks. Shared, since states are immutable."""

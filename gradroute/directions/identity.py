@@ -19,7 +19,8 @@ def model_identity(model: nn.Module) -> str:
         id(parameter)
         for module in model.modules()
         if isinstance(module, RoutedLayer)
-        for parameter in (*module.deployed[:2], *module.quarantine[:2])
+        for block in ("deployed", "quarantine")
+        for parameter in module.block_parameters(block)
     }
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
