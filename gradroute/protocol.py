@@ -43,6 +43,10 @@ class RoutedLayer(nn.Module, ABC):
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
         """The trainable tensors of one block; not `block.A` and `block.B` where those are computed from others."""
 
+    @abstractmethod
+    def base_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """The frozen W of y = W x, floating point also where the layer stores it transposed or quantised."""
+
     @property
     @abstractmethod
     def has_open_route(self) -> bool:

@@ -131,6 +131,9 @@ class QuarantineLoRA(RoutedLinear):
             (self.lora_A, self.lora_B) if block == "deployed" else (self.lora_A_quarantine, self.lora_B_quarantine)
         )
 
+    def base_weight(self) -> Float[Tensor, "d_out d_in"]:
+        return self.base_layer.weight.detach()
+
     @property
     def weight(self) -> Tensor:
         """The frozen weight, for code that asks a linear for its dtype or device."""
