@@ -1,13 +1,18 @@
 """Gradient routing for reinforcement learning: quarantine what looks like a hack, then ablate the quarantine."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from gradroute.adapters import init
 from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
 from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.merge import merge_deployed
 from gradroute.adapters.modes import ablate_quarantine, disable_adapters
 from gradroute.adapters.route import clear_route, route, set_route
+from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.container import Directions
 from gradroute.directions.extract import extract_activation_directions, extract_gradient_directions
@@ -26,7 +31,27 @@ from gradroute.routing.advantages import clean_baseline_advantages
 from gradroute.routing.gates import BandGate, LabelGate
 from gradroute.routing.refresh import Refresher, RefreshReport
 
+if TYPE_CHECKING:
+    from gradroute.adapters.peft.checkpoint import load_quarantined
+    from gradroute.adapters.peft.config import QuarantineLoraConfig
+    from gradroute.adapters.peft.export import export_deployed, export_full
+
 __version__ = version("gradroute")
+
+_LAZY = {
+    "QuarantineLoraConfig": "gradroute.adapters.peft.config",
+    "export_deployed": "gradroute.adapters.peft.export",
+    "export_full": "gradroute.adapters.peft.export",
+    "load_quarantined": "gradroute.adapters.peft.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # peft takes seconds to import, and not everybody needs it.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gradroute' has no attribute {name!r}")
+
 
 __all__ = [
     "BandGate",
@@ -41,12 +66,14 @@ __all__ = [
     "LabelGate",
     "OnOffReport",
     "QuarantineLoRA",
+    "QuarantineLoraConfig",
     "Rate",
     "RefreshError",
     "RefreshReport",
     "Refresher",
     "RouteError",
     "RouteMask",
+    "SvdGain",
     "TargetError",
     "ablate_quarantine",
     "attach",
@@ -58,9 +85,14 @@ __all__ = [
     "detach",
     "disable_adapters",
     "evaluate_on_off",
+    "export_deployed",
+    "export_full",
     "extract_activation_directions",
     "extract_gradient_directions",
+    "init",
     "load_pairs",
+    "load_quarantined",
+    "merge_deployed",
     "quarantine_lora",
     "quarantine_parameters",
     "route",

@@ -5,14 +5,15 @@
 `adapters` implements `RoutedLayer`; `directions` reads features from it without importing `adapters`.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute.errors import GradRouteError
+from gradroute.errors import GradRouteError, TargetError
 
 
 class Block(NamedTuple):
@@ -59,11 +60,49 @@ class RoutedLayer(nn.Module, ABC):
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
-    """Every routed layer of `model` by qualified name, in module order; raises if there is none."""
+    """Every routed layer of `model` by qualified name, in module order.
+
+    Raises:
+        GradRouteError: there is none.
+        TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+    for module in model.modules():
+        if "peft_config" in module.__dict__:
+            _check_injected(module, layers)
     if not layers:
         raise GradRouteError(
             f"`model` should contain routed layers. Found none in a {type(model).__name__}. "
-            "Fix: call gradroute.attach(model, ...) first."
+            "Fix: call gradroute.attach(model, ...), or get_peft_model(model, QuarantineLoraConfig(...)), first."
         )
     return layers
+
+
+def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None:
+    """PEFT injects an adapter without a last word for its config: what it left out is found here, before it is used."""
+    configs = {
+        name: config for name, config in model.__dict__["peft_config"].items() if hasattr(config, "r_quarantine")
+    }
+    for adapter, config in configs.items():
+        for name, module in model.named_modules():
+            if _has_adapter(module, adapter) and not isinstance(module, RoutedLayer):
+                raise TargetError(
+                    f"Adapter {adapter!r} should have a quarantine in `{name}`. Found plain LoRA: the layer was made "
+                    "for an adapter without one. Fix: add the adapter with a quarantine first, or unload the other one."
+                )
+        names = [name for name, layer in layers.items() if _has_adapter(layer, adapter)]
+        targets = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
+        idle = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                idle.append(pattern)
+        if idle:
+            raise TargetError(
+                f"Every entry of `target_modules`, `rank_pattern` and `alpha_pattern` should match a layer. Found "
+                f"{idle} matching none of adapter {adapter!r}. Fix: see model.named_modules()."
+            )
+
+
+def _has_adapter(module: nn.Module, adapter: str) -> bool:
+    adapters = module._modules.get("lora_A")
+    return isinstance(adapters, nn.ModuleDict) and adapter in adapters

@@ -3,14 +3,18 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from gradroute.adapters.functional import StopGradient
-from gradroute.adapters.layer import Attachment, QuarantineLoRA
+from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
+from gradroute.adapters.svd_gain import SvdGain
 from gradroute.errors import RouteError, TargetError
 from gradroute.protocol import BlockName, RoutedLayer, routed_layers
+
+Parametrization = Literal["lora", "svd_gain"]
 
 
 def attach(
@@ -22,35 +26,52 @@ def attach(
     target_modules: str | Sequence[str] = "all-linear",
     stop_gradient: StopGradient = "parameters",
     seed: int = 0,
+    parametrization: Parametrization = "lora",
+    rotate: bool = False,
 ) -> nn.Module:
-    """Replace each targeted `nn.Linear` by a `QuarantineLoRA` around it, freeze everything else, return `model`.
+    """Replace each targeted `nn.Linear` by a routed layer around it, freeze everything else, return `model`.
 
     Args:
         model: any module; changed in place. `detach(model)` undoes it.
         r, r_quarantine, lora_alpha, stop_gradient: see `QuarantineLoRA`.
         target_modules: "all-linear" (every `nn.Linear` but the output head of a Hugging Face model), a regular
             expression that matches whole module names, or a list whose entries are a module's name or its `.suffix`.
-        seed: of the initial A matrices; the global generator is not used.
+        seed: of the initial A matrices; the global generator is not used. "svd_gain" draws nothing.
+        parametrization: "lora" (`QuarantineLoRA`: A and B are trained) or "svd_gain" (`SvdGain`: gains on the singular
+            directions of the weight).
+        rotate: with "svd_gain", give the quarantine a trainable rotation of its directions.
 
     Raises:
-        TargetError: the model is adapted already, an entry of `target_modules` matches nothing, or something other
-            than an `nn.Linear`.
+        TargetError: the model is adapted already, by `attach` or by PEFT; an entry of `target_modules` matches nothing,
+            or something other than an `nn.Linear`; a size out of range.
     """
+    if parametrization not in ("lora", "svd_gain"):
+        raise TargetError(f'`parametrization` should be "lora" or "svd_gain". Found {parametrization!r}.')
+    if rotate and parametrization != "svd_gain":
+        raise TargetError('`rotate=True` rotates singular directions. Fix: parametrization="svd_gain".')
+    _check_no_peft(model)
     if any(isinstance(module, RoutedLayer) for module in model.modules()):
         raise TargetError("`model` has routed layers already. Fix: detach(model) first.")
     targets = _find_targets(model, target_modules)
     generator = torch.Generator().manual_seed(seed)
     # A linear that is used in two places must stay one module.
-    wrapped: dict[nn.Module, QuarantineLoRA] = {}
+    wrapped: dict[nn.Module, WrappedLinear] = {}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         for name, linear in targets.items():
-            if linear not in wrapped:
+            if linear in wrapped:
+                continue
+            if parametrization == "lora":
                 wrapped[linear] = QuarantineLoRA(
                     linear, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha,
                     stop_gradient=stop_gradient, generator=generator,
                 )  # fmt: skip
-                wrapped[linear].name = name
+            else:
+                wrapped[linear] = SvdGain(
+                    linear, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha,
+                    stop_gradient=stop_gradient, rotate=rotate,
+                )  # fmt: skip
+            wrapped[linear].name = name
     except BaseException as error:
         for parameter in trainable.values():
             parameter.requires_grad_(True)
@@ -76,7 +97,7 @@ def detach(model: nn.Module) -> nn.Module:
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuarantineLoRA) and module.attachment is not None
+        if isinstance(module, WrappedLinear) and module.attachment is not None
     }
     if not layers or "" in layers:
         raise TargetError(f"`model` should have been given blocks by attach(). Found a {type(model).__name__}.")
@@ -112,6 +133,16 @@ def quarantine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
 def _block_parameters(model: nn.Module, block: BlockName) -> Iterator[tuple[str, nn.Parameter]]:
     wanted = {id(p) for layer in routed_layers(model).values() for p in layer.block_parameters(block)}
     return ((name, p) for name, p in model.named_parameters() if id(p) in wanted)
+
+
+def _check_no_peft(model: nn.Module) -> None:
+    """PEFT's A and B are linears themselves: "all-linear" would put blocks around those."""
+    for name, module in model.named_modules():
+        if not isinstance(module, WrappedLinear) and hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            raise TargetError(
+                f"`model` has LoRA layers of PEFT already, such as `{name}`. Fix: instead of attaching, give the base "
+                "model to get_peft_model with a QuarantineLoraConfig."
+            )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

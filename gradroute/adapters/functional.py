@@ -127,7 +127,8 @@ class _QuarantineLora(torch.autograd.Function):
         B = torch.cat([s_d * B_d, s_q * B_q], dim=1)
         base_rows = base_output.reshape(-1, base_output.shape[-1])
         same = base_rows.dtype == z.dtype
-        y = torch.addmm(base_rows, z, B.T) if same else base_rows + (z @ B.T).to(base_rows.dtype)
+        # Two types are added in the wider one and rounded once, as PEFT does.
+        y = torch.addmm(base_rows, z, B.T) if same else (base_rows + z @ B.T).to(base_rows.dtype)
         ctx.save_for_backward(x, u, A_d, B_d, A_q, B_q, state_id)
         # Gates are kept apart from the saved tensors: those come back from a checkpoint recomputation, which may have
         # run under other gates; `check_backward` compares the two states and raises.

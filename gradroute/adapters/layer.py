@@ -32,20 +32,15 @@ class Attachment:
 class RoutedLinear(RoutedLayer):
     """The forward of a routed layer, whatever holds its parameters: reads the state and calls the fused operation."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.name = ""
-        self.stop_gradient: StopGradient = "parameters"
-        self.state: ForwardState = INITIAL
-        self.ran_under: ActiveRoute | None = None
+    # On the class, so that a layer somebody else built (PEFT's) needs no second constructor.
+    name: str = ""
+    stop_gradient: StopGradient = "parameters"
+    state: ForwardState = INITIAL
+    ran_under: ActiveRoute | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        return {**self.__dict__, "state": None, "ran_under": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.state = INITIAL
+        return {name: value for name, value in self.__dict__.items() if name not in ("state", "ran_under")}
 
     @property
     def has_open_route(self) -> bool:
@@ -80,18 +75,14 @@ class RoutedLinear(RoutedLayer):
         return add_lora_blocks(x, base_output, self.deployed, self.quarantine, gates, branch, record)
 
 
-class QuarantineLoRA(RoutedLinear):
-    """y = base_layer(x) + s_d B_d A_d x + m s_q B_q A_q x around a frozen `nn.Linear`.
+class WrappedLinear(RoutedLinear):
+    """What every layer that `attach` puts around a frozen `nn.Linear` has, whatever its blocks are made of.
 
     Args:
-        base_layer: the linear to adapt; its parameters are frozen and stay where they are.
-        r: rank of the deployed block.
-        r_quarantine: rank of the quarantine block; None means r.
-        lora_alpha: s_d = lora_alpha / r, s_q = lora_alpha / r_quarantine.
-        stop_gradient: see `quarantine_lora`.
-        generator: source of the initialisation of A; None means torch's global one.
+        base_layer, r, r_quarantine, lora_alpha, stop_gradient: see `QuarantineLoRA`.
 
-    Parameters have the dtype and device of the base weight; initial values do not depend on the device.
+    Raises:
+        TargetError: a base layer that cannot carry blocks, or a size out of range.
     """
 
     def __init__(
@@ -99,10 +90,9 @@ class QuarantineLoRA(RoutedLinear):
         base_layer: nn.Linear,
         *,
         r: int,
-        r_quarantine: int | None = None,
+        r_quarantine: int | None,
         lora_alpha: float,
-        stop_gradient: StopGradient = "parameters",
-        generator: torch.Generator | None = None,
+        stop_gradient: StopGradient,
     ) -> None:
         super().__init__()
         r_quarantine = r if r_quarantine is None else r_quarantine
@@ -111,25 +101,8 @@ class QuarantineLoRA(RoutedLinear):
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.r_quarantine, self.lora_alpha = r, r_quarantine, float(lora_alpha)
         self.stop_gradient = stop_gradient
-        self.lora_A = nn.Parameter(_kaiming(r, base_layer, generator))
-        self.lora_B = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r))
-        self.lora_A_quarantine = nn.Parameter(_kaiming(r_quarantine, base_layer, generator))
-        self.lora_B_quarantine = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, r_quarantine))
         self.attachment: Attachment | None = None
         self.train(base_layer.training)
-
-    @property
-    def deployed(self) -> Block:
-        return Block(self.lora_A, self.lora_B, self.lora_alpha / self.r)
-
-    @property
-    def quarantine(self) -> Block:
-        return Block(self.lora_A_quarantine, self.lora_B_quarantine, self.lora_alpha / self.r_quarantine)
-
-    def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
-        yield from (
-            (self.lora_A, self.lora_B) if block == "deployed" else (self.lora_A_quarantine, self.lora_B_quarantine)
-        )
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
         return self.base_layer.weight.detach()
@@ -160,6 +133,50 @@ class QuarantineLoRA(RoutedLinear):
     def extra_repr(self) -> str:
         text = f"r={self.r}, r_quarantine={self.r_quarantine}, lora_alpha={self.lora_alpha:g}"
         return text if self.stop_gradient == "parameters" else f"{text}, stop_gradient={self.stop_gradient!r}"
+
+
+class QuarantineLoRA(WrappedLinear):
+    """y = base_layer(x) + s_d B_d A_d x + m s_q B_q A_q x around a frozen `nn.Linear`.
+
+    Args:
+        base_layer: the linear to adapt; its parameters are frozen and stay where they are.
+        r: rank of the deployed block.
+        r_quarantine: rank of the quarantine block; None means r.
+        lora_alpha: s_d = lora_alpha / r, s_q = lora_alpha / r_quarantine.
+        stop_gradient: see `quarantine_lora`.
+        generator: source of the initialisation of A; None means torch's global one.
+
+    Parameters have the dtype and device of the base weight; initial values do not depend on the device.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        *,
+        r: int,
+        r_quarantine: int | None = None,
+        lora_alpha: float,
+        stop_gradient: StopGradient = "parameters",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(base_layer, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha, stop_gradient=stop_gradient)
+        self.lora_A = nn.Parameter(_kaiming(self.r, base_layer, generator))
+        self.lora_B = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, self.r))
+        self.lora_A_quarantine = nn.Parameter(_kaiming(self.r_quarantine, base_layer, generator))
+        self.lora_B_quarantine = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features, self.r_quarantine))
+
+    @property
+    def deployed(self) -> Block:
+        return Block(self.lora_A, self.lora_B, self.lora_alpha / self.r)
+
+    @property
+    def quarantine(self) -> Block:
+        return Block(self.lora_A_quarantine, self.lora_B_quarantine, self.lora_alpha / self.r_quarantine)
+
+    def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
+        yield from (
+            (self.lora_A, self.lora_B) if block == "deployed" else (self.lora_A_quarantine, self.lora_B_quarantine)
+        )
 
 
 def routed_linears(model: nn.Module) -> dict[str, RoutedLinear]:

@@ -40,24 +40,38 @@ def ablate_quarantine(
         if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.ndim not in (1, 2):
             raise RouteError(f"`rows` should be a boolean tensor of shape (batch,) or (batch, seq). Found {rows!r}.")
         factor = torch.where(rows, float(scale), 1.0)
-    return _view(model, lambda state: ForwardState(state.route, combine_scales(state.scale, factor), state.disabled))
+    return _viewed(
+        model, routed_linears(model), lambda s: ForwardState(s.route, combine_scales(s.scale, factor), s.disabled)
+    )
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """y <- W x: both blocks off, as for the reference pass of a KL penalty.
+    """y <- W x: both blocks off, as for the reference pass of a KL penalty; also what PEFT trains besides them.
 
-    A routed layer that runs in this view does not count as having run under an open route.
+    A routed layer that runs in this view does not count as having run under an open route. Unlike PEFT's
+    `model.disable_adapter()` it leaves every `requires_grad` alone.
     """
-    return _view(model, lambda state: ForwardState(state.route, state.scale, disabled=True))
+    return _disabled(model, routed_linears(model))
+
+
+@contextmanager
+def _disabled(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> Iterator[nn.Module]:
+    # PEFT's wrappers of `modules_to_save` and of other adapters read this flag in their forward.
+    flag = "_disable_adapters"
+    before = {m: m.__dict__[flag] for m in model.modules() if flag in m.__dict__ and not isinstance(m, RoutedLinear)}
+    try:
+        for wrapper in before:
+            setattr(wrapper, flag, True)
+        with changed_state(layers, lambda state: ForwardState(state.route, state.scale, disabled=True)):
+            yield model
+    finally:
+        for wrapper, disabled in before.items():
+            setattr(wrapper, flag, disabled)
 
 
 def without_route(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """Suspend an open route, so that a batch of other rows can run in between."""
-    return _view(model, lambda state: ForwardState(None, state.scale, state.disabled))
-
-
-def _view(model: nn.Module, change: Callable[[ForwardState], ForwardState]) -> AbstractContextManager[nn.Module]:
-    return _viewed(model, routed_linears(model), change)
+    return _viewed(model, routed_linears(model), lambda state: ForwardState(None, state.scale, state.disabled))
 
 
 @contextmanager

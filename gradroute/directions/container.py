@@ -135,6 +135,14 @@ class Directions:
         """(hack, clean): the score of each side of each pair."""
         return self.score(self.hack), self.score(self.clean)
 
+    def differences(self) -> dict[str, Float[Tensor, "pairs d_feature"]]:
+        """Module name -> f_hack - f_clean, a row per pair.
+
+        Of directions extracted with `features="input"` these are the paired input differences (pairs, d_in) that
+        `init.contrastive_covariance_` and `init.signed_seed_` take.
+        """
+        return {name: self.hack[name] - self.clean[name] for name in self.rows}
+
     @typechecked
     def random_like(self, seed: int) -> "Directions":
         """A control: Haar-distributed orthonormal rows of the same shapes, with the same pair features.

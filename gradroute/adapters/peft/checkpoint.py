@@ -1,0 +1,141 @@
+"""Loading a checkpoint with both blocks, checked before anything is changed.
+
+`model.save_pretrained(path)` of PEFT writes both blocks. PEFT's own `PeftModel.from_pretrained(base, path)` then loads
+the deployed block alone; `load_quarantined(base, path)` loads both.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
+from gradroute.errors import FileFormatError, TargetError
+from gradroute.protocol import RoutedLayer
+
+_PREFIX = "base_model.model."
+
+
+def load_quarantined(
+    model: nn.Module, path: str | Path, *, adapter_name: str = "default", is_trainable: bool = True
+) -> PeftModel:
+    """Both blocks from the folder that `save_pretrained` wrote, on the base model they were trained on.
+
+    Args:
+        model: the base model, without adapters; it is wrapped in place as by `get_peft_model`.
+        path: a local folder with adapter_config.json and adapter_model.safetensors.
+        adapter_name: name of the adapter in the returned model.
+        is_trainable: whether both blocks require gradients.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, of a later version, or made for another model. The model is
+            then as it was.
+        TargetError: `model` has adapters already.
+    """
+    if any(isinstance(module, BaseTunerLayer | RoutedLayer) for module in model.modules()):
+        raise TargetError(
+            f"`model` should be a base model. Found adapters in a {type(model).__name__}. "
+            "Fix: load the base model anew, or model.load_adapter(path, adapter_name) into the adapter that is there."
+        )
+    folder = Path(path)
+    config = read_config(folder)
+    tensors = _read_tensors(folder / "adapter_model.safetensors")
+    _check_tensors(model, config, tensors, folder)
+    config.inference_mode = not is_trainable
+    # PEFT warns of another path; that it is the same base model has just been checked by its weights.
+    config.base_model_name_or_path = None
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = dict(model.__dict__)
+    loaded = None
+    try:
+        # Injection draws initial values that are then overwritten: the caller's random state should not notice.
+        with torch.random.fork_rng():
+            loaded = get_peft_model(model, config, adapter_name=adapter_name)
+        expected = get_peft_model_state_dict(loaded, adapter_name=adapter_name)
+        missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        if missing or unexpected:
+            raise FileFormatError(
+                f"`{folder}` should hold the tensors that its config describes on this model. "
+                f"Found {len(missing)} missing {missing[:2]} and {len(unexpected)} unknown {unexpected[:2]}."
+            )
+        set_peft_model_state_dict(loaded, dict(tensors), adapter_name=adapter_name)
+    except BaseException as error:
+        _undo(model, loaded, attributes)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        if isinstance(error, FileFormatError | TargetError) or not isinstance(error, Exception):
+            raise
+        raise FileFormatError(f"`{folder}` cannot be loaded onto a {type(model).__name__}: {error}") from error
+    return loaded
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FileFormatError(f"`{file}` should be a safetensors file. Found: {error}.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FileFormatError(f"`{file}`: `{name}` should be finite. Found inf or nan.")
+    return tensors
+
+
+def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Every matrix fits its module, every module has four, and the base weights are those of the training."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module_name, found, matrix = name.removeprefix(_PREFIX).partition(".lora_")
+        if found:
+            modules.setdefault(module_name, {})["lora_" + matrix.removesuffix(".weight")] = tensor
+    if not any("lora_A_quarantine" in matrices for matrices in modules.values()):
+        raise FileFormatError(f"`{folder}` should hold a quarantine block. Found none among {len(tensors)} tensors.")
+    for name, matrices in modules.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise FileFormatError(
+                f"`{folder}` was made for a model with a module `{name}`. Found none in this {type(model).__name__}."
+            ) from error
+        needed = {"lora_A", "lora_B", "lora_A_quarantine", "lora_B_quarantine"}
+        if set(matrices) != needed:
+            raise FileFormatError(f"`{folder}`: `{name}` should have {sorted(needed)}. Found {sorted(matrices)}.")
+        d_in, d_out = _widths(module)
+        for block in ("", "_quarantine"):
+            A, B = tuple(matrices[f"lora_A{block}"].shape), tuple(matrices[f"lora_B{block}"].shape)
+            if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (d_in is not None and (A[1], B[0]) != (d_in, d_out)):
+                raise FileFormatError(
+                    f"`{folder}`: the blocks of `{name}` should be A (r, {d_in}) and B ({d_out}, r). "
+                    f"Found lora_A{block} {A} and lora_B{block} {B}."
+                )
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            config.check_base(name, weight)
+
+
+def _widths(module: nn.Module) -> tuple[int | None, int | None]:
+    """(d_in, d_out) of a linear or of transformers' Conv1D."""
+    linear: Any = module
+    if hasattr(module, "in_features"):
+        return int(linear.in_features), int(linear.out_features)
+    weight = getattr(module, "weight", None)
+    return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else (None, None)
+
+
+def _undo(model: nn.Module, loaded: Any, attributes: Mapping[str, Any]) -> None:
+    """Put the base modules back where the injection replaced them, and the model's own attributes."""
+    if loaded is not None:
+        loaded.unload()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for name in set(model.__dict__) - set(attributes):
+        with suppress(AttributeError):
+            delattr(model, name)

@@ -1,0 +1,177 @@
+"""`QuarantineLoraConfig`: PEFT's LoRA with a quarantine block in the same adapter.
+
+    get_peft_model(model, QuarantineLoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+The peft type stays LORA, so everything in PEFT that knows LoRA knows this. PEFT builds its own layer for each target
+and routing is mixed into it; the quarantine lives in the same adapter as `lora_A_quarantine`, `lora_B_quarantine`. Two
+named adapters would not do: PEFT re-activates one of them after a reference pass, and the other stays frozen.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from gradroute.errors import FileFormatError, TargetError
+
+FORMAT = 1
+_SAMPLES = 4
+
+
+@dataclass
+class QuarantineLoraConfig(LoraConfig):
+    """LoRA with y = W x + s_d B_d A_d x + m s_q B_q A_q x; every argument of `LoraConfig` that fits, and:
+
+    Args:
+        r_quarantine: rank of the quarantine; None means the rank of the deployed block of the same layer.
+        stop_gradient: see `quarantine_lora`.
+        quarantine_format, base_fingerprint: written by `save_pretrained`; not to be set.
+
+    s_q follows `lora_alpha`, `alpha_pattern` and `use_rslora` as s_d does: lora_alpha / r_quarantine, or over its root.
+
+    Raises:
+        TargetError: an option that would change what the two blocks are, or train something besides them: DoRA and
+            other LoRA variants, `lora_bias`, `bias`, `target_parameters`, `init_lora_weights` other than True or
+            "gaussian".
+    """
+
+    r_quarantine: int | None = field(default=None, metadata={"help": "Rank of the quarantine block; None means r."})
+    stop_gradient: str = field(default="parameters", metadata={"help": '"parameters" (exact) or "branch".'})
+    quarantine_format: int = field(default=FORMAT, metadata={"help": "Version of the checkpoint format."})
+    base_fingerprint: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Some values of the base weights this was trained on."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        _check_options(self)
+        self._base: dict[str, Any] = {}
+        # The key is nn.Module: every target comes to the factory, so none becomes plain LoRA in silence.
+        self._register_custom_module({nn.Module: _build_layer})  # type: ignore[dict-item]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it, with the fingerprint of the base model that it was injected into."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {**fields, "base_fingerprint": self._base or self.base_fingerprint}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "QuarantineLoraConfig":
+        """PEFT's constructor from a file's fields; unlike PEFT it refuses fields that it does not know.
+
+        Raises:
+            FileFormatError: no quarantine in it, of a later format, or with a setting of a later version.
+        """
+        version = kwargs.get("quarantine_format")
+        if version is None:
+            raise FileFormatError(
+                f"The adapter config should hold a quarantine. Found plain {kwargs.get('peft_type', 'PEFT')}. "
+                "Fix: load it with peft.PeftModel.from_pretrained."
+            )
+        if version != FORMAT:
+            raise FileFormatError(
+                f"`quarantine_format` of the adapter config should be {FORMAT}. Found {version!r}: written by a later "
+                "gradroute. Fix: upgrade gradroute."
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        # A later PEFT writes its new options into every config; they matter only where they are switched on.
+        later = sorted(name for name, value in kwargs.items() if name not in known and value)
+        if later:
+            raise FileFormatError(
+                f"The adapter config sets {later}, which this version of peft does not know. Fix: upgrade peft."
+            )
+        return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    def check_base(self, name: str, weight: Tensor) -> None:
+        """Remember some values of a base weight; compare them with those of the checkpoint if this was loaded from one.
+
+        The same type must give the same values; another type (bf16 for float32) roughly the same.
+
+        Raises:
+            FileFormatError: the adapter was trained on another base model.
+        """
+        if not weight.is_floating_point() or weight.device.type == "meta":
+            return
+        samples, dtype = base_samples(weight), str(weight.dtype).removeprefix("torch.")
+        expected = self.base_fingerprint.get(name)
+        if expected is not None:
+            rtol, atol = (0.0, 0.0) if expected["dtype"] == dtype else (0.05, 1e-4)
+            then, now = (torch.tensor(values, dtype=torch.float64) for values in (expected["values"], samples))
+            if then.shape != now.shape or not torch.allclose(then, now, rtol=rtol, atol=atol):
+                raise FileFormatError(
+                    f"The adapter should be loaded onto the base model that it was trained on. Found another `{name}`: "
+                    f"its first sampled value is {samples[0]:.4g} ({dtype}), not {expected['values'][0]:.4g} "
+                    f"({expected['dtype']}). Fix: load the base model named in the adapter's card."
+                )
+        self._base[name] = {"dtype": dtype, "values": samples}
+
+
+def base_samples(weight: Tensor) -> list[float]:
+    """A few evenly spaced values of a weight."""
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return [float(value) for value in flat[index.to(flat.device)].double().cpu()]
+
+
+def read_config(path: Path) -> QuarantineLoraConfig:
+    """The config in the folder `path`.
+
+    Raises:
+        FileFormatError: there is none, it is no JSON, or not one of ours.
+    """
+    file = path / "adapter_config.json"
+    try:
+        json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"`{file}` should be the config of an adapter in JSON. Found: {error}.") from error
+    try:
+        config: QuarantineLoraConfig = QuarantineLoraConfig.from_pretrained(str(path))
+    except FileFormatError as error:
+        raise FileFormatError(f"`{file}`: {error}") from error
+    except (TypeError, ValueError, KeyError) as error:
+        raise FileFormatError(f"`{file}` holds a setting that cannot be used: {error}") from error
+    return config
+
+
+def _build_layer(target: nn.Module, adapter_name: str, config: QuarantineLoraConfig, **kwargs: Any) -> nn.Module:
+    from gradroute.adapters.peft.layer import build_routed_layer  # noqa: PLC0415  it needs this file's config
+
+    return build_routed_layer(target, adapter_name, config, **kwargs)
+
+
+def _check_options(config: QuarantineLoraConfig) -> None:
+    rank = config.r_quarantine
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
+    if config.stop_gradient not in ("parameters", "branch"):
+        raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {config.stop_gradient!r}.')
+    if config.init_lora_weights not in (True, "gaussian"):
+        raise TargetError(
+            f'`init_lora_weights` should be True or "gaussian". Found {config.init_lora_weights!r}: it would change '
+            "the base weights or start from a non-zero delta. Fix: gradroute.init has oriented starts of zero delta."
+        )
+    for name, why in _REFUSED.items():
+        if getattr(config, name, None) not in (None, False, "none", [], {}):
+            raise TargetError(f"`{name}={getattr(config, name)!r}` cannot be used with a quarantine: {why}.")
+    variants = [
+        f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)
+    ]
+    if variants:
+        raise TargetError(f"`{variants[0]}` cannot be used with a quarantine: only plain LoRA splits into two blocks.")
+
+
+_REFUSED = {
+    "use_dora": "its magnitude rescales both blocks together, so neither can be ablated alone",
+    "lora_bias": "the bias is a third part that no mask gates",
+    "bias": "biases would be trained by every row, flagged ones too",
+    "target_parameters": "experts packed into one parameter have no layer whose tokens could be masked",
+    "trainable_token_indices": "these embeddings would be trained by every row, flagged ones too",
+    "layer_replication": "replicated layers share one base weight",
+    "megatron_config": "its layers are not nn.Linear",
+    "use_qalora": "it pools the input before A",
+    "ensure_weight_tying": "it ties adapters of different layers",
+}

@@ -1,0 +1,120 @@
+"""Plain LoRA checkpoints of a routed model, for engines that know nothing of gradroute.
+
+    deployed:  A = A_d,         B = s_d B_d
+    full:      A = [A_d; A_q],  B = [s_d B_d, s_q B_q]
+
+Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to one r, for readers such as vLLM's ignore
+`rank_pattern` and `alpha_pattern`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradroute.errors import GradRouteError
+from gradroute.protocol import Block, RoutedLayer, routed_layers
+
+_PREFIX = "base_model.model."
+
+
+def export_deployed(model: nn.Module, path: str | Path) -> None:
+    """Write the deployed block alone, rank r, as a plain LoRA checkpoint that stock `peft` loads.
+
+    Args:
+        model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
+        path: a folder; it is created, and files of an earlier export in it are overwritten.
+
+    Raises:
+        GradRouteError: a block is not finite.
+    """
+    _export(model, Path(path), lambda layer: [layer.deployed])
+
+
+def export_full(model: nn.Module, path: str | Path) -> None:
+    """Write both blocks, rank r + r_quarantine, as one plain LoRA: the policy that is trained, for sampling.
+
+    Arguments and errors as for `export_deployed`.
+    """
+    _export(model, Path(path), lambda layer: [layer.deployed, layer.quarantine])
+
+
+def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
+    layers = {_base_name(name): layer for name, layer in routed_layers(model).items()}
+    factors = {name: _folded(name, blocks_of(layer)) for name, layer in layers.items()}
+    r = max(A.shape[0] for A, _ in factors.values())
+    tensors = {}
+    for name, (A, B) in factors.items():
+        pad = r - A.shape[0]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, pad)).contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, pad)).contiguous()
+    trained = _peft_config(model)
+    tensors.update(_trained_besides(model, trained))
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=_target_modules(model, layers),
+        fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
+        modules_to_save=getattr(trained, "modules_to_save", None),
+        task_type=getattr(trained, "task_type", None),
+        base_model_name_or_path=getattr(trained, "base_model_name_or_path", None),
+        inference_mode=True,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def _base_name(name: str) -> str:
+    """The module's name in the base model: without the wrappers of DDP, torch.compile and PEFT."""
+    for wrapper in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    A = torch.cat([block.A.detach() for block in blocks])
+    # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    B = torch.cat([block.scaling * block.B.detach().to(dtype) for block in blocks], dim=1)
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise GradRouteError(f"The blocks of `{name}` should be finite. Found inf or nan. Fix: export an earlier step.")
+    return A.to(dtype).cpu(), B.cpu()
+
+
+def _target_modules(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list[str]:
+    """Last parts of the names (as readers expect them) where they select exactly these layers, else whole names."""
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    inside = tuple(f"{name}." for name in layers)
+    others = [
+        name for name, _ in ((_base_name(n), m) for n, m in model.named_modules())
+        if name and name not in layers and not name.startswith(inside)
+    ]  # fmt: skip
+    for targets in (leaves, sorted(layers)):
+        if not any(other == t or other.endswith(f".{t}") for other in others for t in targets):
+            return targets
+    raise GradRouteError(
+        f"No `target_modules` selects exactly the {len(layers)} routed layers: some name ends another one's. "
+        "Fix: merge_deployed(model) and save the model."
+    )
+
+
+def _peft_config(model: nn.Module) -> Any:
+    """The config of the active adapter, or None for an attached model."""
+    layer: Any = next(iter(routed_layers(model).values()))
+    configs = getattr(model, "peft_config", None)
+    return None if configs is None else configs[layer.routed_adapter]
+
+
+def _trained_besides(model: nn.Module, config: Any) -> dict[str, Tensor]:
+    """What PEFT trained outside of the blocks (`modules_to_save`), which both exports carry."""
+    if config is None:
+        return {}
+    layer: Any = next(iter(routed_layers(model).values()))
+    state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter)
+    others = {_PREFIX + name.removeprefix(_PREFIX): t for name, t in state.items() if ".lora_" not in name}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
