@@ -55,7 +55,9 @@ def top_singular_triplets(
             "Fix: lower r or r_quarantine, or exclude the module."
         )
     # Slices would keep the whole decomposition alive, and in every copy that is saved.
-    return U[:, :k].clone(memory_format=torch.contiguous_format), S[:k].clone(), Vh[:k].clone()
+    first = (U[:, :k], S[:k], Vh[:k])
+    U, S, Vh = (t.clone(memory_format=torch.contiguous_format) for t in first)
+    return U, S, Vh
 
 
 def _range(

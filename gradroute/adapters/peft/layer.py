@@ -227,10 +227,12 @@ def build_routed_layer(
     Raises:
         TargetError: PEFT's layer for it is none of nn.Linear, Conv1D, bitsandbytes 8 or 4 bit.
     """
-    if kwargs.get("parameter_name") is not None:
+    if config.target_parameters:
+        # PEFT adds these by itself on architectures whose experts are packed, after the config was checked.
         raise TargetError(
-            f"`{target_name}`: its parameter `{kwargs['parameter_name']}` is no linear layer (experts packed into one "
-            "parameter); no mask could reach it. Fix: target attention, or routers and shared experts, alone."
+            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, which have no "
+            "layer whose tokens a mask could reach. Fix: name the attention, as in "
+            'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
     if isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TargetError(
