@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradroute.adapters import init
 from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
+from gradroute.adapters.check import Finding, ParameterSummary, check_model, parameter_summary
 from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
@@ -61,10 +62,12 @@ __all__ = [
     "Directions",
     "EvalRecord",
     "FileFormatError",
+    "Finding",
     "GradRouteError",
     "GradRouteWarning",
     "LabelGate",
     "OnOffReport",
+    "ParameterSummary",
     "QuarantineLoRA",
     "QuarantineLoraConfig",
     "Rate",
@@ -79,6 +82,7 @@ __all__ = [
     "attach",
     "capture_activations",
     "capture_gradients",
+    "check_model",
     "clean_baseline_advantages",
     "clear_route",
     "deployed_parameters",
@@ -93,6 +97,7 @@ __all__ = [
     "load_pairs",
     "load_quarantined",
     "merge_deployed",
+    "parameter_summary",
     "quarantine_lora",
     "quarantine_parameters",
     "route",

@@ -6,6 +6,7 @@ The object is the one that PEFT built for its backend; only its class is extende
 switching and deletion are PEFT's own. What PEFT does with LoRA's matrices by name, it does with the quarantine's.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -27,6 +28,15 @@ from gradroute.protocol import Block, BlockName
 _QUANTISED = ("Linear8bitLt", "Linear4bit")
 
 
+class _BaseBeforeMerge:
+    """The weights of a base layer, bitwise; bitsandbytes keeps part of them in attributes and in `state`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        parameters = base.named_parameters(recurse=False)
+        self.parameters = {name: (p, p.data.clone(), dict(p.__dict__)) for name, p in parameters}
+        self.quantised_state = copy.copy(getattr(base, "state", None))
+
+
 class RoutedLoraLayer(RoutedLinear):
     """What is added to the class of a PEFT LoRA layer; not to be built by hand."""
 
@@ -37,7 +47,7 @@ class RoutedLoraLayer(RoutedLinear):
     lora_A_quarantine: Any
     lora_B_quarantine: Any
     rank_ratio: dict[str, float]
-    base_before_merge: Any = None
+    base_before_merge: _BaseBeforeMerge | None = None
     merged_scale: float = 1.0
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -145,7 +155,7 @@ class RoutedLoraLayer(RoutedLinear):
         self.merged_scale = self._uniform_scale()
         if not peft_layer.merged:
             # Adding and subtracting a delta a hundred times in bf16 drifts by a third of the mean weight.
-            self.base_before_merge = _base_parameters(peft_layer.get_base_layer())
+            self.base_before_merge = _BaseBeforeMerge(peft_layer.get_base_layer())
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
         except BaseException:
@@ -168,14 +178,26 @@ class RoutedLoraLayer(RoutedLinear):
             raise RouteError(f"`{self.name}`: adapter {adapter_name!r} is merged. Fix: unmerge before deleting it.")
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
+    def extra_repr(self) -> str:
+        """Ranks of both blocks for each adapter that has them."""
+        pairs = {name: (A.out_features, self.lora_A_quarantine[name].out_features) for name, A in self._routed_A()}
+        ranks = ", ".join(f"{name}: r={r}, r_quarantine={r_q}" for name, (r, r_q) in pairs.items())
+        return ranks if self.view == "on" else f"{ranks}, view={self.view}"
+
+    def _routed_A(self) -> list[tuple[str, nn.Linear]]:
+        return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
+
     def _restore_base(self) -> None:
-        base, stash = self._peft_layer().get_base_layer(), self.base_before_merge
-        for name, (parameter, values) in stash.items():
+        base = self._peft_layer().get_base_layer()
+        stash = self.base_before_merge
+        assert stash is not None
+        for name, (parameter, values, attributes) in stash.parameters.items():
             now = getattr(base, name)
-            if now is parameter:
-                parameter.data = values.to(device=now.device, dtype=now.dtype)
-            else:
-                setattr(base, name, parameter)
+            parameter.data = values.to(device=now.device, dtype=values.dtype if now is not parameter else now.dtype)
+            parameter.__dict__.update(attributes)
+            setattr(base, name, parameter)
+        if stash.quantised_state is not None:
+            base.state = stash.quantised_state
         self.base_before_merge = None
 
     def _check_merged_view(self) -> None:
@@ -261,7 +283,3 @@ def build_routed_layer(
     config.check_base(target_name, layer.get_base_layer().weight)
     routed: nn.Module = layer
     return routed
-
-
-def _base_parameters(base: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    return {name: (p, p.data.clone()) for name, p in base.named_parameters(recurse=False)}

@@ -1,0 +1,190 @@
+"""What is unsupported in a model, and why, before a run is spent on it; and how many parameters each block has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradroute.adapters.layer import RoutedLinear
+from gradroute.errors import GradRouteError
+from gradroute.protocol import routed_layers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a model that gradient routing cannot handle, or handles otherwise than one might think.
+
+    Args:
+        module: qualified name.
+        severity: "error": it raises, or must not be used so; "warning": it works, and the reason says what to know.
+        reason: what was found, why it matters, and the fix.
+    """
+
+    module: str
+    severity: Literal["error", "warning"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: `{self.module}`: {self.reason}"
+
+
+def check_model(model: nn.Module) -> list[Finding]:
+    """Walk `model`, with or without routed layers, and list what is unsupported in it and why; empty if nothing is.
+
+    Before adapting: parts that cannot be targeted. After: parameters that are trained past every mask, frozen blocks,
+    adapters without a quarantine, merged or sharded layers, routes left open, checkpointing that cannot be followed.
+    Nothing is run or changed.
+    """
+    findings = [finding for name, module in model.named_modules() for finding in _untargetable(name, module)]
+    findings += _tied_head(model)
+    findings += _checkpointing(model)
+    if not any(isinstance(module, RoutedLinear) for module in model.modules()):
+        return findings
+    try:
+        layers = routed_layers(model)
+    except GradRouteError as error:
+        return [*findings, Finding("", "error", str(error))]
+    for name, layer in layers.items():
+        if isinstance(layer, RoutedLinear):
+            findings += _layer(name, layer)
+    if any(finding.severity == "error" for finding in findings):
+        return findings
+    return [*findings, *_trained_past_masks(model)]
+
+
+def _untargetable(name: str, module: nn.Module) -> Iterator[Finding]:
+    if isinstance(module, nn.MultiheadAttention):
+        yield Finding(
+            name, "warning", "nn.MultiheadAttention reads the weight of its `out_proj` and never calls it, so blocks "
+            "there would not run. Fix: leave it out of the targets; it is refused."
+        )  # fmt: skip
+    if isinstance(module, nn.TransformerEncoderLayer):
+        yield Finding(
+            name, "warning", "nn.TransformerEncoderLayer in eval mode reads the weights of its linears and never calls "
+            "them. Fix: leave them out of the targets; they are refused."
+        )  # fmt: skip
+    packed = [key for key, p in module._parameters.items() if p is not None and p.ndim == 3]
+    if packed and not isinstance(module, nn.modules.conv._ConvNd):
+        yield Finding(
+            name, "warning", f"its parameters {packed} hold many matrices each (packed experts): no layer whose tokens "
+            "a mask could reach. Fix: target the attention; they stay frozen, and are refused as targets."
+        )  # fmt: skip
+    if name.rpartition(".")[2] == "experts" and any(isinstance(m, nn.Linear) for m in module.modules()):
+        yield Finding(
+            name, "warning", "experts run on the tokens that were sent to them, whose rows are not known: as targets "
+            "they raise under a mask. Fix: leave them out of the targets."
+        )  # fmt: skip
+    if hasattr(module, "qweight"):
+        yield Finding(
+            name, "warning", f"{type(module).__name__} is quantised in a way that has no routed layer. "
+            "Fix: load the model in bf16, or with bitsandbytes."
+        )  # fmt: skip
+
+
+def _tied_head(model: nn.Module) -> Iterator[Finding]:
+    get_head, get_embeddings = (getattr(model, f"get_{side}_embeddings", None) for side in ("output", "input"))
+    head, embeddings = (get() if callable(get) else None for get in (get_head, get_embeddings))
+    weight = getattr(head, "weight", None)
+    if isinstance(head, RoutedLinear) and isinstance(weight, Tensor) and weight is getattr(embeddings, "weight", None):
+        name = next(name for name, module in model.named_modules() if module is head)
+        yield Finding(
+            name, "warning", "its weight is shared with the input embeddings: training is exact, merging would change "
+            "both and is refused. Fix: export_deployed, or leave the head out of the targets."
+        )  # fmt: skip
+
+
+def _checkpointing(model: nn.Module) -> Iterator[Finding]:
+    for name, module in model.named_modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        while isinstance(function, partial):
+            function = function.func
+        if function is not None and getattr(function, "__module__", "").partition(".")[0] != "torch":
+            yield Finding(
+                name, "error", f"gradient checkpointing by {getattr(function, '__module__', function)}: whether a "
+                "recomputation runs under its forward's mask cannot be known. Fix: use torch.utils.checkpoint."
+            )  # fmt: skip
+
+
+def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
+    try:
+        blocks = {"deployed": layer.deployed, "quarantine": layer.quarantine}
+    except GradRouteError as error:
+        yield Finding(name, "error", str(error))
+        return
+    if getattr(layer, "merged", False):
+        yield Finding(name, "error", "it is merged: neither route nor ablation can reach it. Fix: unmerge.")
+    if layer.has_open_route:
+        yield Finding(name, "error", "a route is open. Fix: clear_route(model), or leave the `with` block.")
+    if layer.view != "on":
+        yield Finding(name, "warning", f"it shows the {layer.view} view. Fix: leave that block if it is not meant.")
+    for block_name, block in blocks.items():
+        frozen = [p for p in layer.block_parameters(block_name) if not p.requires_grad]  # type: ignore[arg-type]
+        if frozen:
+            yield Finding(name, "warning", f"its {block_name} block is frozen. Fix: requires_grad_() before training.")
+        if block.A.ndim != 2 or block.B.ndim != 2:
+            yield Finding(
+                name, "error", f"its {block_name} block is sharded apart from its layer. "
+                "Fix: shard whole decoder layers (fully_shard), not the small linears."
+            )  # fmt: skip
+            continue
+        if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
+            yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
+        devices = {block.A.device, block.B.device, next(layer.get_submodule("base_layer").parameters()).device}
+        if len(devices) > 1:
+            yield Finding(name, "error", f"its parts are on {sorted(map(str, devices))}. Fix: model.to(one device).")
+
+
+def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:
+    summary = parameter_summary(model)
+    for name in summary.trained_besides:
+        yield Finding(
+            name, "warning", "it is trained by every row, flagged ones too: what it learns from them is deployed. "
+            "Fix: freeze it, or do without `modules_to_save`."
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class ParameterSummary:
+    """Numbers of parameters: trainable ones per block, all, and the names of what is trained besides the blocks."""
+
+    layers: int
+    deployed: int
+    quarantine: int
+    total: int
+    trained_besides: dict[str, int]
+
+    def __repr__(self) -> str:
+        besides = sum(self.trained_besides.values())
+        trainable = self.deployed + self.quarantine + besides
+        text = (
+            f"trainable params: {trainable:,d} (deployed {self.deployed:,d} + quarantine {self.quarantine:,d} in "
+            f"{self.layers} layers"
+        )
+        if besides:
+            text += f" + {besides:,d} besides: {', '.join(list(self.trained_besides)[:3])}"
+        return f"{text}) || all params: {self.total:,d} || trainable%: {100 * trainable / self.total:.4f}"
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """How many parameters of each block are trainable, out of how many; `print` it.
+
+    Raises:
+        GradRouteError: `model` has no routed layers.
+    """
+    layers = routed_layers(model)
+    blocks: dict[str, dict[int, int]] = {"deployed": {}, "quarantine": {}}
+    for layer in layers.values():
+        for block, sizes in blocks.items():
+            of_block: Any = block
+            sizes.update({id(p): p.numel() for p in layer.block_parameters(of_block)})
+    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    besides = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.requires_grad and not any(id(p) in sizes for sizes in blocks.values())
+    }
+    deployed, quarantine = (sum(n for key, n in sizes.items() if key in trainable) for sizes in blocks.values())
+    return ParameterSummary(len(layers), deployed, quarantine, sum(p.numel() for p in model.parameters()), besides)
