@@ -35,7 +35,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def llama(**options: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_SHAPE, **options))
+    return LlamaForCausalLM(LlamaConfig(**{**_SHAPE, **options}))
 
 
 def qwen3() -> PreTrainedModel:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from gradroute.adapters.layer import RoutedLinear
@@ -32,6 +32,9 @@ class _BaseBeforeMerge:
     """The weights of a base layer, bitwise; bitsandbytes keeps part of them in attributes and in `state`."""
 
     def __init__(self, base: nn.Module) -> None:
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            # Packed by a forward on the CPU, where PEFT would merge into codes in another order: saving unpacks them.
+            base.state_dict()
         parameters = base.named_parameters(recurse=False)
         self.parameters = {name: (p, p.data.clone(), dict(p.__dict__)) for name, p in parameters}
         self.quantised_state = copy.copy(getattr(base, "state", None))
@@ -105,8 +108,15 @@ class RoutedLoraLayer(RoutedLinear):
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
         peft_layer = self._peft_layer()
-        weight: Tensor = dequantize_module_weight(peft_layer.get_base_layer()).detach()
-        return weight.T if peft_layer.fan_in_fan_out else weight
+        base = peft_layer.get_base_layer()
+        if base.weight.is_floating_point():
+            weight: Tensor = base.weight.detach()
+            return weight.T if peft_layer.fan_in_fan_out else weight
+        # By its own forward: what bitsandbytes and PEFT offer for reading a quantised weight moves and repacks it.
+        with torch.no_grad():
+            identity = torch.eye(peft_layer.in_features, device=base.weight.device)
+            columns: Tensor = base(identity)
+            return (columns if base.bias is None else columns - base.bias).T
 
     @property
     def view(self) -> str:
