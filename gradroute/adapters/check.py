@@ -101,9 +101,11 @@ def _checkpointing(model: nn.Module) -> Iterator[Finding]:
         function = module.__dict__.get("_gradient_checkpointing_func")
         while isinstance(function, partial):
             function = function.func
-        if function is not None and getattr(function, "__module__", "").partition(".")[0] != "torch":
+        origin = getattr(function, "__module__", "").partition(".")[0]
+        # transformers' own wrapper offloads what torch's checkpoint saves.
+        if function is not None and origin not in ("torch", "transformers"):
             yield Finding(
-                name, "error", f"gradient checkpointing by {getattr(function, '__module__', function)}: whether a "
+                name, "error", f"gradient checkpointing by `{origin}`: whether a "
                 "recomputation runs under its forward's mask cannot be known. Fix: use torch.utils.checkpoint."
             )  # fmt: skip
 
@@ -130,11 +132,11 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
                 "Fix: shard whole decoder layers (fully_shard), not the small linears."
             )  # fmt: skip
             continue
-        if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
-            yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
         devices = {block.A.device, block.B.device, next(layer.get_submodule("base_layer").parameters()).device}
         if len(devices) > 1:
             yield Finding(name, "error", f"its parts are on {sorted(map(str, devices))}. Fix: model.to(one device).")
+        elif not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
+            yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
 
 
 def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:

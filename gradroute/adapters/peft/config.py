@@ -173,5 +173,4 @@ _REFUSED = {
     "layer_replication": "replicated layers share one base weight",
     "megatron_config": "its layers are not nn.Linear",
     "use_qalora": "it pools the input before A",
-    "ensure_weight_tying": "it ties adapters of different layers",
 }
