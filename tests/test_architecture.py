@@ -1,6 +1,7 @@
 """Imports point one way, optional packages stay out, files have one subject, and the public API is what it says."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,21 @@ def imported_parts(path: Path) -> set[str]:
 )
 def test_imports_point_one_way(path: Path) -> None:
     assert imported_parts(path) <= ALLOWED[part_of(path)]
+
+
+def test_peft_is_imported_in_one_place_only() -> None:
+    importing = {path.relative_to(PACKAGE).parent.as_posix() for path in FILES if imports_peft(path)}
+    assert importing == {"adapters/peft"}
+
+
+def imports_peft(path: Path) -> bool:
+    return bool(re.search(r"^\s*(from|import) peft\b", path.read_text(), re.MULTILINE))
+
+
+def test_lazy_names_are_listed_and_exist() -> None:
+    assert set(gradroute.__all__) <= set(dir(gradroute))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        gradroute.no_such_name  # noqa: B018
 
 
 def test_the_reading_of_imports_sees_imports() -> None:
