@@ -134,6 +134,14 @@ def test_states_in_which_routing_cannot_work_are_errors(spoil: Callable[[nn.Modu
     assert all(word in str(finding) for finding in errors)
 
 
+def test_a_small_linear_that_is_sharded_on_its_own_is_an_error() -> None:
+    model = peft_model("llama")
+    small = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    small.__class__ = type("FSDPLinear", (nn.Linear,), {})  # what fully_shard(small) does to its class
+    (finding,) = gr.check_model(model)
+    assert "sharded on its own" in finding.reason
+
+
 def test_torch_checkpointing_is_no_finding() -> None:
     model = peft_model("llama")
     enable_checkpointing(model)

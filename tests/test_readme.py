@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -13,15 +15,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_every_python_block_runs() -> None:
-    found = blocks("python")
-    assert found
-    for block in found:
-        names: dict[str, object] = {}
-        state = torch.get_rng_state()
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
         exec(compile(block, "README.md", "exec"), names)
-        torch.set_rng_state(state)
-        assert len(names["refresher"].reports) == 2
+    return names
+
+
+def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop, with_peft = blocks("python")
+    assert len(run(loop)["refresher"].reports) == 2
+    names = run(with_peft)
+    assert type(names["plain"]) is names["LlamaForCausalLM"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "deployed", "policy"}
 
 
 def test_the_first_screen_holds_the_two_commands() -> None:

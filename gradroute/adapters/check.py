@@ -118,6 +118,12 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
         return
     if getattr(layer, "merged", False):
         yield Finding(name, "error", "it is merged: neither route nor ablation can reach it. Fix: unmerge.")
+    sharded = [key for key, m in layer.named_modules() if key.startswith("lora_") and "FSDP" in type(m).__name__]
+    if sharded:
+        yield Finding(
+            name, "error", f"its `{sharded[0]}` is sharded on its own, and the layer reads it without the call "
+            "that would gather it. Fix: fully_shard whole decoder layers, not the small linears."
+        )  # fmt: skip
     if layer.has_open_route:
         yield Finding(name, "error", "a route is open. Fix: clear_route(model), or leave the `with` block.")
     if layer.view != "on":
@@ -126,12 +132,6 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
         frozen = [p for p in layer.block_parameters(block_name) if not p.requires_grad]  # type: ignore[arg-type]
         if frozen:
             yield Finding(name, "warning", f"its {block_name} block is frozen. Fix: requires_grad_() before training.")
-        if block.A.ndim != 2 or block.B.ndim != 2:
-            yield Finding(
-                name, "error", f"its {block_name} block is sharded apart from its layer. "
-                "Fix: shard whole decoder layers (fully_shard), not the small linears."
-            )  # fmt: skip
-            continue
         devices = {block.A.device, block.B.device, next(layer.get_submodule("base_layer").parameters()).device}
         if len(devices) > 1:
             yield Finding(name, "error", f"its parts are on {sorted(map(str, devices))}. Fix: model.to(one device).")
