@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1":
@@ -11,3 +12,14 @@ if os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1":
 
 # Models this small gain nothing from a second OpenMP thread, which spins where another process is busy.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Options have to be known before tests/exactness/conftest.py, which writes the table, is found.
+    parser.addoption("--write-exactness", metavar="PATH", help="write the exactness matrix of this run as Markdown")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = session.config.getoption("--write-exactness") is not None
+    if wanted and not any(item.path.parent.name == "exactness" for item in session.items):
+        raise pytest.UsageError("--write-exactness needs the tests in tests/exactness. Found none of them in this run.")

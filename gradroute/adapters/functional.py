@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gradroute.adapters.recompute import ForwardRecord
 from gradroute.adapters.state import Gates
@@ -48,8 +47,7 @@ def quarantine_lora(
         stop_gradient: "parameters" (exact dx) or "branch" (dx is gated too).
 
     Raises:
-        RouteError: a gate of another shape, not floating point, or that requires a gradient itself.
-        RuntimeError: on double backward (the operation is once differentiable).
+        RouteError: a gate of another shape, not floating point, or that requires a gradient itself; a double backward.
     """
     if stop_gradient not in ("parameters", "branch"):
         raise RouteError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
@@ -136,8 +134,13 @@ class _QuarantineLora(torch.autograd.Function):
         return y.reshape(base_output.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: that lets a gradient through as a constant where dy is one, as under a linear loss.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RouteError(
+                "A routed layer cannot be differentiated twice. Found a double backward (create_graph=True). "
+                "Fix: create_graph=False."
+            )
         x, u, A_d, B_d, A_q, B_q, state_id = ctx.saved_tensors
         m, g_d, g_q = ctx.gates
         if ctx.record is not None:

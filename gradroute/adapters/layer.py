@@ -70,7 +70,7 @@ class RoutedLinear(RoutedLayer):
         if state.quarantine_is_off and not torch.is_grad_enabled():
             A, B, scaling = self.deployed
             delta = (x.to(A.dtype) @ A.T) @ (scaling * B).T
-            return base_output + delta.to(base_output.dtype)
+            return (base_output + delta).to(base_output.dtype)
         branch = self.stop_gradient == "branch"
         return add_lora_blocks(x, base_output, self.deployed, self.quarantine, gates, branch, record)
 

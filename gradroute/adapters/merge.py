@@ -29,6 +29,8 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     layers = routed_linears(model)
     if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
         raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
+    for layer in layers.values():
+        list(layer.block_parameters("deployed"))  # raises where no adapter with a quarantine is the active one
     _check_untied(model)
     peft_model: Any = model
     if hasattr(model, "merge_and_unload"):

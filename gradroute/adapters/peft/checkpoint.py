@@ -57,7 +57,9 @@ def load_quarantined(
     try:
         # Injection draws initial values that are then overwritten: the caller's random state should not notice.
         with torch.random.fork_rng():
-            loaded = get_peft_model(model, config, adapter_name=adapter_name)
+            # The blocks get the type they were saved in; PEFT would widen them to float32.
+            widen = any(tensor.dtype == torch.float32 for tensor in tensors.values())
+            loaded = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=widen)
         expected = get_peft_model_state_dict(loaded, adapter_name=adapter_name)
         missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
         if missing or unexpected:
@@ -73,7 +75,7 @@ def load_quarantined(
         if isinstance(error, FileFormatError | TargetError) or not isinstance(error, Exception):
             raise
         raise FileFormatError(f"`{folder}` cannot be loaded onto a {type(model).__name__}: {error}") from error
-    return loaded
+    return loaded if is_trainable else loaded.eval()
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

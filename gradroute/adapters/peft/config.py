@@ -57,7 +57,8 @@ class QuarantineLoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, with the fingerprint of the base model that it was injected into."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
-        return {**fields, "base_fingerprint": self._base or self.base_fingerprint}
+        seen = {name: values for name, values in self._base.items() if values is not None}
+        return {**fields, "base_fingerprint": seen if self._base else self.base_fingerprint}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "QuarantineLoraConfig":
@@ -107,7 +108,9 @@ class QuarantineLoraConfig(LoraConfig):
                     f"its first sampled value is {samples[0]:.4g} ({dtype}), not {expected['values'][0]:.4g} "
                     f"({expected['dtype']}). Fix: load the base model named in the adapter's card."
                 )
-        self._base[name] = {"dtype": dtype, "values": samples}
+        seen = {"dtype": dtype, "values": samples}
+        # One config object in models of two bases: which of them a checkpoint belongs to cannot be told, so neither.
+        self._base[name] = seen if self._base.get(name, seen) == seen else None
 
 
 def base_samples(weight: Tensor) -> list[float]:
@@ -138,7 +141,7 @@ def read_config(path: Path) -> QuarantineLoraConfig:
 
 
 def _build_layer(target: nn.Module, adapter_name: str, config: QuarantineLoraConfig, **kwargs: Any) -> nn.Module:
-    from gradroute.adapters.peft.layer import build_routed_layer  # noqa: PLC0415  it needs this file's config
+    from gradroute.adapters.peft.factory import build_routed_layer  # noqa: PLC0415  it needs this file's config
 
     return build_routed_layer(target, adapter_name, config, **kwargs)
 

@@ -1,0 +1,140 @@
+"""Merging a routed PEFT layer into its base weight, and taking it out again bitwise.
+
+    W' = W + s_d B_d A_d + scale * s_q B_q A_q,      scale: of the quarantine in the view that was in force
+
+A merged weight shows one view; in every other the layer raises, because it cannot show it.
+"""
+
+import copy
+import math
+from typing import Any
+
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from gradroute.adapters.layer import RoutedLinear
+from gradroute.errors import RouteError
+
+
+class _BaseBeforeMerge:
+    """The weights of a base layer, bitwise; bitsandbytes keeps part of them in attributes and in `state`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            # Packed by a forward on the CPU, where PEFT would merge into codes in another order: saving unpacks them.
+            base.state_dict()
+        parameters = base.named_parameters(recurse=False)
+        self.parameters = {name: (p, p.data.clone(), dict(p.__dict__)) for name, p in parameters}
+        self.quantised_state = copy.copy(getattr(base, "state", None))
+
+
+class MergedLayer(RoutedLinear):
+    """The merging half of `RoutedLoraLayer`: PEFT's merge, with the original weight kept."""
+
+    # ModuleDicts of nn.Linear, as PEFT's lora_A and lora_B.
+    lora_A_quarantine: Any
+    lora_B_quarantine: Any
+    base_before_merge: _BaseBeforeMerge | None = None
+    merged_scale: float = 1.0
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s_d B_d A_d + scale * s_q B_q A_q, as the base weight lies: what the layer adds in its present view."""
+        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+        scale = self._uniform_scale()
+        if adapter not in self.lora_A_quarantine or scale == 0.0:
+            return delta
+        peft_layer = self._peft_layer()
+        A, B = self.lora_A_quarantine[adapter].weight.float(), self.lora_B_quarantine[adapter].weight.float()
+        quarantine: Tensor = scale * self.quarantine_scaling(adapter) * (B @ A)
+        quarantine = quarantine.T if peft_layer.fan_in_fan_out else quarantine
+        return (delta + quarantine).to(delta.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge what the layer computes now: both blocks, or the deployed one alone under `ablate_quarantine`.
+
+        Raises:
+            RouteError: under a route or an ablation of some rows, which no single weight can hold.
+        """
+        peft_layer = self._peft_layer()
+        names = check_adapters_to_merge(peft_layer, adapter_names)
+        if not names:
+            return
+        if len(names) > 1:
+            raise RouteError(self._several_active(names))
+        self.merged_scale = self._uniform_scale()
+        if not peft_layer.merged:
+            # Adding and subtracting a delta a hundred times in bf16 drifts by a third of the mean weight.
+            self.base_before_merge = _BaseBeforeMerge(peft_layer.get_base_layer())
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        except BaseException:
+            if not peft_layer.merged:
+                self._restore_base()
+            raise
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, bitwise."""
+        peft_layer = self._peft_layer()
+        if not peft_layer.merged:
+            super().unmerge()  # type: ignore[misc]
+            return
+        peft_layer.merged_adapters.clear()
+        self._restore_base()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's, refused while merged: the base weight could not be told from the delta any more."""
+        if adapter_name in self._peft_layer().merged_adapters:
+            raise RouteError(f"`{self.name}`: adapter {adapter_name!r} is merged. Fix: unmerge before deleting it.")
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+    def quarantine_scaling(self, adapter: str) -> float:
+        """s_q as a multiple of s_d: so whatever rescales an adapter in PEFT rescales both blocks."""
+        peft_layer = self._peft_layer()
+        ratio = peft_layer.lora_A[adapter].weight.shape[0] / self.lora_A_quarantine[adapter].weight.shape[0]
+        scaling = peft_layer.scaling[adapter]
+        if isinstance(scaling, Tensor):
+            raise RouteError(
+                f"`{self.name}`: the scaling of adapter {adapter!r} should be a number. Found a tensor, as from PEFT's "
+                "prepare_model_for_compiled_hotswap, which pads the deployed block alone. Fix: do without it."
+            )
+        return float(scaling * (math.sqrt(ratio) if peft_layer.use_rslora[adapter] else ratio))
+
+    def _restore_base(self) -> None:
+        base = self._peft_layer().get_base_layer()
+        stash = self.base_before_merge
+        assert stash is not None
+        for name, (parameter, values, attributes) in stash.parameters.items():
+            now = getattr(base, name)
+            parameter.data = values.to(device=now.device, dtype=values.dtype if now is not parameter else now.dtype)
+            parameter.__dict__.update(attributes)
+            setattr(base, name, parameter)
+        if stash.quantised_state is not None:
+            base.state = stash.quantised_state
+        self.base_before_merge = None
+
+    def _check_merged_view(self) -> None:
+        if self._uniform_scale() != self.merged_scale:
+            raise RouteError(
+                f"`{self.name}` is merged with its quarantine at scale {self.merged_scale:g} and cannot show it at "
+                f"{self._uniform_scale():g}. Fix: unmerge, then ablate."
+            )
+
+    def _uniform_scale(self) -> float:
+        """The quarantine's weight in the present view, if it is one number for all rows."""
+        state = self.state
+        if state.route is not None or state.disabled or isinstance(state.scale, Tensor):
+            what = "a route" if state.route is not None else "disable_adapters" if state.disabled else "ablated rows"
+            raise RouteError(f"`{self.name}`: one merged weight cannot show {what}. Fix: leave that block, or unmerge.")
+        return state.scale
+
+    def _active(self) -> list[str]:
+        return [name for name in self._peft_layer().active_adapters if name in self._peft_layer().lora_A]
+
+    def _several_active(self, names: list[str]) -> str:
+        return (
+            f"`{self.name}` should have one active adapter. Found {names}: which of them a mask gates would be "
+            "undefined. Fix: model.set_adapter(one name)."
+        )
+
+    def _peft_layer(self) -> Any:
+        return self

@@ -1,0 +1,124 @@
+"""One of the processes of the distributed cells; `test_exact_distributed.py` starts them.
+
+    python ranks.py RANK WORLD_SIZE FOLDER
+
+Runs every scenario in float64 and leaves each one's gradients, as rank 0 has them, in FOLDER.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from two_pass import Batch, batch, gradients, loss_of, routed_model, rows_mask, weighted_tokens_mask
+
+import gradroute as gr
+
+WORLD_SIZE = 2
+Step = tuple[Batch, gr.RouteMask]
+
+
+def zones(*names: str) -> gr.RouteMask:
+    return gr.RouteMask.zones(names)
+
+
+# The micro-batches of each rank.
+BATCHES: dict[str, tuple[list[Step], list[Step]]] = {
+    "rank 0 all keep, rank 1 mixed": (
+        [(batch(0), zones("keep", "keep", "keep"))],
+        [(batch(1), rows_mask())],
+    ),
+    "rank 0 all route, rank 1 all keep": (
+        [(batch(0), zones("route", "route", "route"))],
+        [(batch(1), zones("keep", "keep", "keep"))],
+    ),
+    "two micro-batches with a mask each": (
+        [(batch(0), weighted_tokens_mask()), (batch(1), zones("keep", "keep", "keep"))],
+        [(batch(2), rows_mask()), (batch(3), zones("route", "keep", "route"))],
+    ),
+}
+# Name of a scenario: (its batches, `use_reentrant` of its activation checkpoints or None without them).
+SCENARIOS: dict[str, tuple[str, bool | None]] = {
+    **{batches: (batches, None) for batches in BATCHES},
+    "the same with checkpoints, use_reentrant=False": ("two micro-batches with a mask each", False),
+    "the same with checkpoints, use_reentrant=True": ("two micro-batches with a mask each", True),
+}
+
+
+def checkpointed(model: nn.Module, use_reentrant: bool | None) -> nn.Module:
+    if use_reentrant is not None:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        if use_reentrant:
+            model.enable_input_require_grads()
+    return model
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=False)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    for layer in [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": ddp, "FSDP2": fsdp}
+
+
+def run(rank: int, folder: Path) -> None:
+    for adapters, wrapper, scenario in itertools.product(("PEFT", "attach"), WRAPPERS, SCENARIOS):
+        batches, use_reentrant = SCENARIOS[scenario]
+        model = WRAPPERS[wrapper](checkpointed(routed_model("llama", adapters), use_reentrant))
+        *first, last = BATCHES[batches][rank]
+        for rows, mask in first:
+            with model.no_sync() if wrapper == "DDP" else nullcontext(), gr.route(model, mask):
+                loss_of(model, rows).backward()
+        with gr.route(model, last[1]):
+            loss_of(model, last[0]).backward()
+        found = {name.removeprefix("module."): whole(gradient) for name, gradient in gradients(model).items()}
+        if rank == 0:
+            torch.save(found, folder / file_name(adapters, wrapper, scenario))
+
+
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def file_name(adapters: str, wrapper: str, scenario: str) -> str:
+    return f"{adapters}, {wrapper}, {scenario}.pt"
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        # Where the machine's name resolves to nothing, gloo finds no interface by itself.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        run(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The committed table is that of these tests."""
+
+from pathlib import Path
+
+import matrix
+import pytest
+
+TABLE = Path(__file__).parents[2] / "docs" / "exactness.md"
+
+
+def test_the_committed_table_lists_exactly_the_cells_of_the_tests() -> None:
+    listed = matrix.cells_in(TABLE.read_text(encoding="utf-8"))
+    declared = [str(cell) for cell in matrix.all_cells()]
+    assert declared
+    assert sorted(listed) == sorted(declared), f"run: {matrix.COMMAND}"
+
+
+@pytest.mark.parametrize("blemish", ["FAILED", "NOT EXACT", "NOT CLOSE", "not run here"])
+def test_every_cell_of_the_committed_table_holds(blemish: str) -> None:
+    assert blemish not in TABLE.read_text(encoding="utf-8")
+
+
+def test_a_table_with_an_empty_cell_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", {})
+    with pytest.raises(ValueError, match="were not run"):
+        matrix.table()
+
+
+def test_an_error_above_its_tolerance_fails_and_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", {})
+    cell = matrix.Cell("a cell", "llama", "PEFT")
+    with pytest.raises(AssertionError):
+        matrix.Record(cell).exact(2e-3, 1e-12)
+    assert matrix.RESULTS[cell] == matrix.Result("NOT EXACT: {error} (1e-12)", 2e-3)
+
+
+def test_errors_are_rounded_up() -> None:
+    assert [matrix._rounded_up(error) for error in (0.0, 1.2e-15, 9e-7, 0.0021, 0.95)] == [
+        "0",
+        "1e-14",
+        "1e-06",
+        "3e-03",
+        "1e+00",
+    ]
