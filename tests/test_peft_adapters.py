@@ -135,7 +135,6 @@ def test_deleting_an_adapter_removes_both_of_its_blocks_and_no_other() -> None:
     model = with_second()
     model.delete_adapter("second")
     assert not [name for name in tensors_of(model) if "second" in name]
-    assert all("second" not in layer.rank_ratio for layer in routed_layers(model).values())
     assert both_blocks_train(model)
     assert_views_equal(model, LLAMA.views())
 
@@ -369,12 +368,13 @@ def test_a_hotswapped_checkpoint_brings_both_blocks(r_quarantine: int, tmp_path:
     source.model(seed=1).save_pretrained(tmp_path)
     expected, model = views(source.model(seed=1)), LLAMA.model()
     assert far(expected.on, LLAMA.views().on)
-    try:
-        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
-        swapped = views(model)
-    except gr.GradRouteError:
-        assert r_quarantine != 4
+    hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
+    if r_quarantine != 4:
+        # PEFT pads with zeros in place and knows of one rank: nothing runs that could raise, so check_model says it.
+        assert "hot-swap" in gr.check_model(model)[0].reason
         return
+    assert gr.check_model(model) == []
+    swapped = views(model)
     assert_near(swapped.ablated, expected.ablated)
     assert_near(swapped.on, expected.on)
 
