@@ -138,8 +138,8 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
             continue
         if ((block.A == 0).all(1) & (block.B == 0).all(0)).any():
             yield Finding(
-                name, "error", f"its {block_name} block has a rank that is zero in A and B: it never learns, and after a "
-                "hot-swap of another rank the scaling is that of the old rank. Fix: load_quarantined anew."
+                name, "error", f"its {block_name} block has a rank that is zero in A and B: it never learns, and "
+                "after a hot-swap of another rank the scaling is the old one. Fix: load_quarantined anew."
             )  # fmt: skip
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
