@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -47,6 +48,15 @@ class RoutedLayer(nn.Module, ABC):
     @abstractmethod
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
         """The frozen W of y = W x, floating point also where the layer stores it transposed or quantised."""
+
+    @property
+    def gain_readout(self) -> Float[Tensor, "d_out r"]:
+        """dy/dz of the gains z that gradient features are taken at: h * (delta @ gain_readout), in float32 or wider.
+
+        s_d B_d, for a diagonal gain on h = A_d x that is one. A layer that trains such gains itself overrides it.
+        """
+        B = self.deployed.B
+        return self.deployed.scaling * B.to(torch.promote_types(B.dtype, torch.float32))
 
     @property
     @abstractmethod
@@ -92,14 +102,28 @@ def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None
                 )
         names = [name for name, layer in layers.items() if _has_adapter(layer, adapter)]
         targets = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
-        idle = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+        idle = [str(t) for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 idle.append(pattern)
+        chosen = config.layers_to_transform
+        for index in () if chosen is None else [chosen] if isinstance(chosen, int) else chosen:
+            if not any(f".{index}." in f".{name}." for name in names):
+                idle.append(str(index))
+        saved = [name for name, module in model.named_modules() if "modules_to_save" in module._modules]
+        idle += [t for t in config.modules_to_save or () if not any(f".{name}".endswith(f".{t}") for name in saved)]
         if idle:
             raise TargetError(
-                f"Every entry of `target_modules`, `rank_pattern` and `alpha_pattern` should match a layer. Found "
-                f"{idle} matching none of adapter {adapter!r}. Fix: see model.named_modules()."
+                "Every entry of `target_modules`, `modules_to_save`, `layers_to_transform`, `rank_pattern` and "
+                f"`alpha_pattern` should match a layer. Found {idle} matching none for adapter {adapter!r}. "
+                "Fix: see model.named_modules()."
+            )
+    encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    for name in layers:
+        if any(name.rpartition(".")[0].endswith(encoder) for encoder in encoders):
+            raise TargetError(
+                f"`{name}` is inside an nn.TransformerEncoderLayer, which in eval mode reads the weights of its "
+                "linears and never calls them: blocks there would not run. Fix: exclude it from the targets."
             )
 
 

@@ -1,14 +1,15 @@
 """Folding the deployed block into the base weight: W <- W + s_d B_d A_d. The quarantine is dropped with its layer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from gradroute.adapters.attach import detach
-from gradroute.adapters.layer import routed_linears
+from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.adapters.modes import ablate_quarantine
-from gradroute.errors import RouteError, TargetError
+from gradroute.errors import GradRouteError, RouteError, TargetError
 from gradroute.protocol import Block, RoutedLayer
 
 
@@ -22,40 +23,70 @@ def merge_deployed(model: nn.Module) -> nn.Module:
         The plain model: PEFT's wrapper is removed, an attached model is changed in place.
 
     Raises:
-        RouteError: inside a route or a view.
+        RouteError: inside a route or a view, or merged already.
+        GradRouteError: a deployed block is not finite.
         TargetError: a targeted weight is shared with a module that is not targeted (tied embeddings): merging would
             change that one too.
     """
     layers = routed_linears(model)
-    if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
-        raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
-    for layer in layers.values():
-        list(layer.block_parameters("deployed"))  # raises where no adapter with a quarantine is the active one
+    _check_mergeable(layers)
     _check_untied(model)
-    peft_model: Any = model
     if hasattr(model, "merge_and_unload"):
+        peft_model: Any = model
         with ablate_quarantine(model):
             merged: nn.Module = peft_model.merge_and_unload()
         return merged
     if any(hasattr(layer, "merge") for layer in layers.values()):
-        with ablate_quarantine(model):
-            for name, layer in layers.items():
-                injected: Any = layer
-                injected.merge()
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, injected.get_base_layer())
+        _unload_injected(model, layers)
         return model
-    deltas = {name.removesuffix("."): (layer.deployed, layer.base_weight()) for name, layer in layers.items()}
+    deltas = [(layer.deployed, layer.base_weight()) for layer in layers.values()]
     detach(model)
     with torch.no_grad():
-        for block, weight in deltas.values():
+        for block, weight in deltas:
             weight.copy_(_merged(block, weight))
     return model
+
+
+def _unload_injected(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> None:
+    """What PEFT's `merge_and_unload` does, for a model that has no PeftModel around it."""
+    with ablate_quarantine(model):
+        for layer in layers.values():
+            injected: Any = layer
+            injected.merge()
+    for name, module in list(model.named_modules()):
+        wrapped: Any = module
+        if isinstance(module, RoutedLinear):
+            _replace(model, name, wrapped.get_base_layer())
+        elif "modules_to_save" in module._modules and wrapped.active_adapters:
+            _replace(model, name, wrapped.modules_to_save[wrapped.active_adapters[0]])
+    # What PEFT and transformers left on the model to know it by.
+    for mark in ("peft_config", "active_adapter"):
+        model.__dict__.pop(mark, None)
+    if "_hf_peft_config_loaded" in model.__dict__:
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:
     delta = block.scaling * (block.B.float() @ block.A.float() if weight.dtype.itemsize < 4 else block.B @ block.A)
     return (weight + delta).to(weight.dtype)
+
+
+def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
+    for name, layer in layers.items():
+        if getattr(layer, "merged", False):
+            raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
+        if layer.has_open_route or layer.view != "on":
+            raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
+        block = layer.deployed
+        if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
+            raise GradRouteError(
+                f"The deployed block of `{name}` should be finite. Found inf or nan. Fix: go back to an earlier step."
+            )
 
 
 def _check_untied(model: nn.Module) -> None:

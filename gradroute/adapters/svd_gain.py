@@ -91,6 +91,13 @@ class SvdGain(WrappedLinear):
             A = (R @ A.to(R.dtype)).to(A.dtype)
         return Block(A, self._scaled_U(self.gain_quarantine), self.lora_alpha / self.r_quarantine)
 
+    @property
+    def gain_readout(self) -> Float[Tensor, "d_out r"]:
+        """s_d U diag(S (1 - tanh^2 g_d)), so that h * (delta @ gain_readout) = dL/dg_d: not zero at g_d = 0."""
+        wide = torch.promote_types(self.gain.dtype, torch.float32)
+        slope = self.S[: self.r].to(wide) * (1 - torch.tanh(self.gain.to(wide)).square())
+        return self.lora_alpha / self.r * self.U[:, : self.r].to(wide) * slope
+
     def _scaled_U(self, gain: Float[Tensor, " r"]) -> Float[Tensor, "d_out r"]:
         return self.U[:, : len(gain)] * (self.S[: len(gain)] * torch.tanh(gain))
 

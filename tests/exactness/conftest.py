@@ -6,6 +6,7 @@ from typing import Any
 
 import matrix
 import pytest
+from ranks import Ranks
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,12 +25,26 @@ def record(request: pytest.FixtureRequest) -> matrix.Record:
     return matrix.Record(cell)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """The processes of the distributed cells, started before the first test so that they run beside the others."""
+    processes = Ranks(tmp_path_factory.mktemp("ranks"))
+    try:
+        if any(item.path.stem == "test_exact_distributed" for item in request.session.items):
+            processes.start()
+        yield processes
+    finally:
+        processes.end()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     report = yield
     cell = _cell(item)
     if cell is not None:
-        if report.skipped:
+        if hasattr(report, "wasxfail"):
+            matrix.RESULTS[cell] = matrix.Result(f"NOT REFUSED: {report.wasxfail}")
+        elif report.skipped:
             reason = report.longrepr[2].removeprefix("Skipped: ")
             matrix.RESULTS[cell] = matrix.Result(f"not run here: {reason}")
         elif report.failed:

@@ -90,7 +90,7 @@ class Record:
         self._within("close", error, tolerance, remark)
 
     def _within(self, verdict: str, error: float, tolerance: float, remark: str) -> None:
-        limit = f" ({tolerance:.0e})" if tolerance else ""
+        limit = f" ({tolerance:g})" if tolerance else ""
         verdict = verdict if error <= tolerance else f"NOT {verdict.upper()}"
         RESULTS[self.cell] = Result(f"{verdict}: {{error}}{limit}{remark}", error)
         assert error <= tolerance

@@ -1,13 +1,15 @@
-"""One of the processes of the distributed cells; `test_exact_distributed.py` starts them.
+"""The two processes of the distributed cells.
 
-    python ranks.py RANK WORLD_SIZE FOLDER
+    python ranks.py RANK FOLDER
 
-Runs every scenario in float64 and leaves each one's gradients, as rank 0 has them, in FOLDER.
+runs every scenario in float64 as one of them; rank 0 leaves the gradients of each in FOLDER. `Ranks` starts both.
 """
 
 import itertools
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -91,6 +93,45 @@ def run(rank: int, folder: Path) -> None:
         found = {name.removeprefix("module."): whole(gradient) for name, gradient in gradients(model).items()}
         if rank == 0:
             torch.save(found, folder / file_name(adapters, wrapper, scenario))
+
+
+class Ranks:
+    """Both processes, from the parent's side; they run beside other tests until somebody waits for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        for rank in range(WORLD_SIZE):
+            with self._log(rank).open("wb") as output:
+                command = [sys.executable, str(Path(__file__)), str(rank), str(self.folder)]
+                self.processes.append(subprocess.Popen(command, stdout=output, stderr=output))
+
+    def wait(self, seconds: float) -> None:
+        """Until both are through; if one failed, the other would wait for it for ever.
+
+        Raises:
+            RuntimeError: a process failed, or hangs.
+        """
+        deadline = time.monotonic() + seconds
+        while any(p.poll() is None for p in self.processes) and not any(p.poll() for p in self.processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        codes = [process.poll() for process in self.processes]
+        if codes != [0] * WORLD_SIZE:
+            self.end()
+            logs = "\n".join(f"rank {rank}:\n{self._log(rank).read_text()[-3000:]}" for rank in range(WORLD_SIZE))
+            raise RuntimeError(f"The processes should end with 0. Found {codes} (None: still running).\n{logs}")
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.log"
 
 
 def whole(gradient: Tensor) -> Tensor:

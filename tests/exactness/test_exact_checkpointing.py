@@ -6,12 +6,12 @@ from matrix import Record, cells
 from torch import nn
 from two_pass import (
     MASKS,
-    TwoPass,
     added,
     batch,
     expected_gradients,
     gradients,
     loss_of,
+    reference,
     relative_error,
     routed_model,
     rows_mask,
@@ -48,7 +48,7 @@ class Checkpointed:
 def test_a_checkpointed_step_is_exact(
     architecture: str, adapters: str, use_reentrant: bool, mask: str, record: Record
 ) -> None:
-    expected = expected_gradients(routed_model(architecture, adapters), batch(), MASKS[mask]())
+    expected = expected_gradients(reference(architecture, adapters), batch(), MASKS[mask]())
     run = Checkpointed(architecture, adapters, use_reentrant)
     with gr.route(run.model, MASKS[mask]()):
         loss_of(run.model, batch()).backward()
@@ -60,10 +60,10 @@ def test_a_checkpointed_step_is_exact(
 def test_two_forwards_before_one_backward_are_exact_under_open_routes(
     architecture: str, adapters: str, use_reentrant: bool, record: Record
 ) -> None:
-    reference = TwoPass(routed_model(architecture, adapters))
+    two_pass = reference(architecture, adapters)
     first, second = (batch(0), rows_mask()), (batch(1), weighted_tokens_mask())
-    expected = added(reference.gradients(*first), reference.gradients(*second))
-    under_the_last_mask = added(reference.gradients(batch(0), second[1]), reference.gradients(*second))
+    expected = added(two_pass.gradients(*first), two_pass.gradients(*second))
+    under_the_last_mask = added(two_pass.gradients(batch(0), second[1]), two_pass.gradients(*second))
     assert relative_error(under_the_last_mask, expected) > 0.3
     run = Checkpointed(architecture, adapters, use_reentrant)
     with gr.route(run.model, first[1]):
@@ -104,7 +104,7 @@ def test_a_route_closed_too_early_is_refused(
 def test_checkpoints_under_save_on_cpu_are_exact(
     architecture: str, adapters: str, use_reentrant: bool, record: Record
 ) -> None:
-    expected = expected_gradients(routed_model(architecture, adapters), batch(), weighted_tokens_mask())
+    expected = expected_gradients(reference(architecture, adapters), batch(), weighted_tokens_mask())
     run = Checkpointed(architecture, adapters, use_reentrant)
     with gr.route(run.model, weighted_tokens_mask()):
         with torch.autograd.graph.save_on_cpu():

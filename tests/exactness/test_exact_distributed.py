@@ -1,52 +1,26 @@
 """Two processes (gloo): what every rank ends with is the average of the ranks' own reference gradients."""
 
-import subprocess
-import sys
-import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from matrix import Record, cells
-from ranks import BATCHES, SCENARIOS, WORLD_SIZE, WRAPPERS, file_name
-from two_pass import Gradients, TwoPass, added, relative_error, routed_model
-
-SECONDS = 180
+from ranks import BATCHES, SCENARIOS, WORLD_SIZE, WRAPPERS, Ranks, file_name
+from two_pass import Gradients, added, reference, relative_error
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes, started here, left the gradients of every scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("ranks.py")
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("wb") as output:
-                command = [sys.executable, str(script), str(rank), str(folder)]
-                processes.append(subprocess.Popen(command, stdout=output, stderr=output))
-        deadline = time.monotonic() + SECONDS
-        # A rank that failed leaves the others waiting for it.
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(process.returncode for process in processes):
-        found = "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in logs)
-        pytest.fail(f"the processes hung or failed: {[p.returncode for p in processes]}\n{found}")
-    return folder
+def results(ranks: Ranks) -> Path:
+    """The folder in which two processes left the gradients of every scenario."""
+    ranks.wait(seconds=180)
+    return ranks.folder
 
 
 @cache
 def averages(adapters: str, batches: str) -> tuple[Gradients, Gradients]:
     """The average over the ranks of the reference's routed gradients, and of its unrouted ones."""
-    two_pass = TwoPass(routed_model("llama", adapters))
+    two_pass = reference("llama", adapters)
     ranks = BATCHES[batches]
     routed = [two_pass.gradients(*step) for steps in ranks for step in steps]
     unrouted = [two_pass.gradients(rows, None) for steps in ranks for rows, _ in steps]

@@ -16,9 +16,11 @@ from two_pass import (
     batch,
     block_norms,
     gradients,
+    layer_batch,
     loss_of,
     relative_error_of_blocks,
     routed_gradients,
+    routed_layer,
     routed_model,
     rows_mask,
     weighted_tokens_mask,
@@ -99,3 +101,28 @@ def test_what_is_gated_is_exactly_zero_in_low_precision(
     assert norms["keep"][0] > 0
     assert norms["route"][1] > 0
     record.exact(max(norms["route"][0], norms["keep"][1]), 0)
+
+
+@cells("{setting}, gates between two values of the type", PEFT="llama, gpt2", attach="llama", setting=SETTINGS)
+def test_gates_are_not_rounded_to_the_type_of_the_layer(
+    architecture: str, adapters: str, setting: str, record: Record
+) -> None:
+    # Rounded before the product, the gate would be off by `excess`; what is rounded after it averages out.
+    layer = routed_layer(architecture, adapters, SETTINGS[setting][0])
+    rows = layer_batch(layer, seq=200)
+    dtype = torch.float16 if setting.startswith("fp16") else torch.bfloat16
+    excess = torch.finfo(dtype).eps / 2
+    assert torch.tensor(1.25 + excess).to(dtype) == 1.25
+
+    def step(gate: float) -> Tensor:
+        layer.zero_grad()
+        gates = [gate] * rows.rows
+        with gr.route(layer, gr.RouteMask.weights(m=1.0, g_d=gates, g_q=gates)):
+            with SETTINGS[setting][1]():
+                y = layer(rows.x)
+            (y * rows.upstream).sum().backward()
+        return torch.cat([gradient.flatten() for gradient in gradients(layer).values()])
+
+    plain, gated = step(1.0), step(1.25 + excess)
+    found = (gated @ plain / (plain @ plain)).item()
+    record.close(abs(found - 1.25 - excess) / excess, 0.3, " of half a step between two values")

@@ -11,6 +11,7 @@ own parameter gradient, which is weighted afterwards as that of a row is: no rul
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -208,9 +209,14 @@ class TwoPass:
         return total
 
 
-def expected_gradients(model: nn.Module, batch: Rows, mask: gr.RouteMask, loss: Loss = loss_of) -> Gradients:
-    """The reference, after a check that a model which ignores the mask would fail the comparison."""
-    two_pass = TwoPass(model)
+@cache
+def reference(architecture: str, adapters: str, dtype: torch.dtype = torch.float64) -> TwoPass:
+    """The two passes of `routed_model(architecture, adapters, dtype)`, in float64 whatever the model's type."""
+    return TwoPass(routed_model(architecture, adapters, dtype))
+
+
+def expected_gradients(two_pass: TwoPass, batch: Rows, mask: gr.RouteMask, loss: Loss = loss_of) -> Gradients:
+    """The reference's gradients, after a check that a model which ignores the mask would fail the comparison."""
     expected = two_pass.gradients(batch, mask, loss)
     assert relative_error(two_pass.gradients(batch, None, loss), expected) > 0.3
     return expected
@@ -293,15 +299,14 @@ class LayerBatch:
         return LayerBatch(self.x[i : i + 1], self.upstream[i : i + 1])
 
 
-def routed_layer(architecture: str, adapters: str) -> Any:
-    """The first routed layer of a tiny model, in float64."""
-    return next(m for m in routed_model(architecture, adapters).modules() if isinstance(m, RoutedLayer))
+def routed_layer(architecture: str, adapters: str, dtype: torch.dtype = torch.float64) -> Any:
+    """The first routed layer of a tiny model."""
+    return next(m for m in routed_model(architecture, adapters, dtype).modules() if isinstance(m, RoutedLayer))
 
 
 def layer_batch(layer: nn.Module, seed: int = 0, rows: int = ROWS, seq: int = SEQ) -> LayerBatch:
-    d_out, d_in = layer.base_weight().shape
-    generator = torch.Generator().manual_seed(seed)
-    x, upstream = (torch.randn(rows, seq, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out))
+    W, generator = layer.base_weight(), torch.Generator().manual_seed(seed)
+    x, upstream = (torch.randn(rows, seq, d, generator=generator, dtype=torch.float64).to(W) for d in W.T.shape)
     return LayerBatch(x, upstream)
 
 

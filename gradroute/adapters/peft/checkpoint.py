@@ -60,8 +60,9 @@ def load_quarantined(
             # The blocks get the type they were saved in; PEFT would widen them to float32.
             widen = any(tensor.dtype == torch.float32 for tensor in tensors.values())
             loaded = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=widen)
-        expected = get_peft_model_state_dict(loaded, adapter_name=adapter_name)
-        missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        expected = get_peft_model_state_dict(loaded, adapter_name=adapter_name, save_embedding_layers=False)
+        missing = sorted(set(expected) - set(tensors))
+        unexpected = sorted(set(tensors) - set(expected) - set(loaded.state_dict()))
         if missing or unexpected:
             raise FileFormatError(
                 f"`{folder}` should hold the tensors that its config describes on this model. "
@@ -83,6 +84,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError, ValueError) as error:
         raise FileFormatError(f"`{file}` should be a safetensors file. Found: {error}.") from error
+    # PEFT adds the base weight of a targeted head or embedding, merged if it was saved so: the base model has it.
+    tensors = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FileFormatError(f"`{file}`: `{name}` should be finite. Found inf or nan.")
@@ -111,6 +114,11 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
         d_in, d_out = _widths(module)
         for block in ("", "_quarantine"):
             A, B = tuple(matrices[f"lora_A{block}"].shape), tuple(matrices[f"lora_B{block}"].shape)
+            if not all(matrices[f"lora_{side}{block}"].is_floating_point() for side in "AB"):
+                dtypes = [str(matrices[f"lora_{side}{block}"].dtype) for side in "AB"]
+                raise FileFormatError(
+                    f"`{folder}`: `{name}.lora_A{block}` and B should be floating point. Found {dtypes}."
+                )
             if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (d_in is not None and (A[1], B[0]) != (d_in, d_out)):
                 raise FileFormatError(
                     f"`{folder}`: the blocks of `{name}` should be A (r, {d_in}) and B ({d_out}, r). "

@@ -49,7 +49,7 @@ class QuarantineLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        _check_options(self)
+        check_options(self)
         self._base: dict[str, Any] = {}
         # The key is nn.Module: every target comes to the factory, so none becomes plain LoRA in silence.
         self._register_custom_module({nn.Module: _build_layer})  # type: ignore[dict-item]
@@ -78,6 +78,11 @@ class QuarantineLoraConfig(LoraConfig):
                 f"`quarantine_format` of the adapter config should be {FORMAT}. Found {version!r}: written by a later "
                 "gradroute. Fix: upgrade gradroute."
             )
+        if str(getattr(kwargs.get("peft_type"), "value", kwargs.get("peft_type"))) != "LORA":
+            raise FileFormatError(
+                f"`peft_type` of the adapter config should be LORA. Found {kwargs.get('peft_type')!r}."
+            )
+        _check_fingerprint(kwargs.get("base_fingerprint", {}))
         known = {f.name for f in dataclasses.fields(cls)}
         # A later PEFT writes its new options into every config; they matter only where they are switched on.
         later = sorted(name for name, value in kwargs.items() if name not in known and value)
@@ -113,6 +118,24 @@ class QuarantineLoraConfig(LoraConfig):
         self._base[name] = seen if self._base.get(name, seen) == seen else None
 
 
+def _check_fingerprint(fingerprint: Any) -> None:
+    entries = fingerprint.values() if isinstance(fingerprint, dict) else [None]
+    for entry in entries:
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("dtype"), str)
+            or not _are_numbers(entry.get("values"))
+        ):
+            raise FileFormatError(
+                "`base_fingerprint` of the adapter config should hold a dtype and values for each module. "
+                f"Found {entry if isinstance(fingerprint, dict) else fingerprint!r}."
+            )
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) for v in values)
+
+
 def base_samples(weight: Tensor) -> list[float]:
     """A few evenly spaced values of a weight."""
     flat = weight.detach().reshape(-1)
@@ -146,7 +169,8 @@ def _build_layer(target: nn.Module, adapter_name: str, config: QuarantineLoraCon
     return build_routed_layer(target, adapter_name, config, **kwargs)
 
 
-def _check_options(config: QuarantineLoraConfig) -> None:
+def check_options(config: QuarantineLoraConfig) -> None:
+    """Raise `TargetError` for an option that a quarantine cannot be had with, whenever it was set."""
     rank = config.r_quarantine
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
@@ -158,7 +182,7 @@ def _check_options(config: QuarantineLoraConfig) -> None:
             "the base weights or start from a non-zero delta. Fix: gradroute.init has oriented starts of zero delta."
         )
     for name, why in _REFUSED.items():
-        if getattr(config, name, None) not in (None, False, "none", [], {}):
+        if getattr(config, name, None) and getattr(config, name) != "none":
             raise TargetError(f"`{name}={getattr(config, name)!r}` cannot be used with a quarantine: {why}.")
     variants = [
         f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)

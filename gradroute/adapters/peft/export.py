@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -44,7 +44,8 @@ def export_full(model: nn.Module, path: str | Path) -> None:
 
 
 def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
-    layers = {_base_name(name): layer for name, layer in routed_layers(model).items()}
+    model = _unwrapped(model)
+    layers = {_base_name(model, name): layer for name, layer in routed_layers(model).items()}
     factors = {name: _folded(name, blocks_of(layer)) for name, layer in layers.items()}
     r = max(A.shape[0] for A, _ in factors.values())
     tensors = {}
@@ -60,6 +61,7 @@ def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
         target_modules=_target_modules(model, layers),
         fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         modules_to_save=getattr(trained, "modules_to_save", None),
+        ensure_weight_tying=getattr(trained, "ensure_weight_tying", False),
         task_type=getattr(trained, "task_type", None),
         base_model_name_or_path=getattr(trained, "base_model_name_or_path", None),
         inference_mode=True,
@@ -69,11 +71,20 @@ def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
     config.save_pretrained(str(path))
 
 
-def _base_name(name: str) -> str:
-    """The module's name in the base model: without the wrappers of DDP, torch.compile and PEFT."""
-    for wrapper in ("module.", "_orig_mod.", "base_model.model."):
-        name = name.removeprefix(wrapper)
-    return name
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without the wrappers of torch.compile, DataParallel and DDP."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _base_name(model: nn.Module, name: str) -> str:
+    """The module's name in the base model."""
+    return name.removeprefix(_PREFIX) if isinstance(model, PeftModel) else name
 
 
 def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
@@ -91,7 +102,7 @@ def _target_modules(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     inside = tuple(f"{name}." for name in layers)
     others = [
-        name for name, _ in ((_base_name(n), m) for n, m in model.named_modules())
+        name for name in (_base_name(model, name) for name, _ in model.named_modules())
         if name and name not in layers and not name.startswith(inside)
     ]  # fmt: skip
     for targets in (leaves, sorted(layers)):
@@ -115,6 +126,7 @@ def _trained_besides(model: nn.Module, config: Any) -> dict[str, Tensor]:
     if config is None:
         return {}
     layer: Any = next(iter(routed_layers(model).values()))
-    state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter)
+    state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter, save_embedding_layers=False)
     others = {_PREFIX + name.removeprefix(_PREFIX): t for name, t in state.items() if ".lora_" not in name}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
+    # Copies: tied modules share memory, which the file format refuses.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in others.items()}

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from gradroute.adapters.peft.config import QuarantineLoraConfig
+from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
 from gradroute.adapters.peft.layer import RoutedLoraLayer
 from gradroute.errors import TargetError
 
@@ -51,11 +51,15 @@ def build_routed_layer(
             "layer whose tokens a mask could reach. Fix: name the attention, as in "
             'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
+    check_options(config)
     if isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TargetError(
             f"`{target_name}` is the output projection of nn.MultiheadAttention, which reads its weight and never "
             "calls it: blocks there would never run. Fix: exclude_modules."
         )
+    if isinstance(target, nn.MultiheadAttention):
+        # Before PEFT builds its layer, which changes the module it wraps.
+        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
     factories, config._custom_modules = config._custom_modules, None
     try:
         create: Any = LoraModel._create_new_module
@@ -64,10 +68,7 @@ def build_routed_layer(
         config._custom_modules = factories
     quantised = type(layer).__module__ == "peft.tuners.lora.bnb" and type(layer).__name__ in _QUANTISED
     if type(layer) is not LoraLinear and not quantised:
-        raise TargetError(
-            f"`{target_name}` is a {type(target).__name__}, whose LoRA would have no quarantine. Only nn.Linear, "
-            "Conv1D and bitsandbytes 8 / 4 bit linears have one. Fix: name other `target_modules`."
-        )
+        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
     if getattr(target, "_hf_tp_plan", None) is not None:
         raise TargetError(f"`{target_name}` is tensor-parallel; its quarantine would not be. Fix: load it unsharded.")
     peft_class: type[nn.Module] = type(layer)
@@ -78,3 +79,9 @@ def build_routed_layer(
     config.check_base(target_name, layer.get_base_layer().weight)
     routed: nn.Module = layer
     return routed
+
+
+_NO_QUARANTINE = (
+    "`{name}` is a {kind}, whose LoRA would have no quarantine. Only nn.Linear, Conv1D and bitsandbytes 8 / 4 bit "
+    "linears have one. Fix: name other `target_modules`."
+)

@@ -8,6 +8,7 @@ switching and deletion are PEFT's own. What PEFT does with LoRA's matrices by na
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -94,14 +95,17 @@ class RoutedLoraLayer(MergedLayer):
     def view(self) -> str:
         return "disabled" if self._peft_layer().disable_adapters else super().view
 
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; PEFT's hook for `adapter_names=` is refused here, for an error in forward would leave it."""
+        if isinstance(hook, partial) and hook.keywords.keys() & {"adapter_names", "alora_offsets"}:
+            raise RouteError(_PER_ROW_ADAPTERS.format(name=next(iter(hook.keywords))))
+        return super().register_forward_pre_hook(hook, **kwargs)
+
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         peft_layer = self._peft_layer()
         for unsupported in ("adapter_names", "alora_offsets"):
             if kwargs.pop(unsupported, None) is not None:
-                raise RouteError(
-                    f"`{unsupported}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
-                    "Fix: ablate_quarantine(model, rows=...) picks rows."
-                )
+                raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
         if peft_layer.disable_adapters and peft_layer.merged:
             self.unmerge()
         if self.state is INITIAL and not self.lora_A_quarantine.keys() & set(self._active()):
@@ -125,6 +129,12 @@ class RoutedLoraLayer(MergedLayer):
 
     def _routed_A(self) -> list[tuple[str, nn.Linear]]:
         return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
+
+
+_PER_ROW_ADAPTERS = (
+    "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
+    "Fix: ablate_quarantine(model, rows=...) picks rows."
+)
 
 
 def _check_no_combination() -> None:

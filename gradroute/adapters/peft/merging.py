@@ -56,6 +56,8 @@ class MergedLayer(RoutedLinear):
             RouteError: under a route or an ablation of some rows, which no single weight can hold.
         """
         peft_layer = self._peft_layer()
+        if peft_layer.merged:
+            self._check_merged_view()
         names = check_adapters_to_merge(peft_layer, adapter_names)
         if not names:
             return
