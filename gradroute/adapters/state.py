@@ -6,6 +6,7 @@ States are immutable and carry an id. A context manager gives a layer a new stat
 nothing is written into parameters and an exception restores what was there.
 """
 
+import re
 import uuid
 from dataclasses import dataclass, field
 
@@ -78,6 +79,11 @@ class ForwardState:
         """Rows must mean the same in every layer: an expert's input (tokens, d) may by chance have `batch` tokens."""
         if self.route is None and isinstance(self.scale, float):
             return
+        if x.ndim == 2 and re.search(r"(^|\.)experts\.", layer):
+            raise RouteError(
+                f"`{layer}` is an expert: it gets the tokens that were sent to it, {tuple(x.shape)} here, and which "
+                "rows they come from is not known. Fix: exclude the experts from `target_modules`."
+            )
         self._axes.setdefault(x.ndim, layer)
         if len(self._axes) > 1:
             found = ", ".join(f"{ndim} axes in `{name}`" for ndim, name in sorted(self._axes.items(), reverse=True))

@@ -104,7 +104,6 @@ def test_experts_with_as_many_tokens_as_rows_are_refused(architecture: str, adap
     record.refused(refusal_of(attached(THREE_EACH, "every linear"), rows_mask()))
 
 
-@pytest.mark.xfail(reason="where all have (rows, d), nothing tells an expert's tokens from the rows of a batch")
 @cells("experts of 3 and 3 tokens in 3 rows, only the experts targeted", attach="linear experts")
 def test_experts_with_as_many_tokens_as_rows_are_refused_without_another_layer(
     architecture: str, adapters: str, record: Record
