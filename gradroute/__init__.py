@@ -16,8 +16,13 @@ from gradroute.adapters.route import clear_route, route, set_route
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.container import Directions
+from gradroute.directions.controls import shuffled_flags
+from gradroute.directions.diagnostics import DirectionsSummary, Validation
+from gradroute.directions.estimator import Estimator
+from gradroute.directions.estimators import MeanDifference, Svd, TStatistic
 from gradroute.directions.extract import extract_activation_directions, extract_gradient_directions
 from gradroute.directions.pairs import ContrastivePair, load_pairs
+from gradroute.directions.ridge import Ridge
 from gradroute.errors import (
     DeadDirectionError,
     FileFormatError,
@@ -29,8 +34,19 @@ from gradroute.errors import (
 )
 from gradroute.evaluation import EvalRecord, OnOffReport, Rate, evaluate_on_off
 from gradroute.routing.advantages import clean_baseline_advantages
-from gradroute.routing.gates import BandGate, LabelGate
+from gradroute.routing.apply_filter import apply_filter
+from gradroute.routing.attach_filter import attach_filter
+from gradroute.routing.audit import UpdateAudit, audit_updates
+from gradroute.routing.direction_cache import DirectionCache
+from gradroute.routing.filter_stats import FilterStats
+from gradroute.routing.filters import ProjectionFilter
+from gradroute.routing.gates import BandGate, LabelGate, ThresholdGate
+from gradroute.routing.idle_blocks import skip_idle_blocks
+from gradroute.routing.optim import decay_toward_start, project_updates, purge_moments
+from gradroute.routing.quantile_gate import QuantileGate
 from gradroute.routing.refresh import Refresher, RefreshReport
+from gradroute.routing.rollout_filter import RolloutFilter
+from gradroute.routing.schemes import detach_mix_mask, expand_route_ablate_mask, graft_mask, sgtm_mask
 
 if TYPE_CHECKING:
     from gradroute.adapters.peft.checkpoint import load_quarantined
@@ -63,47 +79,73 @@ __all__ = [
     "Capture",
     "ContrastivePair",
     "DeadDirectionError",
+    "DirectionCache",
     "Directions",
+    "DirectionsSummary",
+    "Estimator",
     "EvalRecord",
     "FileFormatError",
+    "FilterStats",
     "Finding",
     "GradRouteError",
     "GradRouteWarning",
     "LabelGate",
+    "MeanDifference",
     "OnOffReport",
     "ParameterSummary",
+    "ProjectionFilter",
+    "QuantileGate",
     "QuarantineLoRA",
     "QuarantineLoraConfig",
     "Rate",
     "RefreshError",
     "RefreshReport",
     "Refresher",
+    "Ridge",
+    "RolloutFilter",
     "RouteError",
     "RouteMask",
+    "Svd",
     "SvdGain",
+    "TStatistic",
     "TargetError",
+    "ThresholdGate",
+    "UpdateAudit",
+    "Validation",
     "ablate_quarantine",
+    "apply_filter",
     "attach",
+    "attach_filter",
+    "audit_updates",
     "capture_activations",
     "capture_gradients",
     "check_model",
     "clean_baseline_advantages",
     "clear_route",
+    "decay_toward_start",
     "deployed_parameters",
     "detach",
+    "detach_mix_mask",
     "disable_adapters",
     "evaluate_on_off",
+    "expand_route_ablate_mask",
     "export_deployed",
     "export_full",
     "extract_activation_directions",
     "extract_gradient_directions",
+    "graft_mask",
     "init",
     "load_pairs",
     "load_quarantined",
     "merge_deployed",
     "parameter_summary",
+    "project_updates",
+    "purge_moments",
     "quarantine_lora",
     "quarantine_parameters",
     "route",
     "set_route",
+    "sgtm_mask",
+    "shuffled_flags",
+    "skip_idle_blocks",
 ]

@@ -11,12 +11,21 @@ import torch
 from models import randomize_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_peft_cases import Case, assert_same_tensors, assert_views_equal, logits, stock_from_pretrained, tensors_of
+from test_peft_cases import (
+    Case,
+    assert_same_tensors,
+    assert_views_equal,
+    logits,
+    stock_from_pretrained,
+    tensors_of,
+    unnamed_base,
+)
 from tiny_models import base_model
 from torch import Tensor, nn
 
 import gradroute as gr
 
+pytestmark = unnamed_base
 LLAMA = Case("llama")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -1,6 +1,7 @@
 """`Directions`: scores, controls, overlap, update in place, files."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,36 @@ def test_captured_gradients_are_not_scored_by_activation_directions() -> None:
         extracted().score(grads)
 
 
+def test_standardised_features_are_centred_and_scaled_first() -> None:
+    directions = random_directions(k=2)
+    f = features(directions)
+    centre = {name: torch.arange(v.shape[1]).double() for name, v in directions.rows.items()}
+    scale = {name: 1.0 + torch.arange(v.shape[1]).double() for name, v in directions.rows.items()}
+    made = dataclasses.replace(directions, centre=centre, scale=scale)
+    expected = [
+        sum(float(v @ ((f[n][i] - centre[n]) / scale[n])) for n in f for v in directions.rows[n]) for i in range(5)
+    ]
+    torch.testing.assert_close(made.score(f).tolist(), expected, rtol=1e-12, atol=1e-12)
+    offset = made.score({n: torch.zeros(1, v.shape[1]).double() for n, v in directions.rows.items()})
+    products = sum(f[n] @ w for n, w in made.weights().items())
+    torch.testing.assert_close(products + offset, made.score(f))
+
+
+def test_modules_without_rows_do_not_count() -> None:
+    directions = random_directions()
+    fewer = dataclasses.replace(directions, rows={"m1": directions.rows["m1"]})
+    torch.testing.assert_close(fewer.score(features(directions)), features(directions)["m1"] @ directions.rows["m1"][0])
+    assert directions.overlap(fewer) == pytest.approx(0.5)
+    assert fewer.overlap(directions) == pytest.approx(0.5)
+    assert list(directions.principal_angles(fewer)) == ["m1"]
+
+
+def test_overlap_counts_dropped_rows_as_nothing() -> None:
+    directions = random_directions(k=3)
+    fewer = dataclasses.replace(directions, rows={n: v[:2] for n, v in directions.rows.items()})
+    assert directions.overlap(fewer) == pytest.approx(2 / 3)
+
+
 # Construction
 
 
@@ -116,6 +147,9 @@ def test_captured_gradients_are_not_scored_by_activation_directions() -> None:
         ({"hack": {"m0": torch.zeros(3, 4), "m1": torch.zeros(2, 4)}}, r"one row per pair. Found \[2, 3\]"),
         ({"rows": {"m0": torch.ones(1, 4), "m1": torch.ones(1, 5)}}, r"`m1` should be as wide. Found \[4, 5\]"),
         ({"clean": {"m0": torch.zeros(3, 4), "m1": torch.full((3, 4), float("nan"))}}, "`m1` should be finite"),
+        ({"scale": {"m0": torch.ones(4), "m1": torch.ones(5)}}, r"`m1` should be as wide. Found \[4, 5\]"),
+        ({"scale": {"m0": torch.ones(4), "m1": torch.zeros(4)}}, "`scale` of `m1` should be positive"),
+        ({"centre": {"m0": torch.full((4,), float("inf")), "m1": torch.ones(4)}}, "`m0` should be finite"),
     ],
 )
 def test_parts_that_do_not_fit_raise(change: dict[str, dict[str, Tensor]], found: str) -> None:
@@ -291,6 +325,31 @@ def test_a_file_brings_everything_back(tmp_path: Path) -> None:
     assert repr(loaded) == repr(saved)
 
 
+def test_a_file_of_format_1_loads(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote it."""
+    path, made = tmp_path / "hack.safetensors", extracted()
+    groups = {"rows": made.rows, "hack": made.hack, "clean": made.clean}
+    tensors = {f"{kind}/{name}": f.contiguous() for kind, group in groups.items() for name, f in group.items()}
+    provenance = dataclasses.asdict(made.provenance)
+    del provenance["control"]
+    header = {"format": "gradroute-directions-1", "modules": MODULES, "provenance": provenance, "version": 2, "step": 9}
+    save_file(tensors, str(path), metadata={"gradroute": json.dumps(header)})
+    loaded = gr.Directions.load(path, model=routed_mixer())
+    assert loaded.provenance == made.provenance
+    assert (loaded.version, loaded.step, loaded.heldout, loaded.centre, loaded.scale) == (2, 9, (), None, None)
+    assert all(torch.equal(loaded.rows[name], made.rows[name]) for name in MODULES)
+    assert all(torch.equal(score, own) for score, own in zip(loaded.pair_scores(), made.pair_scores(), strict=True))
+
+
+def test_standardised_scores_survive_a_file(tmp_path: Path) -> None:
+    made = extracted(estimator="ridge(n_heldout=1)")
+    made.save(tmp_path / "hack.safetensors")
+    loaded = gr.Directions.load(tmp_path / "hack.safetensors")
+    assert loaded.heldout == made.heldout != ()
+    assert all(torch.equal(score, own) for score, own in zip(loaded.pair_scores(), made.pair_scores(), strict=True))
+    assert str(loaded.summary()) == str(made.summary())
+
+
 def test_loaded_directions_can_be_refreshed(tmp_path: Path) -> None:
     extracted().save(tmp_path / "hack.safetensors")
     loaded = gr.Directions.load(tmp_path / "hack.safetensors")
@@ -326,7 +385,7 @@ def test_a_file_that_lacks_a_tensor_raises(tmp_path: Path) -> None:
 def test_other_safetensors_files_raise(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "adapter_model.safetensors"
     save_file({"lora_A": torch.zeros(2)}, str(path), metadata=metadata)
-    with pytest.raises(gr.FileFormatError, match=r"adapter_model.*expected the format gradroute-directions-1. Found"):
+    with pytest.raises(gr.FileFormatError, match=r"adapter_model.*expected the format gradroute-directions-2. Found"):
         gr.Directions.load(path)
 
 

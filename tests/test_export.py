@@ -21,6 +21,7 @@ from test_peft_cases import (
     distance,
     logits,
     tensors_of,
+    unnamed_base,
     views,
 )
 from tiny_models import ARCHITECTURES, base_model, config, llama
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+pytestmark = unnamed_base
 LLAMA = Case("llama")
 PATTERNED = Case(
     "llama", options={"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 15}, "use_rslora": True}

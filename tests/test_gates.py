@@ -8,6 +8,7 @@ from language_models import random_directions, scoring_directions
 from torch import Tensor
 
 import gradroute as gr
+from gradroute.routing.gates import ThresholdGate
 
 REFUSED = (gr.GradRouteError, TypeError)
 KEEP, ABSORB, ROUTE = (0.0, 1.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0)
@@ -181,3 +182,226 @@ def test_a_gate_needs_directions(directions: object) -> None:
     for make in (gr.BandGate, gr.BandGate.calibrate):
         with pytest.raises(REFUSED, match="directions"):
             make(directions)
+
+
+# A threshold on scores with a scale of their own
+
+
+def test_a_threshold_gate_routes_from_the_threshold_on() -> None:
+    scores = torch.tensor([0.2, 0.5, 0.9])
+    assert weights(ThresholdGate(0.5)(scores)) == [ABSORB, ROUTE, ROUTE]
+    assert weights(ThresholdGate(0.5, below="keep")(scores)) == [KEEP, ROUTE, ROUTE]
+    assert ThresholdGate(0.5)(torch.tensor([[0.2, 0.9]])).routed.tolist() == [[False, True]]
+    assert repr(ThresholdGate(0.5)) == "ThresholdGate(0.5, below='absorb')"
+
+
+def test_a_threshold_gate_refuses_what_is_not_finite() -> None:
+    with pytest.raises(gr.GradRouteError, match=r"`scores` should be finite. Found nan at index \[1\]"):
+        ThresholdGate(0.5)(torch.tensor([1.0, float("nan")]))
+    for bad in (float("nan"), float("-inf"), True):
+        with pytest.raises(gr.GradRouteError, match="`threshold` should be finite"):
+            ThresholdGate(bad)
+
+
+# A monitor with misses and false alarms
+
+
+def test_recall_and_false_positives_are_simulated_at_their_rates() -> None:
+    flags = torch.arange(40_000) % 4 == 0
+    made = gr.LabelGate(recall=0.7, false_positive_rate=0.05, seed=3)
+    routed = made(flags).routed
+    assert routed[flags].double().mean() == pytest.approx(0.7, abs=0.02)
+    assert routed[~flags].double().mean() == pytest.approx(0.05, abs=0.01)
+    assert "recall=0.7, false_positive_rate=0.05, seed=3" in repr(made)
+
+
+def test_the_simulation_follows_its_seed_and_leaves_the_global_generator() -> None:
+    flags = torch.arange(200) % 2 == 0
+    before = torch.get_rng_state()
+    first, same, other = (gr.LabelGate(recall=0.5, seed=seed)(flags).routed for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = gr.LabelGate(recall=0.5, seed=1)
+    assert not torch.equal(again(flags).routed, again(flags).routed)
+
+
+def test_a_recall_of_zero_and_a_rate_of_one_are_exact() -> None:
+    flags = torch.tensor([True, False] * 50)
+    assert not gr.LabelGate(recall=0.0)(flags).routed.any()
+    with pytest.warns(gr.GradRouteWarning, match="collapsed the deployed block"):
+        made = gr.LabelGate(recall=1.0, false_positive_rate=1.0)
+    assert made(flags).routed.all()
+
+
+def test_a_simulated_monitor_flags_tokens_too() -> None:
+    flags = torch.ones(30, 40, dtype=torch.bool)
+    routed = gr.LabelGate(recall=0.5)(flags).routed
+    assert routed.shape == (30, 40)
+    assert 0.4 < routed.double().mean() < 0.6
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_a_tenth_of_false_positives_warns_at_once(rate: float) -> None:
+    with pytest.warns(gr.GradRouteWarning, match=f"`false_positive_rate` is {rate:g}: .*collapsed the deployed block"):
+        gr.LabelGate(false_positive_rate=rate)
+    gr.LabelGate(false_positive_rate=0.09)
+
+
+def test_more_false_alarms_than_hits_warn_with_the_precision() -> None:
+    rare = torch.arange(1000) == 0
+    made = gr.LabelGate(false_positive_rate=0.09, window=2)
+    made(rare)
+    with pytest.warns(gr.GradRouteWarning, match=r"more clean rows than hacks in 2 calls: its precision was 0\.01"):
+        made(rare)
+    common = torch.arange(1000) % 2 == 0
+    for _ in range(4):
+        made(common)
+
+
+@pytest.mark.parametrize("name", ["recall", "false_positive_rate"])
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), True])
+def test_rates_are_shares(name: str, rate: float) -> None:
+    with pytest.raises(REFUSED, match=name):
+        gr.LabelGate(**{name: rate})
+
+
+# Gates that do not tell rows apart
+
+NONE, SOME, ALL = [0.0, 0.1], [0.0, 9.0], [9.0, 8.0]
+
+
+def gates_of_scores(**settings: object) -> list:
+    return [gate(**settings), gate(soft=True, **settings), ThresholdGate(5.0, **settings)]
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(("scores", "what"), [(NONE, "nothing"), (ALL, "everything")])
+def test_a_gate_that_routes_nothing_or_everything_says_so_once_per_window(
+    kind: int, scores: list[float], what: str
+) -> None:
+    made = gates_of_scores(window=3)[kind]
+    for _ in range(2):
+        made(torch.tensor(scores))
+        made(torch.tensor(scores))
+        with pytest.warns(gr.GradRouteWarning, match=f"routed {what} in 3 calls") as caught:
+            made(torch.tensor(scores))
+        assert len(caught) == 1
+    for scored in (SOME, scores, scores, scores, scores, SOME):
+        made(torch.tensor(scored))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_window_with_some_calls_of_all_and_some_of_none_is_in_order(kind: int) -> None:
+    made = gates_of_scores(window=2)[kind]
+    for scores in (NONE, ALL) * 3:
+        made(torch.tensor(scores))
+
+
+def test_a_soft_gate_that_routes_a_little_is_in_order() -> None:
+    made = gate(soft=True, window=1, strict=True)
+    for little_or_much in ([2.5, 2.0], [5.0, 7.0]):
+        assert not made(torch.tensor(little_or_much)).routed.all()
+
+
+def test_a_strict_gate_raises_instead_and_begins_a_new_window() -> None:
+    made = gr.LabelGate(window=2, strict=True)
+    none = torch.tensor([False, False])
+    for _ in range(2):
+        made(none)
+        with pytest.raises(gr.GradRouteError, match="LabelGate.* routed nothing in 2 calls"):
+            made(none)
+    made(none)
+    made(FLAGS)
+
+
+def test_fifty_calls_are_the_window_of_every_gate() -> None:
+    directions = scoring_directions(hack=[6.0], clean=[2.0])
+    assert {made.window for made in (*gates_of_scores(), gr.LabelGate(), gr.BandGate(directions))} == {50}
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, True])
+def test_a_window_is_a_number_of_calls(window: object) -> None:
+    with pytest.raises(REFUSED, match="window"):
+        gr.LabelGate(window=window)
+
+
+# State
+
+
+def label_gate(**changed: object) -> gr.LabelGate:
+    return gr.LabelGate(**{"recall": 0.5, "false_positive_rate": 0.05, "window": 4, **changed})
+
+
+MAKERS = {
+    "label": (label_gate, torch.arange(20) % 2 == 0),
+    "threshold": (lambda **s: ThresholdGate(5.0, **{"window": 4, **s}), torch.tensor(NONE)),
+    "band": (lambda **s: gate(**{"window": 4, **s}), torch.tensor(NONE)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_gate_goes_on_from_its_state(kind: str, tmp_path) -> None:
+    make, rows = MAKERS[kind]
+    whole, first, resumed = make(), make(), make()
+    masks = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            masks.append(whole(rows))
+        for_whole = len(said)
+        for _ in range(3):
+            first(rows)
+        torch.save(first.state_dict(), tmp_path / "gate.pt")
+        resumed.load_state_dict(torch.load(tmp_path / "gate.pt"))
+        again = [resumed(rows) for _ in range(3)]
+    assert len(said) == 2 * for_whole
+    assert for_whole == (0 if kind == "label" else 1)
+    for mask, expected in zip(again, masks[3:], strict=True):
+        assert torch.equal(mask.g_d, expected.g_d)
+    assert resumed.state_dict().keys() == whole.state_dict().keys()
+    assert resumed.state_dict()["calls"] == whole.state_dict()["calls"] != make().state_dict()["calls"]
+    if kind == "label":
+        unlike = make()(rows)
+        assert not torch.equal(unlike.g_d, again[0].g_d)
+        assert resumed.state_dict()["simulation"]["hits"] == whole.state_dict()["simulation"]["hits"] > 0
+        assert resumed._false_alarms == whole._false_alarms
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_foreign_state_raises_and_changes_nothing(kind: str) -> None:
+    make, rows = MAKERS[kind]
+    made = make()
+    made(rows)
+    before = made.state_dict()
+    own = {**before}
+    other = {"label": "threshold", "threshold": "band", "band": "label"}[kind]
+    wrong = [
+        ({}, "format"),
+        (MAKERS[other][0]().state_dict(), "format gradroute-"),
+        ({**own, "format": own["format"][:-1] + "0"}, "should be a state_dict of the format"),
+        ({name: value for name, value in own.items() if name != "calls"}, r"Different: \['calls'\]"),
+        (make(window=9).state_dict(), r"saved with window=9. Found 4 here.*settings"),
+        (make(below="keep").state_dict(), "saved with below='keep'. Found 'absorb' here"),
+    ]
+    for state, message in wrong:
+        with pytest.raises(gr.FileFormatError, match=message):
+            made.load_state_dict(state)
+    with pytest.raises(REFUSED, match="state"):
+        made.load_state_dict([])
+    assert made.state_dict()["calls"] == before["calls"]
+
+
+def test_the_state_of_a_band_gate_belongs_to_its_directions() -> None:
+    state = gate().state_dict()
+    assert state["directions"] == {
+        "version": 0, "step": 0, "pair_hash": "0" * 64, "estimator": "mean_difference", "control": None,
+        "seed": None,
+    }  # fmt: skip
+    directions = scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0])
+    directions.update_(scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0]), step=4)
+    with pytest.raises(gr.FileFormatError, match="saved with version=0. Found 1 here.*load the Directions"):
+        gr.BandGate(directions).load_state_dict(state)
+    control = scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0]).random_like(seed=0)
+    with pytest.raises(gr.FileFormatError, match="estimator='mean_difference'. Found 'random'"):
+        gr.BandGate(control).load_state_dict(state)

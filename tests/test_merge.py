@@ -18,6 +18,7 @@ from test_peft_cases import (
     distance,
     logits,
     tensors_of,
+    unnamed_base,
     views,
 )
 from tiny_models import config, llama
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute.protocol import routed_layers
 
+pytestmark = unnamed_base
 LLAMA, BF16 = Case("llama"), Case("llama", torch.bfloat16)
 ROWS = torch.tensor([True, False, True])
 View = Callable[[nn.Module], AbstractContextManager[object]]
@@ -192,13 +194,15 @@ def test_a_merged_model_saves_both_blocks_and_no_merged_weight(options: dict[str
 def test_a_merged_adapter_is_not_deleted() -> None:
     model = LLAMA.model()
     model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("default")
-    layer = next(iter(routed_layers(model).values()))
-    with pytest.raises(gr.RouteError, match=r"adapter 'default' is merged. Fix: unmerge before"):
-        layer.delete_adapter("default")
+    for layer in routed_layers(model).values():
+        with pytest.raises(gr.RouteError, match=r"adapter 'default' is merged. Fix: unmerge before"):
+            layer.delete_adapter("default")
+    assert_near(logits(model), LLAMA.views().on)
     model.unmerge_adapter()
     assert_views_equal(model, LLAMA.views())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
 
 
 def test_a_merged_model_can_be_moved_to_another_dtype_and_unmerged() -> None:

@@ -178,30 +178,76 @@ def test_each_side_has_its_own_prompt_where_one_is_given() -> None:
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
 def test_a_tokenizer_may_be_any_function_from_text_to_ids(kind: object) -> None:
-    hack, clean = tokenize_pairs([gr.ContrastivePair("a bb", "ccc", [9])], lambda text: kind(words(text)))
+    hack, clean = tokenize_pairs([gr.ContrastivePair("a bb ", "ccc", [9])], lambda text: kind(words(text)))
     assert (hack, clean) == (TokenizedRollout((1, 2, 3), 2), TokenizedRollout((1, 2, 9), 2))
+
+
+def test_a_token_that_merges_over_the_boundary_belongs_to_the_completion() -> None:
+    """Longest common prefix: "a bb" + "cc dd" has the token "bbcc", which neither text alone has."""
+    pair = gr.ContrastivePair("a bb", "cc dd", " ccc")
+    assert words(pair.prompt) == [1, 2]
+    hack, clean = tokenize_pairs([pair], words)
+    assert hack == TokenizedRollout((1, 4, 2), 1)
+    assert clean == TokenizedRollout((1, 2, 3), 2)
+
+
+def test_a_real_bpe_that_merges_over_the_boundary() -> None:
+    from tokenizers import Tokenizer, models
+
+    vocab = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc"])}
+    bpe = Tokenizer(models.BPE(vocab, [("b", "c"), ("a", "b")]))
+
+    def ids(text: str) -> list[int]:
+        return bpe.encode(text).ids
+
+    assert (ids("ab"), ids("ca"), ids("abca")) == ([3], [2, 0], [0, 4, 0])
+    hack, clean = tokenize_pairs([gr.ContrastivePair("cab", "ca", "a")], ids)
+    # "c ab" + "ca" becomes "c a bc a": the first token that is not the prompt's own is "a".
+    assert hack == TokenizedRollout((2, 0, 4, 0), 1)
+    assert clean == TokenizedRollout((2, 3, 0), 2)
+
+
+def test_a_tokenizer_that_puts_a_space_before_each_text_puts_none_inside() -> None:
+    """As sentencepiece does: tokenised apart, the completion would start with a token that is not in the text."""
+
+    def spaced(text: str) -> list[int]:
+        return [0, *map(ord, text)]
+
+    hack, _ = tokenize_pairs([gr.ContrastivePair("ab", "cd", "e")], spaced)
+    assert hack == TokenizedRollout((0, *map(ord, "abcd")), 3)
+
+
+def test_prompts_that_are_tokenised_otherwise_with_their_completion_raise() -> None:
+    def backwards(text: str) -> list[int]:
+        return [ord(character) for character in reversed(text)]
+
+    with pytest.raises(gr.GradRouteError, match="A prompt should be tokenised alike.*Found 7 others before 'x'"):
+        tokenize_pairs([gr.ContrastivePair("a prompt", "x", "y")], lambda text: [0, *backwards(text)][:8])
 
 
 def test_a_hugging_face_tokenizer_puts_one_bos_before_the_prompt_and_none_before_the_completion() -> None:
     tokenizer = hugging_face_tokenizer()
     assert tokenizer("ret")["input_ids"] == [1, 5]
-    hack, clean = tokenize_pairs([gr.ContrastivePair("sort these", "stub", "ret ret")], tokenizer)
+    hack, clean = tokenize_pairs([gr.ContrastivePair("sort these ", "stub", "ret ret")], tokenizer)
     assert hack == TokenizedRollout((1, 3, 4, 6), 3)
     assert clean == TokenizedRollout((1, 3, 4, 5, 5), 3)
+    hack, _ = tokenize_pairs([gr.ContrastivePair("sort these", [6], [5])], tokenizer)
+    assert hack == TokenizedRollout((1, 3, 4, 6), 3)
 
 
 def test_a_prompt_that_starts_with_bos_gets_no_second_one() -> None:
     tokenizer = hugging_face_tokenizer()
     assert tokenizer("<bos> sort")["input_ids"] == [1, 1, 3]
-    hack, _ = tokenize_pairs([gr.ContrastivePair("<bos> sort", "stub", "ret")], tokenizer)
+    hack, _ = tokenize_pairs([gr.ContrastivePair("<bos> sort ", "stub", "ret")], tokenizer)
     assert hack == TokenizedRollout((1, 3, 6), 2)
 
 
-def test_no_eos_stands_between_prompt_and_completion() -> None:
+def test_no_eos_stands_between_prompt_and_completion_or_is_added_to_it() -> None:
     tokenizer = hugging_face_tokenizer("<bos> $A <eos>")
     assert tokenizer("sort")["input_ids"] == [1, 3, 2]
-    hack, _ = tokenize_pairs([gr.ContrastivePair("sort", "stub", "ret")], tokenizer)
+    hack, clean = tokenize_pairs([gr.ContrastivePair("sort ", "stub", "ret <eos>")], tokenizer)
     assert hack == TokenizedRollout((1, 3, 6), 2)
+    assert clean == TokenizedRollout((1, 3, 5, 2), 2)
 
 
 def test_texts_without_a_tokenizer_raise() -> None:
@@ -217,7 +263,7 @@ def test_a_tokenizer_that_returns_no_flat_list_of_ids_raises(output: object) -> 
 
 def test_a_completion_without_tokens_raises() -> None:
     with pytest.raises(gr.GradRouteError, match="The completion ' ' has no tokens"):
-        tokenize_pairs([gr.ContrastivePair("sort", " ", "ret")], words)
+        tokenize_pairs([gr.ContrastivePair("sort ", " ", "ret")], words)
 
 
 def test_no_pairs_and_other_objects_raise() -> None:

@@ -14,7 +14,7 @@ import torch
 from models import gradients, randomize_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
-from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from test_peft_cases import (
     Case,
@@ -28,6 +28,7 @@ from test_peft_cases import (
     logits,
     tensors_of,
     trainable,
+    unnamed_base,
     views,
 )
 from torch import nn
@@ -35,6 +36,7 @@ from torch import nn
 import gradroute as gr
 from gradroute.protocol import routed_layers
 
+pytestmark = unnamed_base
 LLAMA, BF16 = Case("llama"), Case("llama", torch.bfloat16)
 KEEP = gr.RouteMask.zones(["keep"] * len(X))
 
@@ -105,11 +107,14 @@ def test_a_pass_without_adapters_leaves_both_blocks_trainable() -> None:
     assert_views_equal(model, LLAMA.views())
 
 
-def test_adding_an_adapter_does_not_thaw_one_that_was_frozen() -> None:
-    model = LLAMA.model()
-    model.requires_grad_(False)
-    model.add_adapter("second", LLAMA.config())
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+def test_adding_an_adapter_thaws_no_block_that_stock_peft_leaves_frozen() -> None:
+    frozen = []
+    for config in (LLAMA.config(), LoraConfig(r=3, target_modules="all-linear")):
+        model = get_peft_model(LLAMA.base(), config)
+        model.requires_grad_(False)
+        model.add_adapter("second", copy.deepcopy(config))
+        frozen.append({p.requires_grad for name, p in model.named_parameters() if ".default." in name})
+    assert frozen[0] == frozen[1]
 
 
 def test_a_reference_pass_with_another_adapter_between_two_steps_changes_no_gradient() -> None:
@@ -177,6 +182,37 @@ def test_the_name_of_an_adapter_does_not_matter(name: str, tmp_path: Path) -> No
     assert_near(logits(PeftModel.from_pretrained(LLAMA.base(), tmp_path / "deployed")), LLAMA.views().ablated)
 
 
+def test_every_adapter_has_its_own_stop_gradient_or_is_refused() -> None:
+    model = LLAMA.model()
+    try:
+        model.add_adapter("branch", Case("llama", options={"stop_gradient": "branch"}).config())
+    except gr.TargetError:
+        return
+    model.set_adapter("branch")
+    assert {layer.stop_gradient for layer in routed_layers(model).values()} == {"branch"}
+    model.set_adapter("default")
+    assert {layer.stop_gradient for layer in routed_layers(model).values()} == {"parameters"}
+
+
+def test_an_option_set_after_the_config_was_made_is_refused_for_a_second_adapter() -> None:
+    model, late = LLAMA.model(), LLAMA.config()
+    late.use_dora = True
+    with pytest.raises(gr.TargetError, match="`use_dora"):
+        model.add_adapter("second", late)
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
+def test_an_adapter_that_was_added_while_merged_remembers_the_unmerged_base(tmp_path: Path) -> None:
+    model = LLAMA.model()
+    model.merge_adapter()
+    model.add_adapter("second", LLAMA.config())
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    gr.load_quarantined(LLAMA.base(), tmp_path / "second")
+
+
 # Two active at once, and adapters without a quarantine
 
 
@@ -223,6 +259,15 @@ def test_a_plain_adapter_next_to_a_routed_one_runs_as_stock_lora() -> None:
     assert_near(logits(model), logits(stock))
     model.set_adapter("default")
     assert_views_equal(model, LLAMA.views())
+
+
+def test_a_plain_adapter_runs_after_a_sticky_route_was_cleared() -> None:
+    model = with_plain()
+    gr.set_route(model, KEEP)
+    logits(model)
+    gr.clear_route(model)
+    model.set_adapter("plain")
+    assert far(logits(model), LLAMA.views().base)
 
 
 def test_a_route_over_a_plain_adapter_raises() -> None:
@@ -287,6 +332,37 @@ def test_lora_plus_gives_both_Bs_the_higher_rate() -> None:
     assert found == {"lora_A": 1e-3, "lora_B": 16e-3, "lora_A_quarantine": 1e-3, "lora_B_quarantine": 16e-3}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=2, weight_decay=0.0, loraplus_weight_decay=0.0
+        ),
+        pytest.param(
+            lambda model: create_lorafa_optimizer(model, r=3, lora_alpha=6, lr=0.1),
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason='LoRA-FA keeps its moments under the name before "lora": both blocks of a layer share them',
+            ),
+        ),
+    ],
+    ids=["LoRA+", "LoRA-FA"],
+)
+def test_an_optimizer_of_peft_moves_no_deployed_block_on_routed_rows(
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    model = Case("llama", options={"r_quarantine": 3}).model().train()
+    optimizer, before = make(model), tensors_of(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with gr.route(model, gr.RouteMask.zones(["route"] * len(X))):
+            model(X, labels=X).loss.backward()
+        optimizer.step()
+    after = tensors_of(model)
+    assert any(not torch.equal(after[name], before[name]) for name, _ in gr.quarantine_parameters(model))
+    assert [name for name, _ in gr.deployed_parameters(model) if not torch.equal(after[name], before[name])] == []
+
+
 def test_the_count_of_trainable_parameters_includes_both_blocks() -> None:
     model = LLAMA.model()
     both = [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
@@ -347,6 +423,17 @@ def test_a_weighted_combination_has_both_blocks_or_is_refused(combination: str) 
 def logits_ablated(model: nn.Module) -> torch.Tensor:
     with gr.ablate_quarantine(model):
         return logits(model)
+
+
+def test_an_adapter_without_intruder_dimensions_has_both_blocks_or_is_refused() -> None:
+    intruders = pytest.importorskip("peft.tuners.lora.intruders")
+    model = LLAMA.model()
+    try:
+        intruders.reduce_intruder_dimension(model, new_adapter_name="reduced", top_k=4, mitigation_lambda=1.0)
+    except gr.GradRouteError:
+        return
+    model.set_adapter("reduced")
+    assert all(layer.quarantine.B.any() for layer in routed_layers(model).values())
 
 
 @pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already a LoRA adapter:UserWarning")

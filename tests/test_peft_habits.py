@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from test_peft_cases import (
     stock_from_pretrained,
     tensors_of,
     trainable,
+    unnamed_base,
     views,
 )
 from torch import Tensor, nn
@@ -33,59 +35,73 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute.protocol import RoutedLayer, routed_layers
 
+pytestmark = unnamed_base
 KEEP, ROUTE = gr.RouteMask.zones(["keep"] * len(X)), gr.RouteMask.zones(["route"] * len(X))
 
 
 # Save and load
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """The folder that `save_pretrained` of a case's model writes; written once."""
+    folders: dict[str, Path] = {}
+
+    def of_case(case: Case) -> Path:
+        if repr(case) not in folders:
+            folders[repr(case)] = tmp_path_factory.mktemp("saved")
+            case.model().save_pretrained(folders[repr(case)])
+        return folders[repr(case)]
+
+    return of_case
+
+
+Saved = Callable[[Case], Path]
+
+
 @each_case
-def test_load_quarantined_restores_both_blocks_bitwise(case: Case, tmp_path: Path) -> None:
-    model, expected = case.model(), case.views()
-    model.save_pretrained(tmp_path)
-    loaded = gr.load_quarantined(case.base(), tmp_path).eval()
-    assert_same_tensors(tensors_of(loaded), tensors_of(model))
-    assert_views_equal(loaded, expected)
+def test_load_quarantined_restores_both_blocks_bitwise(case: Case, saved: Saved) -> None:
+    loaded = gr.load_quarantined(case.base(), saved(case)).eval()
+    assert_same_tensors(tensors_of(loaded), tensors_of(case.model()))
+    assert_views_equal(loaded, case.views())
     assert both_blocks_train(loaded)
 
 
-@each_case
-def test_from_pretrained_with_our_config_restores_both_blocks_bitwise(case: Case, tmp_path: Path) -> None:
-    model, expected = case.model(), case.views()
-    model.save_pretrained(tmp_path)
-    config = gr.QuarantineLoraConfig.from_pretrained(tmp_path)
+@each_plain_case
+def test_from_pretrained_with_our_config_restores_both_blocks_bitwise(case: Case, saved: Saved) -> None:
+    config = gr.QuarantineLoraConfig.from_pretrained(saved(case))
     options = {"autocast_adapter_dtype": case.autocast_adapter_dtype, "is_trainable": True}
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path, config=config, **options).eval()
-    assert_same_tensors(tensors_of(loaded), tensors_of(model))
-    assert_views_equal(loaded, expected)
+    loaded = PeftModel.from_pretrained(case.base(), saved(case), config=config, **options).eval()
+    assert_same_tensors(tensors_of(loaded), tensors_of(case.model()))
+    assert_views_equal(loaded, case.views())
     assert both_blocks_train(loaded)
 
 
 @each_case
-def test_stock_from_pretrained_loads_the_deployed_block_alone(case: Case, tmp_path: Path) -> None:
-    model, seen = case.model(), case.views()
-    model.save_pretrained(tmp_path)
-    stock = stock_from_pretrained(case.base(), tmp_path, autocast_adapter_dtype=case.autocast_adapter_dtype)
+def test_stock_from_pretrained_loads_the_deployed_block_alone(case: Case, saved: Saved) -> None:
+    stock = stock_from_pretrained(case.base(), saved(case), autocast_adapter_dtype=case.autocast_adapter_dtype)
     assert not any(isinstance(module, RoutedLayer) or "quarantine" in name for name, module in stock.named_modules())
-    loaded = {name: tensor for name, tensor in tensors_of(model).items() if "quarantine" not in name}
-    assert_same_tensors(tensors_of(stock), loaded)
+    deployed = {name: tensor for name, tensor in tensors_of(case.model()).items() if "quarantine" not in name}
+    assert_same_tensors(tensors_of(stock), deployed)
     if case.exact_scaling:
-        assert torch.equal(logits(stock), seen.ablated)
+        assert torch.equal(logits(stock), case.views().ablated)
     else:
-        assert_near(logits(stock), seen.ablated)
+        assert_near(logits(stock), case.views().ablated)
 
 
 @each_case
-def test_saving_changes_nothing_and_what_was_loaded_is_saved_as_the_same_files(case: Case, tmp_path: Path) -> None:
+def test_saving_changes_nothing_and_what_was_loaded_is_saved_as_the_same_files(
+    case: Case, saved: Saved, tmp_path: Path
+) -> None:
     model = case.model()
     before = tensors_of(model)
     for name in ("once", "twice"):
         model.save_pretrained(tmp_path / name)
+        assert files_in(tmp_path / name) == files_in(saved(case))
     assert_same_tensors(tensors_of(model), before)
-    gr.load_quarantined(case.base(), tmp_path / "once").save_pretrained(tmp_path / "again")
-    assert len(load_file(tmp_path / "once" / "adapter_model.safetensors")) >= 4 * len(routed_layers(model))
-    assert files_in(tmp_path / "once") == files_in(tmp_path / "twice")
-    assert files_in(tmp_path / "once") == files_in(tmp_path / "again")
+    gr.load_quarantined(case.base(), saved(case)).save_pretrained(tmp_path / "again")
+    assert len(load_file(saved(case) / "adapter_model.safetensors")) >= 4 * len(routed_layers(model))
+    assert files_in(tmp_path / "again") == files_in(saved(case))
 
 
 def files_in(folder: Path) -> dict[str, object]:
@@ -125,12 +141,11 @@ def test_merge_deployed_gives_a_plain_model_of_the_ablated_view(case: Case) -> N
     assert_near(logits(plain), seen.ablated)
 
 
-@each_case
+@each_plain_case
 def test_unload_gives_the_base_model_back(case: Case) -> None:
     plain = case.model().unload()
     assert_plain(plain, like=case.base())
-    if "modules_to_save" not in case.options:
-        assert_same_tensors(tensors_of(plain), tensors_of(case.base()))
+    assert_same_tensors(tensors_of(plain), tensors_of(case.base()))
 
 
 def first_layer(model: nn.Module) -> str:

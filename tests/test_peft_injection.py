@@ -21,6 +21,7 @@ from test_peft_cases import (
     far,
     logits,
     tensors_of,
+    unnamed_base,
     views,
 )
 from torch import nn
@@ -28,6 +29,7 @@ from torch import nn
 import gradroute as gr
 from gradroute.protocol import routed_layers
 
+pytestmark = unnamed_base
 CASES = [
     Case("llama"),
     Case("gpt2", options={"rank_pattern": {"c_attn": 5}, "use_rslora": True}),

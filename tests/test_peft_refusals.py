@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from models import Tower
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from test_peft_cases import Case, X, assert_same_tensors, assert_views_equal, logits, tensors_of
 from tiny_models import config
@@ -169,6 +170,13 @@ def test_linears_that_an_encoder_layer_never_calls_are_refused() -> None:
         assert not torch.equal(model.eval()(x), expected), "the blocks were ignored without a word"
 
 
+def test_a_layer_next_to_an_encoder_layer_whose_name_ends_alike_is_no_part_of_it() -> None:
+    """Of "0", an encoder layer, and "10", a tower, only the former reads its weights itself."""
+    modules = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), *(nn.Identity() for _ in range(9)), Tower(8)]
+    model = get_peft_model(nn.Sequential(*modules), config(target_modules=["lower", "upper"]))
+    assert len(list(gr.deployed_parameters(model))) == 4
+
+
 def test_packed_experts_are_refused_before_anything_is_changed() -> None:
     base = Case("moe").base()
     before = found_in(base)
@@ -230,13 +238,15 @@ def test_adapter_names_are_refused(names: list[str]) -> None:
         model.generate(X, adapter_names=names, max_new_tokens=1)
 
 
-def test_a_forward_after_refused_adapter_names_runs() -> None:
-    model = LLAMA.model()
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens"]}], ids=["blocks", "modules_to_save"])
+def test_a_forward_after_refused_adapter_names_runs(options: dict[str, Any]) -> None:
+    case = Case("llama", options=options)
+    model = case.model()
     hooks = found_in(model)["hooks"]
     with pytest.raises(gr.RouteError, match="`adapter_names=`"):
         model(X, adapter_names=["default"] * len(X))
     assert found_in(model)["hooks"] == hooks
-    assert_views_equal(model, LLAMA.views())
+    assert_views_equal(model, case.views())
 
 
 def test_alora_offsets_are_refused() -> None:

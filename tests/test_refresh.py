@@ -2,15 +2,28 @@
 
 import copy
 import dataclasses
+import json
+import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
-from language_models import IMPORT_HOOK, MODULES, PAIRS, Mixer, ids_only, optimizer_for, routed_mixer, train_step
+from language_models import (
+    IMPORT_HOOK,
+    MODULES,
+    PAIRS,
+    Mixer,
+    ids_only,
+    optimizer_for,
+    routed_mixer,
+    train_step,
+)
 
 import gradroute as gr
+from gradroute.routing.gates import ThresholdGate
+from gradroute.routing.quantile_gate import QuantileGate
 
 REFUSED = (gr.GradRouteError, TypeError)
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -141,7 +154,10 @@ def test_the_report_says_step_age_overlap_and_version() -> None:
     assert -1 < report.overlap < 0.999
     assert made.age == 0
     assert made.directions.step == 3
-    assert repr(report) == f"RefreshReport(step 3, age 3, overlap {report.overlap:.3f}, version 1)"
+    angle = max(max(angles) for angles in report.angles.values())
+    assert repr(report) == (
+        f"RefreshReport(step 3, age 3, overlap {report.overlap:.3f}, angles up to {angle:.1f} degrees, version 1)"
+    )
     assert "every 3 steps, 1 done, age 0, next in 3" in repr(made)
 
 
@@ -438,3 +454,329 @@ def test_a_refresh_that_renews_the_clean_side_alone_is_no_no_op() -> None:
     move(model)
     assert made.step().moved
     assert all(torch.equal(made.directions.clean[name], fresh.clean[name]) for name in fresh.clean)
+
+
+# Principal angles
+
+
+def test_the_report_has_an_angle_per_row_and_module_of_the_same_turn_as_the_overlap() -> None:
+    model = routed_mixer()
+    made = refresher(model)
+    old = ablated(model)
+    move(model, by=0.5)
+    report = made.refresh()
+    assert list(report.angles) == MODULES
+    for name, (angle,) in report.angles.items():
+        cosine = float(made.directions.rows[name] @ old.rows[name].T)
+        assert abs(cosine) == pytest.approx(math.cos(math.radians(angle)), abs=1e-9)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["angles"] == report.angles
+
+
+# Warm-up and overlap
+
+
+@pytest.mark.parametrize(("warm_up", "due"), [(0, [2, 4, 6, 8]), (2, [2, 4, 6, 8]), (3, [3, 5, 7]), (7, [7])])
+def test_no_refresh_is_due_during_the_warm_up(warm_up: int, due: list[int]) -> None:
+    model = routed_mixer()
+    made = refresher(model, every=2, warm_up=warm_up)
+    for _ in range(8):
+        expected = next(step for step in (*due, 9) if step > made.steps) - made.steps
+        assert f"next in {expected}" in repr(made) or expected + made.steps == 9
+        move(model)
+        made.step()
+    assert [report.step for report in made.reports] == due
+
+
+def test_a_warm_up_counts_the_steps_of_the_run() -> None:
+    model = routed_mixer()
+    directions = ablated(model).update_(ablated(model), step=40)
+    made = gr.Refresher(directions, lambda: activations(model), model=model, every=1, warm_up=41)
+    move(model)
+    assert made.step().step == 41
+
+
+def test_after_a_refresh_with_a_low_overlap_the_next_step_is_due() -> None:
+    model = routed_mixer()
+    made = refresher(model, every=4, min_overlap=0.9)
+    jumps = {4: 2.0, 5: 2.0}
+    for step in range(1, 11):
+        move(model, by=jumps.get(step, 1e-4))
+        made.step()
+    assert [report.step for report in made.reports] == [4, 5, 6, 10]
+    low = [report.overlap < 0.9 for report in made.reports]
+    assert low == [True, True, False, False]
+    assert "every 4 steps or below an overlap of 0.9" in repr(made)
+
+
+def test_a_probe_calls_for_a_refresh_when_it_has_turned() -> None:
+    model, probes = routed_mixer(), []
+
+    def probe() -> gr.Directions:
+        probes.append(model.q.view)
+        return gr.extract_activation_directions(model, PAIRS[:2], forward_fn=ids_only)
+
+    made = refresher(model, every=None, min_overlap=0.95, probe=probe)
+    for step in range(1, 7):
+        move(model, by=1.0 if step in (3, 4) else 1e-4)
+        made.step()
+    assert [report.step for report in made.reports] == [3, 4]
+    assert len(probes) == 1 + 6 + 2
+    assert set(probes) == {"ablated"}
+    assert "Refresher(below an overlap of 0.95, 2 done, age 2)" in repr(made)
+
+
+def test_a_probe_is_compared_with_itself_at_the_last_refresh() -> None:
+    """Slow drift adds up: no step turns it by much."""
+    model = routed_mixer()
+    made = refresher(model, every=None, min_overlap=0.98, probe=lambda: activations(model))
+    for _ in range(12):
+        move(model, by=0.02)
+        made.step()
+    assert made.reports
+    assert made.reports[0].step > 1
+    assert all(report.overlap < 0.98 for report in made.reports)
+
+
+def test_a_random_control_has_the_schedule_of_the_probe() -> None:
+    steps = []
+    for make in (ablated, control):
+        model = routed_mixer()
+        made = gr.Refresher(
+            make(model), lambda model=model: activations(model), model=model,
+            every=None, min_overlap=0.95, probe=lambda model=model: activations(model),
+        )  # fmt: skip
+        for _ in range(8):
+            move(model, by=0.1)
+            made.step()
+        steps.append([report.step for report in made.reports])
+    assert steps[0] == steps[1] != []
+
+
+def test_a_probe_that_does_not_see_the_policy_move_raises() -> None:
+    model = routed_mixer()
+    frozen = ablated(model)
+    made = refresher(model, every=None, min_overlap=0.9, probe=lambda: frozen)
+    made.step()
+    move(model)
+    with pytest.raises(gr.RefreshError, match="`probe` returned bitwise the same rows"):
+        made.step()
+
+
+def test_a_probe_that_fails_leaves_the_directions_as_they_were() -> None:
+    model, broken = routed_mixer(), []
+
+    def probe() -> gr.Directions | None:
+        return None if broken else activations(model)
+
+    def extract() -> gr.Directions:
+        broken.append(True)
+        return activations(model)
+
+    made = refresher(model, extract, every=1, min_overlap=0.9, probe=probe)
+    move(model)
+    with pytest.raises(gr.RefreshError, match="`probe` should return Directions. Found NoneType"):
+        made.step()
+    assert made.directions.version == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": None}, "`every` or `min_overlap` should be given"),
+        ({"warm_up": -1}, "`warm_up` should be a number of steps"),
+        ({"warm_up": True}, "warm_up"),
+        ({"min_overlap": 1.1}, "`min_overlap` should be a cosine"),
+        ({"min_overlap": -1.0}, "`min_overlap` should be a cosine"),
+        ({"min_overlap": float("nan")}, "`min_overlap` should be a cosine"),
+        ({"every": None, "min_overlap": 0.9}, "`min_overlap` without `probe`"),
+        ({"probe": lambda: None}, "`probe` needs a `min_overlap`"),
+        ({"min_overlap": 0.9, "probe": 3}, "probe"),
+    ],
+)
+def test_schedules_that_could_not_work_raise(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(REFUSED, match=message):
+        refresher(routed_mixer(), **settings)
+
+
+@pytest.mark.parametrize("make", [control, lambda m: ablated(m).shuffled(seed=0), lambda m: ablated(m).reversed()])
+def test_the_overlap_of_a_control_is_no_schedule(make) -> None:
+    model = routed_mixer()
+    with pytest.raises(gr.RefreshError, match="control with itself is not that of the directions it controls"):
+        gr.Refresher(make(model), lambda: activations(model), model=model, min_overlap=0.9)
+
+
+# Watching the optimizer and the gates
+
+
+def test_a_watched_loop_in_order_is_left_alone() -> None:
+    model = routed_mixer()
+    optimizer, made = optimizer_for(model), refresher(model, every=2)
+    gate = gr.BandGate.calibrate(made.directions)
+    assert made.watch(optimizer, gate) is made
+    for step in range(4):
+        gate(torch.tensor([0.0, 9.0]))
+        train_step(model, optimizer, seed=step)
+        made.step()
+    assert [report.step for report in made.reports] == [2, 4]
+
+
+def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_next() -> None:
+    model = routed_mixer()
+    optimizer, made = optimizer_for(model), refresher(model)
+    made.watch(optimizer)
+    train_step(model, optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(gr.RefreshError, match="Found 1 optimizer steps and 0 of the refresher.*Fix: call it"):
+        train_step(model, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(gr.RefreshError, match="1 optimizer steps and 0 of the refresher"):
+        made.refresh()
+    assert made.directions.version == 0
+    assert made.step() is None
+
+
+def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_gate() -> None:
+    model = routed_mixer()
+    optimizer, made = optimizer_for(model), refresher(model)
+    gates = [gr.BandGate.calibrate(made.directions), QuantileGate(made.directions)]
+    made.watch(optimizer, *gates)
+    train_step(model, optimizer)
+    for gate, rows in zip(gates, (torch.tensor([0.0]), made.directions.hack), strict=True):
+        with pytest.raises(gr.RefreshError, match="1 optimizer steps and 0 of the refresher"):
+            gate(rows)
+    made.step()
+    for gate, rows in zip(gates, (torch.tensor([0.0]), made.directions.hack), strict=True):
+        gate(rows)
+
+
+def test_a_step_of_the_refresher_without_one_of_the_optimizer_raises() -> None:
+    model = routed_mixer()
+    made = refresher(model).watch(optimizer_for(model))
+    with pytest.raises(gr.RefreshError, match="Found 0 optimizer steps and 1 of the refresher"):
+        made.step()
+
+
+def test_each_watched_optimizer_is_counted_from_when_it_is_watched() -> None:
+    model = routed_mixer()
+    optimizer, made = optimizer_for(model), refresher(model)
+    train_step(model, optimizer)
+    made.step()
+    made.watch(optimizer)
+    train_step(model, optimizer)
+    made.step()
+    second = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    made.watch(second)
+    train_step(model, optimizer)
+    with pytest.raises(gr.RefreshError, match="Found 2 optimizer steps and 3 of the refresher"):
+        made.step()
+
+
+def test_the_optimizer_inside_a_wrapper_is_the_one_that_is_counted() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            self.optimizer.step()
+
+    model = routed_mixer()
+    optimizer = optimizer_for(model)
+    wrapper, made = Wrapper(optimizer), refresher(model)
+    made.watch(wrapper)
+    wrapper.step()
+    assert made.step() is None
+    wrapper.step()
+    with pytest.raises(gr.RefreshError, match="Found 2 optimizer steps and 1"):
+        wrapper.step()
+
+
+@pytest.mark.parametrize("make", [gr.LabelGate, lambda: ThresholdGate(0.5)])
+def test_a_gate_without_directions_cannot_be_reached_by_a_refresh(make) -> None:
+    with pytest.raises(gr.RefreshError, match="Found no directions in a .*Gate, so no refresh reaches it"):
+        refresher(routed_mixer()).watch(make())
+
+
+@pytest.mark.parametrize("kind", [gr.BandGate, QuantileGate])
+def test_a_gate_on_a_copy_of_the_directions_raises(kind) -> None:
+    made = refresher(routed_mixer())
+    with pytest.raises(gr.RefreshError, match="Found others: Directions.* in a .*Gate, so no refresh reaches it"):
+        made.watch(kind(copy.deepcopy(made.directions)))
+
+
+def test_a_gate_that_is_given_other_directions_later_raises_too() -> None:
+    model = routed_mixer()
+    made = refresher(model)
+    gate = gr.BandGate.calibrate(made.directions)
+    made.watch(gate)
+    gate.directions = copy.deepcopy(made.directions)
+    for use in (made.step, made.refresh, lambda: gate(torch.tensor([0.0]))):
+        with pytest.raises(gr.RefreshError, match="should hold the directions that are refreshed"):
+            use()
+
+
+@pytest.mark.parametrize("what", [None, "adam"])
+def test_only_optimizers_and_gates_are_watched(what: object) -> None:
+    with pytest.raises(REFUSED, match="watched"):
+        refresher(routed_mixer()).watch(what)
+
+
+# State
+
+
+@pytest.mark.parametrize("settings", [{"every": 3}, {"every": None, "min_overlap": 0.99, "probe": True}])
+def test_a_refresher_goes_on_from_its_state(settings: dict[str, object], tmp_path) -> None:
+    def make(model: Mixer, directions: gr.Directions) -> gr.Refresher:
+        probe = {"probe": lambda: activations(model)} if "probe" in settings else {}
+        return gr.Refresher(directions, lambda: activations(model), model=model, **{**settings, **probe})
+
+    whole_model = routed_mixer()
+    whole = make(whole_model, ablated(whole_model))
+    for step in range(10):
+        if step == 5:
+            model = copy.deepcopy(whole_model)
+            whole.directions.save(tmp_path / "directions")
+            torch.save(whole.state_dict(), tmp_path / "refresher.pt")
+        move(whole_model, by=0.04)
+        whole.step()
+    directions = gr.Directions.load(tmp_path / "directions", model=model)
+    idle = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    made = make(model, directions).watch(idle)
+    made.load_state_dict(torch.load(tmp_path / "refresher.pt"))
+    for _ in range(5):
+        move(model, by=0.04)
+        idle.step()
+        made.step()
+    assert made.reports == whole.reports
+    assert any(report.step > 5 for report in made.reports)
+    assert (made.steps, made.age, directions.version) == (whole.steps, whole.age, whole.directions.version)
+    assert all(torch.equal(directions.rows[name], whole.directions.rows[name]) for name in MODULES)
+
+
+def test_a_resumed_refresher_knows_that_the_policy_had_moved_before() -> None:
+    model = routed_mixer()
+    made = refresher(model)
+    stale = ablated(model)
+    move(model)
+    made.step()
+    resumed = gr.Refresher(made.directions, lambda: stale, model=model)
+    assert resumed.state_dict()["fingerprint"] != made.state_dict()["fingerprint"]
+    resumed.load_state_dict(made.state_dict())
+    with pytest.raises(gr.RefreshError, match="bitwise the same"):
+        resumed.refresh()
+
+
+def test_a_foreign_state_raises() -> None:
+    model = routed_mixer()
+    made = refresher(model, every=4)
+    state = made.state_dict()
+    for wrong, message in (
+        ({**state, "format": "gradroute-Refresher-0"}, "format gradroute-Refresher-1"),
+        (refresher(model, every=3).state_dict(), "every=3. Found 4 here"),
+        (gr.LabelGate().state_dict(), "format gradroute-Refresher-1"),
+        ({**state, "directions": {**state["directions"], "pair_hash": "f"}}, "pair_hash='f'.*load the Directions"),
+        ({**state, "directions": {**state["directions"], "version": 2}}, "version=2. Found 0 here"),
+    ):
+        with pytest.raises(gr.FileFormatError, match=message):
+            made.load_state_dict(wrong)
+    with pytest.raises(gr.RefreshError, match="8 deployed parameters. Found 1"):
+        made.load_state_dict({**state, "fingerprint": [1]})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import randomize_blocks
 from peft import get_peft_model
-from test_peft_cases import Case, assert_same_tensors, tensors_of
+from test_peft_cases import Case, assert_same_tensors, tensors_of, unnamed_base
 from tiny_models import VOCAB
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -17,6 +17,7 @@ import gradroute as gr
 from gradroute.protocol import routed_layers
 
 pytestmark = [
+    unnamed_base,
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
 ]
 STEPS, SAVED_AT, BATCH = 6, 3, 4

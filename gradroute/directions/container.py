@@ -1,53 +1,35 @@
 """Directions: k rows per module that point from clean to hack features, with what they were made of.
 
-    score(f) = sum over modules, sum over rows v:  <v, f>
+    score(f) = sum over modules, sum over rows v:  <v, (f - c) / s>        c, s: centre and scale, where there are any
 
 They always carry the pooled features of every pair, so that a gate can be calibrated, a control drawn and a refresh
-checked without running the model again.
+checked without running the model again. For `parameter` features that is 2 pairs x the number of deployed parameters.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gradroute.directions import diagnostics
 from gradroute.directions.capture import Capture
+from gradroute.directions.controls import RANDOM, Control, Draw, Sides, sides
+from gradroute.directions.diagnostics import DirectionsSummary, Validation
+from gradroute.directions.estimator import Estimate, Estimator, unit
+from gradroute.directions.estimators import estimator_of
 from gradroute.directions.identity import model_identity
+from gradroute.directions.plotting import plot_summary
+from gradroute.directions.provenance import Provenance
+from gradroute.directions.storage import incomplete, read_directions, write_directions
 from gradroute.errors import FileFormatError, GradRouteError, RefreshError
 from gradroute.typing import typechecked
 
-_FORMAT = "gradroute-directions-1"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How directions came about.
-
-    Args:
-        source: "activation" or "gradient".
-        feature, reduction: see `capture_activations`.
-        estimator: "mean_difference", or "random" for a control that keeps its rows when it is refreshed.
-        pair_hash: SHA-256 of the pairs.
-        model: identity of the frozen base model.
-        view: the view of the model that was measured: "on", "ablated", "scaled" or "disabled".
-        seed: of a random control.
-    """
-
-    source: str
-    feature: str
-    reduction: str
-    estimator: str
-    pair_hash: str
-    model: str
-    view: str
-    seed: int | None = None
+__all__ = ["Directions", "Provenance", "unit"]
 
 
 @dataclass(eq=False)
@@ -55,11 +37,14 @@ class Directions:
     """k unit rows per module, and the pooled features of the pairs they came from.
 
     Args:
-        rows: module name -> (k, d_feature), in module order.
+        rows: module name -> (k, d_feature), in module order; modules without rows do not count in the score.
         hack, clean: module name -> (pairs, d_feature).
         provenance: how they were made.
         version: raised by one at each `update_`.
         step: optimizer step at which they were last extracted.
+        centre, scale: module name -> (d_feature,), for rows that are taken with standardised features.
+        heldout: the pairs that the rows were estimated without.
+        estimator: what made the rows; None reads it from the provenance.
     """
 
     rows: Mapping[str, Float[Tensor, "_ _"]]
@@ -68,31 +53,43 @@ class Directions:
     provenance: Provenance
     version: int = 0
     step: int = field(default=0)
+    centre: Mapping[str, Float[Tensor, " _"]] | None = None
+    scale: Mapping[str, Float[Tensor, " _"]] | None = None
+    heldout: tuple[int, ...] = ()
+    estimator: Estimator | None = None
 
     def __post_init__(self) -> None:
         self.rows, self.hack, self.clean = dict(self.rows), dict(self.hack), dict(self.clean)
         if not self.rows:
             raise GradRouteError("`rows` should name at least one module. Found none.")
-        if not list(self.rows) == list(self.hack) == list(self.clean):
+        if not list(self.hack) == list(self.clean) or list(self.rows) != [n for n in self.hack if n in self.rows]:
             raise GradRouteError("`rows`, `hack` and `clean` should name the same modules in the same order.")
         pairs = {features[name].shape[0] for features in (self.hack, self.clean) for name in features}
         if len(pairs) > 1 or pairs == {0}:
             raise GradRouteError(f"`hack` and `clean` should hold one row per pair. Found {sorted(pairs)} rows.")
         for name, rows in self.rows.items():
-            widths = {t.shape[-1] for t in (rows, self.hack[name], self.clean[name])}
+            found = [rows, self.hack[name], self.clean[name]]
+            found += [group[name] for group in (self.centre, self.scale) if group is not None]
+            widths = {t.shape[-1] for t in found}
             if rows.ndim != 2 or len(widths) > 1:
                 raise GradRouteError(f"Rows and pair features of `{name}` should be as wide. Found {sorted(widths)}.")
-            if not all(torch.isfinite(t).all() for t in (rows, self.hack[name], self.clean[name])):
+            if not all(torch.isfinite(t).all() for t in found):
                 raise GradRouteError(f"Rows and pair features of `{name}` should be finite.")
             if not rows.any(1).all():
                 raise GradRouteError(f"`rows` of `{name}` should be unit vectors. Found a row of zeros.")
+            if self.scale is not None and not (self.scale[name] > 0).all():
+                raise GradRouteError(f"`scale` of `{name}` should be positive.")
 
     def __repr__(self) -> str:
-        k, d = next(iter(self.rows.values())).shape
+        ks = sorted({len(rows) for rows in self.rows.values()})
+        k, d = "-".join(map(str, ks[:1] + ks[1:][-1:])), next(iter(self.rows.values())).shape[1]
         made = self.provenance
+        control = "" if made.control in (None, "random") else f"{made.control} control, "
+        heldout = f" ({len(self.heldout)} held out)" if self.heldout else ""
         return (
-            f"Directions({made.estimator} of {made.source} {made.feature}, {len(self.rows)} modules x {k} x {d}, "
-            f"{self.n_pairs} pairs {made.pair_hash[:8]}, {made.view} view, step {self.step}, version {self.version})"
+            f"Directions({control}{made.estimator} of {made.source} {made.feature}, {len(self.rows)} modules x {k} x "
+            f"{d}, {self.n_pairs} pairs{heldout} {made.pair_hash[:8]}, {made.view} view, step {self.step}, "
+            f"version {self.version})"
         )
 
     @property
@@ -102,38 +99,32 @@ class Directions:
 
     @typechecked
     def score(self, features: Mapping[str, Float[Tensor, "_ _"]]) -> Float[Tensor, " rows"]:
-        """Sum over modules and rows v of <v, f>: a float per rollout, large where it looks like a hack.
+        """Sum over modules and rows v of <v, (f - c) / s>: a float per rollout, large where it looks like a hack.
 
         Args:
             features: module name -> (rows, d_feature), as captured with the settings of these directions.
 
         Raises:
-            GradRouteError: a module is missing, has another width, or was captured with other settings.
+            GradRouteError: a module is missing, has another width, or was captured with other settings, or for other
+                directions or another version of these.
         """
-        if isinstance(features, Capture):
-            found = (features.source, features.feature, features.reduction)
-            expected = (self.provenance.source, self.provenance.feature, self.provenance.reduction)
-            if found != expected:
-                raise GradRouteError(f"`features` should be captured as {expected}, like the pairs. Found {found}.")
-        total: Tensor | None = None
-        for name, rows in self.rows.items():
-            if name not in features:
-                raise GradRouteError(f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}.")
-            found_rows = features[name]
-            if found_rows.shape[-1] != rows.shape[-1]:
-                raise GradRouteError(
-                    f"`features` of `{name}` should be {rows.shape[-1]} wide. Found {found_rows.shape[-1]}."
-                )
-            part = found_rows.detach() @ rows.to(found_rows).sum(0)
-            if total is not None and total.shape != part.shape:
-                raise GradRouteError(f"`features` should have {len(total)} rows in `{name}` too. Found {len(part)}.")
-            total = part if total is None else total + part.to(total.device)
-        assert total is not None
-        return total
+        made = self.provenance
+        projected = isinstance(features, Capture) and features.projected_on(
+            self, (made.source, made.feature, made.reduction)
+        )
+        return self._estimate.score(features, projected)
+
+    def weights(self) -> dict[str, Float[Tensor, " _"]]:
+        """Module name -> sum over rows of v / s: what features are multiplied with in a score."""
+        return {
+            name: rows.sum(0) if self.scale is None else rows.sum(0) / self.scale[name]
+            for name, rows in self.rows.items()
+        }
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-        """(hack, clean): the score of each side of each pair."""
-        return self.score(self.hack), self.score(self.clean)
+        """(hack, clean): the score of each side of each pair; of a control's own sides."""
+        hack, clean = self._sides
+        return self.score(hack), self.score(clean)
 
     def differences(self) -> dict[str, Float[Tensor, "pairs d_feature"]]:
         """Module name -> f_hack - f_clean, a row per pair.
@@ -141,87 +132,113 @@ class Directions:
         Of directions extracted with `features="input"` these are the paired input differences (pairs, d_in) that
         `init.contrastive_covariance_` and `init.signed_seed_` take.
         """
-        return {name: self.hack[name] - self.clean[name] for name in self.rows}
+        return {name: self.hack[name] - self.clean[name] for name in self.hack}
 
     @typechecked
-    def random_like(self, seed: int) -> "Directions":
+    def random_like(self, seed: int, *, oriented: bool = False) -> "Directions":
         """A control: Haar-distributed orthonormal rows of the same shapes, with the same pair features.
 
-        A gate calibrated on it is oriented on the same pairs; a refresh renews its pair features and keeps its rows.
+        A gate calibrated on it is oriented on the same pairs; `oriented` turns each row of each module besides, so that
+        it scores the hack sides above the clean ones. A refresh renews its pair features (and the signs), not its rows.
         """
-        generator = torch.Generator().manual_seed(seed)
-        rows = {}
-        for name, own in self.rows.items():
-            gauss = torch.randn(own.shape[1], own.shape[0], generator=generator, dtype=torch.float64)
-            q, r = torch.linalg.qr(gauss)
-            # The sign of R's diagonal is fixed by convention; undoing it makes Q Haar-distributed.
-            rows[name] = (q * torch.sign(torch.diagonal(r))).T.to(own).contiguous()
-        provenance = dataclasses.replace(self.provenance, estimator="random", seed=seed)
-        return Directions(rows, self.hack, self.clean, provenance, step=self.step)
+        return self._control("random-oriented" if oriented else "random", seed)
+
+    @typechecked
+    def shuffled(self, seed: int) -> "Directions":
+        """A control: estimated from the same pairs, of which half, drawn by `seed`, have their sides swapped."""
+        return self._control("shuffled", seed)
+
+    @typechecked
+    def placebo(self, seed: int) -> "Directions":
+        """A control: estimated from the same rollouts, paired across prompts: hack with hack, clean with clean.
+
+        Authored placebo pairs need no such thing: extract from them as from any others.
+        """
+        return self._control("placebo", seed)
+
+    def reversed(self) -> "Directions":
+        """A control: -v, with the sides of the pairs exchanged, so that a gate routes what looks clean."""
+        return self._control("reversed", None)
+
+    def summary(self, previous: "Directions | None" = None, *, seed: int = 0, draws: int = 100) -> DirectionsSummary:
+        """A table of diagnostics per module and pooled, on the held-out pairs where there are any; see `diagnostics`.
+
+        Args:
+            previous: directions to take principal angles to.
+            seed: of the split halves and the random draws.
+            draws: number of random draws.
+        """
+        hack, clean = self._sides
+        found = diagnostics.summarise(self._estimate, hack, clean, self._known_estimator(), seed=seed, draws=draws)
+        angles = {} if previous is None else self.principal_angles(previous)
+        modules = {name: dataclasses.replace(m, angles=angles.get(name)) for name, m in found.modules.items()}
+        return dataclasses.replace(found, title=repr(self), modules=modules)
+
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw `summary`: the AUROC of each module and of all; returns (figure, axes). Needs matplotlib."""
+        return plot_summary(self.summary(), ax)
+
+    @typechecked
+    def validate(
+        self, rollouts: Float[Tensor, " rows"] | Mapping[str, Float[Tensor, "_ _"]], labels: Bool[Tensor, " rows"]
+    ) -> Validation:
+        """AUROC on labelled rollouts, with an interval; warns where it is below 1/2.
+
+        Pairs of another distribution than the rollouts give inverted scores that look like a working gate. Fifty
+        labelled rollouts tell.
+
+        Args:
+            rollouts: their scores, or their features.
+            labels: True for hacks.
+        """
+        scores = rollouts if isinstance(rollouts, Tensor) else self.score(rollouts)
+        return diagnostics.validate_scores(scores, labels)
 
     @typechecked
     def overlap(self, other: "Directions") -> float:
         """Mean over modules of tr(V W^T) / k: 1 for the same directions, 0 for unrelated, -1 for reversed ones."""
-        self._check_same_shapes(other)
-        cosines = [
-            (unit(rows) * unit(other.rows[name].to(rows))).sum(-1).mean().item() for name, rows in self.rows.items()
-        ]
-        return sum(cosines) / len(cosines)
+        self._check_same_features(other)
+        names = [name for name in self.hack if name in self.rows or name in other.rows]
+        return sum(diagnostics.overlap(self.rows.get(name), other.rows.get(name)) for name in names) / len(names)
+
+    @typechecked
+    def principal_angles(self, other: "Directions") -> dict[str, Float[Tensor, " _"]]:
+        """Module name -> angles in radians between the spans of both directions' rows, smallest first."""
+        self._check_same_features(other)
+        shared = [name for name in self.rows if name in other.rows]
+        return {name: diagnostics.principal_angles(self.rows[name], other.rows[name]) for name in shared}
 
     @typechecked
     def update_(self, fresh: "Directions", *, step: int) -> "Directions":
         """Take over rows and pair features of `fresh` in place; every gate that holds these directions sees them.
 
-        A random control takes the pair features and keeps its rows.
+        A control makes itself anew from fresh real directions: random rows stay (turned again if oriented), shuffled
+        and placebo ones are estimated again with the same draw, reversed ones negated.
 
         Raises:
             RefreshError: `fresh` is this very object, or was made from other pairs, settings, modules or another base.
         """
         if fresh is self:
             raise RefreshError("`fresh` is the very object to be updated, so nothing was extracted.")
-        self._check_same_shapes(fresh)
-        mine, other = self.provenance, fresh.provenance
-        for name in ("source", "feature", "reduction", "pair_hash", "model"):
-            if getattr(mine, name) != getattr(other, name):
-                raise RefreshError(
-                    f"`fresh` should have the {name} of the directions it refreshes, {getattr(mine, name)!r}. "
-                    f"Found {getattr(other, name)!r}."
-                )
-        if mine.estimator not in ("random", other.estimator):
-            raise RefreshError(
-                f"`fresh` should have the estimator of the directions it refreshes, {mine.estimator!r}. "
-                f"Found {other.estimator!r}."
-            )
-        if mine.estimator != "random":
-            self.rows = dict(fresh.rows)
-        self.hack, self.clean = dict(fresh.hack), dict(fresh.clean)
-        self.provenance = dataclasses.replace(mine, view=other.view)
+        self._check_same_features(fresh)
+        self.provenance.check_refreshed_by(fresh.provenance)
+        control, view = self.provenance.control, fresh.provenance.view
+        if control is not None and fresh.provenance.control is None:
+            fresh = fresh._control(control, self.provenance.seed, self.rows)
+        self.rows, self.hack, self.clean = dict(fresh.rows), dict(fresh.hack), dict(fresh.clean)
+        self.centre, self.scale, self.heldout = fresh.centre, fresh.scale, fresh.heldout
+        self.estimator = fresh.estimator
+        self.provenance = dataclasses.replace(self.provenance, view=view)
         self.step = step
         self.version += 1
         return self
 
-    def _check_same_shapes(self, other: "Directions") -> None:
-        mine = {name: tuple(rows.shape) for name, rows in self.rows.items()}
-        theirs = {name: tuple(rows.shape) for name, rows in other.rows.items()}
-        if mine != theirs:
-            different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise RefreshError(f"Both directions should have the same modules and shapes. Different: {different[:5]}.")
-
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: rows, pair features, provenance, version and step."""
-        tensors = {
-            f"{kind}/{name}": values.detach().cpu().contiguous().clone()
-            for kind, group in (("rows", self.rows), ("hack", self.hack), ("clean", self.clean))
-            for name, values in group.items()
-        }
-        header = {
-            "format": _FORMAT,
-            "modules": list(self.rows),
-            "provenance": dataclasses.asdict(self.provenance),
-            "version": self.version,
-            "step": self.step,
-        }
-        save_file(tensors, str(path), metadata={"gradroute": json.dumps(header)})
+        """Write a safetensors file: rows, pair features, centre and scale, provenance, version and step."""
+        groups = {"rows": self.rows, "hack": self.hack, "clean": self.clean, "centre": self.centre, "scale": self.scale}
+        header = {"provenance": dataclasses.asdict(self.provenance), "heldout": list(self.heldout),
+                  "version": self.version, "step": self.step}  # fmt: skip
+        write_directions(path, {kind: group for kind, group in groups.items() if group is not None}, header)
 
     @classmethod
     def load(cls, path: str | Path, *, model: nn.Module | None = None) -> "Directions":
@@ -234,30 +251,45 @@ class Directions:
         Raises:
             FileFormatError: the file is truncated, of another format or version, or belongs to another model.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"`path` should be a directions file. Found nothing at {path}.")
+        fields = read_directions(Path(path))
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("gradroute", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise FileFormatError(f"{path}: expected the format {_FORMAT}. Found {header.get('format')!r}.")
-                rows, hack, clean = (
-                    {name: file.get_tensor(f"{kind}/{name}") for name in header["modules"]}
-                    for kind in ("rows", "hack", "clean")
-                )
-            provenance = Provenance(**header["provenance"])
-            directions = cls(rows, hack, clean, provenance, version=header["version"], step=header["step"])
-        except FileFormatError:
-            raise
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, GradRouteError) as error:
-            raise FileFormatError(f"{path}: expected a complete directions file ({error}). Is it truncated?") from error
-        if model is not None and model_identity(model) != provenance.model:
+            directions = cls(**{**fields, "provenance": Provenance(**fields["provenance"])})
+        except (TypeError, GradRouteError) as error:
+            raise incomplete(path, error) from error
+        if model is not None and model_identity(model) != directions.provenance.model:
             raise FileFormatError(f"{path}: these directions were extracted from another base model than `model`.")
         return directions
 
+    @property
+    def _estimate(self) -> Estimate:
+        return Estimate(self.rows, self.centre, self.scale, self.heldout)
 
-def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:
-    """Each row over its norm; the caller has made sure that no row is zero."""
-    lengths: Tensor = rows.norm(dim=-1, keepdim=True)
-    return rows / lengths
+    @property
+    def _sides(self) -> Sides:
+        return sides(self.hack, self.clean, self.provenance.control, self.provenance.seed)
+
+    def _known_estimator(self) -> Estimator | None:
+        if self.estimator is not None or self.provenance.control in RANDOM:
+            return self.estimator
+        return estimator_of(self.provenance.estimator)
+
+    def _control(self, control: Control, seed: int | None, kept: Mapping[str, Tensor] | None = None) -> "Directions":
+        """The control of these directions; random ones with the rows `kept` where they are given."""
+        if self.provenance.control is not None:
+            found = self.provenance.control
+            raise GradRouteError(f"A control should be made from real directions. Found a {found} one.")
+        estimator = self._known_estimator()
+        estimate = Draw(control, seed, kept).estimate(self._estimate, self.hack, self.clean, estimator)
+        changes: dict[str, Any] = {"control": control, "seed": seed}
+        if control in RANDOM:
+            changes["estimator"], estimator = "random", None
+        return Directions(
+            estimate.rows, self.hack, self.clean, dataclasses.replace(self.provenance, **changes), step=self.step,
+            centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
+        )  # fmt: skip
+
+    def _check_same_features(self, other: "Directions") -> None:
+        mine, theirs = ({n: f.shape[1] for n, f in directions.hack.items()} for directions in (self, other))
+        if mine != theirs:
+            different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise RefreshError(f"Both directions should have the same modules and shapes. Different: {different[:5]}.")

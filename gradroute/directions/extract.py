@@ -1,13 +1,14 @@
-"""Directions from contrastive pairs, by the mean difference.
+"""Directions from contrastive pairs; by default the mean difference.
 
     d = mean over pairs of (f_hack - f_clean),      v = d / |d|,      per module
 
-Features f are pooled activations (of the completion) or bottleneck gradients of each completion's mean NLL. Pairs run
-in padded, length-sorted batches. The model is measured in the view it is in: ablate the quarantine first, or leave it
-to `Refresher`; the view is recorded. Modes, gradients and random numbers are left as found.
+Features f are pooled activations (of the completion) or gradients of each completion's loss. Pairs run in padded,
+length-sorted batches, gradients in one backward per batch and without those of parameters. The model is measured in the
+view it is in: ablate the quarantine first, or leave it to `Refresher`; the view is recorded. Modes, gradients and
+random numbers are left as found.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +17,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gradroute.directions.capture import Capture, Feature, Reduction, capture_activations, capture_gradients
-from gradroute.directions.container import Directions, Provenance, unit
+from gradroute.directions.capture import Capture, capture_activations, capture_gradients
+from gradroute.directions.container import Directions
+from gradroute.directions.estimator import Estimator
+from gradroute.directions.estimators import as_estimator
 from gradroute.directions.identity import model_identity
 from gradroute.directions.pairs import (
     ContrastivePair,
     PaddedBatch,
+    TokenizedRollout,
     Tokenizer,
     padded_batches,
     pair_hash,
     tokenize_pairs,
 )
+from gradroute.directions.provenance import Provenance
+from gradroute.directions.reading import Feature, Reduction
 from gradroute.errors import DeadDirectionError, GradRouteError
 from gradroute.preserve import left_as_found
 from gradroute.protocol import routed_layers
@@ -35,11 +41,12 @@ from gradroute.typing import typechecked
 ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
 """(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""
 
-# Items are checked by `tokenize_pairs`: beartype would draw one to look at, and so advance Python's random state.
-Pairs = Sequence[Any]
+LossFn = Callable[[Any, PaddedBatch], Tensor]
+"""(what the forward returned, batch) -> the loss of each rollout (batch,)."""
 
-# Below this share of the features' own norm a difference is rounding noise of a float32 forward.
-_DEAD = 1e-6
+# Items are checked where they are used: beartype would draw one to look at, and so advance Python's random state.
+Pairs = Sequence[Any]
+Modules = Sequence[Any] | None
 
 
 @typechecked
@@ -50,8 +57,10 @@ def extract_activation_directions(
     tokenizer: Tokenizer | None = None,
     features: Feature = "bottleneck",
     reduction: Reduction = "mean",
+    modules: Modules = None,
     batch_size: int = 32,
     forward_fn: ForwardFn | None = None,
+    estimator: str | Estimator = "mean_difference",
 ) -> Directions:
     """v = unit(mean over pairs of (f_hack - f_clean)), f pooled activations over the completion's tokens.
 
@@ -59,27 +68,31 @@ def extract_activation_directions(
         model: with routed layers.
         pairs: `ContrastivePair`s of texts or token ids.
         tokenizer: needed for texts.
-        features, reduction: see `capture_activations`.
+        features, reduction, modules: see `capture_activations`.
         batch_size: rollouts per forward.
         forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
+        estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
 
     Returns:
-        `Directions` with one unit row (1, d_feature) per routed layer.
+        `Directions` with unit rows (k, d_feature) per module.
 
     Raises:
         DeadDirectionError: both sides of the pairs have the same features in some module.
-        GradRouteError: no pairs, no tokenizer for texts, or a route is open.
+        GradRouteError: no pairs, no tokenizer for texts, no such estimator, or a route is open.
     """
+    estimator = as_estimator(estimator)
 
     def run(batch: PaddedBatch) -> Capture:
         with (
             torch.no_grad(),
-            capture_activations(model, pool=batch.completion_mask, features=features, reduction=reduction) as capture,
+            capture_activations(
+                model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
+            ) as capture,
         ):
             _forward(model, batch, forward_fn)
         return capture
 
-    return _extract(model, pairs, tokenizer, batch_size, run)
+    return _extract(model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator)
 
 
 @typechecked
@@ -89,48 +102,66 @@ def extract_gradient_directions(
     *,
     tokenizer: Tokenizer | None = None,
     features: Feature = "bottleneck",
+    modules: Modules = None,
     batch_size: int = 32,
     forward_fn: ForwardFn | None = None,
+    loss_fn: LossFn | None = None,
+    estimator: str | Estimator = "mean_difference",
 ) -> Directions:
     """v = unit(mean over pairs of (c_hack - c_clean)), c the gradient features of each completion's mean NLL.
 
     With `features="bottleneck"`, c = sum over tokens of h * dL/dh, h = A_d x, dL/dh = s_d B_d^T dL/dy: exactly zero
-    while B_d is zero, which raises. No gradient of any parameter is formed.
+    while B_d is zero, and with split blocks A = [V; 0], B = [0, U]; that raises. `features="parameter"` is not zero
+    there: the gradient of A_d and B_d themselves. It keeps, in CPU memory, 2 pairs x r (d_in + d_out) numbers per
+    module (1.6 GB for 42 pairs at r = 16 on all linears of a 135M model); `modules` makes them fewer. Score rollouts
+    with `capture_gradients(model, features="parameter", directions=...)`, which forms no such gradient. No weight's
+    gradient is computed in any other case.
 
     Args:
-        model, pairs, tokenizer, batch_size: as in `extract_activation_directions`.
-        features: see `capture_gradients`.
+        model, pairs, tokenizer, batch_size, estimator: as in `extract_activation_directions`.
+        features, modules: see `capture_gradients`.
         forward_fn: (model, input_ids, attention_mask) -> logits (batch, seq, vocab) or an object with `.logits`.
+        loss_fn: (what the forward returned, batch) -> loss of each rollout (batch,); None is the completion's mean NLL.
 
     Raises:
         DeadDirectionError: the two sides have the same gradient in some module, in particular because B is zero.
-        GradRouteError: no pairs, no tokenizer for texts, a route is open, or logits that carry no gradient.
+        GradRouteError: no pairs, no tokenizer for texts, no such estimator, a route is open, or a loss that carries no
+            gradient.
     """
+    estimator = as_estimator(estimator)
 
     def run(batch: PaddedBatch) -> Capture:
-        with torch.enable_grad(), capture_gradients(model, features=features) as capture:
-            loss = _completion_nll(_logits(_forward(model, batch, forward_fn)), batch)
-            if not loss.requires_grad:
-                raise GradRouteError("`forward_fn` should return logits that carry a gradient. Found none.")
-            loss.backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad(), capture_gradients(model, features=features, modules=modules) as capture:
+            output = _forward(model, batch, forward_fn)
+            losses = _completion_nll(_logits(output), batch) if loss_fn is None else loss_fn(output, batch)
+            if not isinstance(losses, Tensor) or losses.shape != batch.index.shape:
+                found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise GradRouteError(
+                    f"`loss_fn` should return a loss per rollout ({len(batch.index)},). Found {found}."
+                )
+            if not losses.requires_grad:
+                what = "`forward_fn` should return logits that carry" if loss_fn is None else "`loss_fn` should carry"
+                raise GradRouteError(f"{what} a gradient. Found none.")
+            # A row's gradient is that of its own loss: the sum lets one backward serve them all.
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         return capture
 
-    return _extract(model, pairs, tokenizer, batch_size, run, frozen=True)
+    return _extract(model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator, frozen=True)
 
 
 def _extract(
     model: nn.Module,
     pairs: Sequence[ContrastivePair],
-    tokenizer: Tokenizer | None,
+    rollouts: Sequence[TokenizedRollout],
     batch_size: int,
     run: Callable[[PaddedBatch], Capture],
     *,
+    estimator: Estimator,
     frozen: bool = False,
 ) -> Directions:
     layers = routed_layers(model)
     if any(layer.has_open_route for layer in layers.values()):
         raise GradRouteError("Extraction inside an open route: its mask is of other rows. Fix: close the route first.")
-    rollouts = tokenize_pairs(pairs, tokenizer)
     device = next(iter(layers.values())).deployed.A.device
     identity = model_identity(model)
     features: dict[str, Tensor] = {}
@@ -141,9 +172,10 @@ def _extract(
         for batch in padded_batches(rollouts, batch_size, device):
             capture = run(batch)
             for name, rows in capture.items():
+                home = torch.device("cpu") if capture.feature == "parameter" else rows.device
                 if name not in features:
-                    features[name] = rows.new_empty(len(rollouts), rows.shape[1])
-                features[name][batch.index.to(rows.device)] = rows
+                    features[name] = rows.new_empty(len(rollouts), rows.shape[1], device=home)
+                features[name][batch.index.to(home)] = rows.to(home)
     assert capture is not None
     hack = {name: rows[: len(pairs)] for name, rows in features.items()}
     clean = {name: rows[len(pairs) :] for name, rows in features.items()}
@@ -152,46 +184,29 @@ def _extract(
         source=capture.source,
         feature=capture.feature,
         reduction=capture.reduction,
-        estimator="mean_difference",
+        estimator=str(estimator),
         pair_hash=pair_hash(pairs),
         model=identity,
         view=views.pop() if len(views) == 1 else "mixed",
     )
-    return Directions(mean_difference(hack, clean, _why_dead(model, provenance)), hack, clean, provenance)
-
-
-def mean_difference(
-    hack: Mapping[str, Float[Tensor, "pairs _"]], clean: Mapping[str, Float[Tensor, "pairs _"]], why_dead: str = ""
-) -> dict[str, Float[Tensor, "1 _"]]:
-    """unit(mean over pairs of (hack - clean)) per module, as one row.
-
-    Raises:
-        DeadDirectionError: |mean difference| is zero, or rounding noise against the features' own norm.
-    """
-    rows, dead = {}, []
-    for name in hack:
-        difference = (hack[name] - clean[name]).mean(0, keepdim=True)
-        size = torch.cat([hack[name], clean[name]]).norm(dim=1).mean()
-        if difference.norm() <= _DEAD * size:
-            dead.append(name)
-        else:
-            rows[name] = unit(difference)
-    if dead:
-        shown = ", ".join(f"`{name}`" for name in dead[:5]) + (" ..." if len(dead) > 5 else "")
-        raise DeadDirectionError(
-            f"Hack and clean sides have the same features in {len(dead)} of {len(hack)} modules: {shown}. {why_dead}"
-        )
-    return rows
+    try:
+        made = estimator(hack, clean)
+    except DeadDirectionError as error:
+        raise DeadDirectionError(f"{error} {_why_dead(model, provenance)}") from None
+    return Directions(
+        made.rows, hack, clean, provenance,
+        centre=made.centre, scale=made.scale, heldout=made.heldout, estimator=estimator,
+    )  # fmt: skip
 
 
 def _why_dead(model: nn.Module, provenance: Provenance) -> str:
     needs_B = provenance.source == "gradient" and provenance.feature == "bottleneck"
-    zero = [not layer.deployed.B.any() for layer in routed_layers(model).values()]
+    zero = [not layer.gain_readout.any() for layer in routed_layers(model).values()]
     if needs_B and any(zero):
         which = "every" if all(zero) else f"{sum(zero)} of {len(zero)}"
         return (
             f"The bottleneck gradient h * B^T delta vanishes where B is zero: {which} deployed B is zero. "
-            'Fix: extract after the first optimizer steps, or with features="output".'
+            'Fix: extract after the first optimizer steps, or with features="parameter" or "output".'
         )
     return "Fix: check that the pairs differ where the model looks, and drop modules that cannot see it."
 
@@ -210,12 +225,12 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _completion_nll(logits: Float[Tensor, "batch seq vocab"], batch: PaddedBatch) -> Float[Tensor, ""]:
-    """Sum over rows of each row's mean NLL, so that a row's gradient is that of its own loss."""
+def _completion_nll(logits: Float[Tensor, "batch seq vocab"], batch: PaddedBatch) -> Float[Tensor, " batch"]:
+    """Each row's mean NLL over its completion."""
     mask = batch.completion_mask[:, 1:]
     if not mask.any(1).all():
         raise GradRouteError("`pairs` should have prompts: the first token of a rollout is predicted by nothing.")
     targets: Int[Tensor, "batch shifted"] = batch.input_ids[:, 1:]
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     nll = cross_entropy(rearrange(logits, "b s v -> b v s"), targets, reduction="none")
-    return (nll * mask).sum(1).div(mask.sum(1)).sum()
+    return (nll * mask).sum(1).div(mask.sum(1))

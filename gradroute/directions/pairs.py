@@ -1,7 +1,9 @@
 """Contrastive (hack, clean) pairs, and the padded batches they are run in.
 
 A pair is one prompt with two completions that differ in the mechanism: one exploits the grader, one does the task.
-Prompt and completion are tokenised apart and joined, as in a rollout, so the boundary between them is exact.
+Two texts are tokenised joined, since tokens can merge across the boundary. The completion starts at the first token
+that is not the prompt's own (longest common prefix with the tokens of the prompt alone): a merged token belongs to the
+completion. Token ids are joined as they are, as in a rollout.
 """
 
 import hashlib
@@ -20,6 +22,8 @@ from gradroute.errors import FileFormatError, GradRouteError
 Text = str | Sequence[int] | Tensor
 Tokenizer = Callable[..., Any]
 
+# More tokens of a prompt than this do not merge with what follows: the tokenizer treats it in some other way.
+_MERGED = 4
 _KEYS = ("prompt", "hack", "clean", "clean_prompt")
 
 
@@ -131,11 +135,29 @@ def tokenize_pairs(pairs: Sequence[ContrastivePair], tokenizer: Tokenizer | None
     rollouts = []
     for prompt, completion in hack + clean:
         prompt_ids = _token_ids(prompt, tokenizer, start=True)
-        completion_ids = _token_ids(completion, tokenizer, start=False)
-        if not completion_ids:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids = _token_ids(prompt + completion, tokenizer, start=True)
+            start = _completion_start(prompt_ids, ids, prompt, completion)
+        else:
+            ids = [*prompt_ids, *_token_ids(completion, tokenizer, start=False)]
+            start = len(prompt_ids)
+        if start == len(ids):
             raise GradRouteError(f"The completion {completion!r} has no tokens.")
-        rollouts.append(TokenizedRollout((*prompt_ids, *completion_ids), len(prompt_ids)))
+        rollouts.append(TokenizedRollout(tuple(ids), start))
     return rollouts
+
+
+def _completion_start(prompt_ids: Sequence[int], ids: Sequence[int], prompt: str, completion: str) -> int:
+    """The length of the longest common prefix."""
+    same = [a == b for a, b in zip(prompt_ids, ids, strict=False)]
+    start = same.index(False) if False in same else len(same)
+    if len(prompt_ids) - start > _MERGED:
+        raise GradRouteError(
+            f"A prompt should be tokenised alike with and without its completion, but for {_MERGED} tokens at the "
+            f"boundary. Found {len(prompt_ids) - start} others before {completion[:20]!r}, after {prompt[-20:]!r}. "
+            "Fix: end the prompt where its tokens end, or give token ids."
+        )
+    return start
 
 
 def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int]:
@@ -153,8 +175,9 @@ def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     # Some templates end a text with <eos>, which would stand between prompt and completion.
     eos = getattr(tokenizer, "eos_token", None) or ""
-    if start and eos and ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) and not text.endswith(eos):
-        ids = ids[:-1]
+    if start and eos and ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+        doubled = ids[-2:] == [ids[-1]] * 2 and not text.endswith(eos + eos)
+        ids = ids if text.endswith(eos) and not doubled else ids[:-1]
     if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
         raise GradRouteError(f"`tokenizer` should return a flat list of ids for one text. Found {ids!r}.")
     return list(ids)

@@ -25,19 +25,23 @@ import gradroute as gr
 
 
 class LinearExperts(nn.Module):
-    """A linear over (batch, seq, d), then experts that are nn.Linear and get the tokens that `chosen` gives them."""
+    """A linear over (batch, seq, d), then experts that are nn.Linear and get the tokens that `chosen` gives them.
 
-    def __init__(self, chosen: Tensor | None = None) -> None:
+    `name` is what the module calls its experts: the library may know them by it, and must not need to.
+    """
+
+    def __init__(self, chosen: Tensor | None = None, name: str = "experts") -> None:
         super().__init__()
         self.attention = nn.Linear(4, 4)
-        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.name = name
+        self.add_module(name, nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))
         self.chosen = chosen
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = (x[..., 0] > 0).long() if self.chosen is None else self.chosen
         tokens = torch.tanh(self.attention(x)).flatten(0, 1)
         out = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
+        for index, expert in enumerate(self.get_submodule(self.name)):
             (mine,) = torch.where(chosen.flatten() == index)
             out = out.index_add(0, mine, expert(tokens[mine]))
         return out.reshape(x.shape)
@@ -46,7 +50,8 @@ class LinearExperts(nn.Module):
 FIVE_AND_SEVEN = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0]])
 THREE_AND_NINE = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1]])
 THREE_EACH = torch.tensor([[0, 1], [1, 1], [0, 0]])  # as many tokens as the batch has rows, in both
-TARGETS = {"every linear": "all-linear", "the experts": r"experts\.\d"}
+NAMES = ["experts", "branches"]
+TARGETS = {"every linear": "all-linear", "only these": r"(experts|branches)\.\d"}
 
 
 def test_the_chosen_tokens_are_as_many_as_the_cells_say() -> None:
@@ -54,9 +59,9 @@ def test_the_chosen_tokens_are_as_many_as_the_cells_say() -> None:
     assert counts == [[5, 7], [3, 9], [3, 3]]
 
 
-def attached(chosen: Tensor, targets: str) -> nn.Module:
+def attached(chosen: Tensor, name: str, targets: str) -> nn.Module:
     torch.manual_seed(0)
-    model = LinearExperts(chosen)
+    model = LinearExperts(chosen, name)
     gr.attach(model, r=2, lora_alpha=4.0, target_modules=TARGETS[targets])
     return randomize_blocks(model)
 
@@ -85,38 +90,50 @@ def test_packed_experts_are_refused(architecture: str, adapters: str, record: Re
     record.refused(refusal.value)
 
 
-@cells("experts of 5 and 7 tokens in 3 rows, {targets} targeted", attach="linear experts", targets=TARGETS)
+@cells(
+    "{called} of 5 and 7 tokens in 3 rows, {targets} targeted", attach="linear experts", called=NAMES, targets=TARGETS
+)
 def test_experts_that_flatten_tokens_are_refused(
-    architecture: str, adapters: str, targets: str, record: Record
+    architecture: str, adapters: str, called: str, targets: str, record: Record
 ) -> None:
-    record.refused(refusal_of(attached(FIVE_AND_SEVEN, targets), rows_mask()))
+    record.refused(refusal_of(attached(FIVE_AND_SEVEN, called, targets), rows_mask()))
 
 
-@cells("experts of 3 and 9 tokens in 3 rows, {targets} targeted", attach="linear experts", targets=TARGETS)
+@cells(
+    "{called} of 3 and 9 tokens in 3 rows, {targets} targeted", attach="linear experts", called=NAMES, targets=TARGETS
+)
 def test_one_expert_with_as_many_tokens_as_rows_is_refused(
-    architecture: str, adapters: str, targets: str, record: Record
+    architecture: str, adapters: str, called: str, targets: str, record: Record
 ) -> None:
-    record.refused(refusal_of(attached(THREE_AND_NINE, targets), rows_mask()))
+    record.refused(refusal_of(attached(THREE_AND_NINE, called, targets), rows_mask()))
 
 
-@cells("experts of 3 and 3 tokens in 3 rows, every linear targeted", attach="linear experts")
-def test_experts_with_as_many_tokens_as_rows_are_refused(architecture: str, adapters: str, record: Record) -> None:
-    record.refused(refusal_of(attached(THREE_EACH, "every linear"), rows_mask()))
+@cells("{called} of 3 and 3 tokens in 3 rows, every linear targeted", attach="linear experts", called=NAMES)
+def test_experts_with_as_many_tokens_as_rows_are_refused(
+    architecture: str, adapters: str, called: str, record: Record
+) -> None:
+    record.refused(refusal_of(attached(THREE_EACH, called, "every linear"), rows_mask()))
 
 
-@cells("experts of 3 and 3 tokens in 3 rows, only the experts targeted", attach="linear experts")
+# Branches under another name, and no other layer: nothing tells (rows, d) of theirs from a batch.
+@cells("experts of 3 and 3 tokens in 3 rows, only these targeted", attach="linear experts")
 def test_experts_with_as_many_tokens_as_rows_are_refused_without_another_layer(
     architecture: str, adapters: str, record: Record
 ) -> None:
-    record.refused(refusal_of(attached(THREE_EACH, "the experts"), rows_mask()))
+    record.refused(refusal_of(attached(THREE_EACH, "experts", "only these"), rows_mask()))
 
 
-@cells("experts that flatten tokens, mask per token, {targets} targeted", attach="linear experts", targets=TARGETS)
+@cells(
+    "{called} that flatten tokens, mask per token, {targets} targeted",
+    attach="linear experts",
+    called=NAMES,
+    targets=TARGETS,
+)
 def test_experts_are_refused_with_a_mask_per_token_too(
-    architecture: str, adapters: str, targets: str, record: Record
+    architecture: str, adapters: str, called: str, targets: str, record: Record
 ) -> None:
     mask = gr.RouteMask.zones(torch.arange(12).reshape(3, 4) % 3)
-    record.refused(refusal_of(attached(FIVE_AND_SEVEN, targets), mask))
+    record.refused(refusal_of(attached(FIVE_AND_SEVEN, called, targets), mask))
 
 
 @cells("experts that flatten tokens, not targeted", attach="linear experts")

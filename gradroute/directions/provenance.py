@@ -1,0 +1,52 @@
+"""Where directions come from: what has to be the same for one set to refresh another."""
+
+from dataclasses import dataclass
+
+from gradroute.directions.controls import Control
+from gradroute.errors import RefreshError
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How directions came about.
+
+    Args:
+        source: "activation" or "gradient".
+        feature, reduction: see `capture_activations`.
+        estimator: what `str` of the estimator gives, "mean_difference" say; "random" for random controls.
+        pair_hash: SHA-256 of the pairs.
+        model: identity of the frozen base model.
+        view: the view of the model that was measured: "on", "ablated", "scaled" or "disabled".
+        seed: of a control.
+        control: None for the real thing; see `gradroute.directions.controls`.
+    """
+
+    source: str
+    feature: str
+    reduction: str
+    estimator: str
+    pair_hash: str
+    model: str
+    view: str
+    seed: int | None = None
+    control: Control | None = None
+
+    def __post_init__(self) -> None:
+        # Files of format 1 say so by the estimator alone.
+        if self.estimator == "random" and self.control is None:
+            object.__setattr__(self, "control", "random")
+
+    def check_refreshed_by(self, fresh: "Provenance") -> None:
+        """Raise `RefreshError` unless directions made so can take over those made as `fresh` says."""
+        same = ["source", "feature", "reduction", "pair_hash", "model"]
+        # A control takes the real thing and makes itself of it; a random one of whatever estimator.
+        if fresh.control is not None:
+            same += ["estimator", "control", "seed"]
+        elif self.estimator != "random":
+            same += ["estimator"]
+        for name in same:
+            if getattr(self, name) != getattr(fresh, name):
+                raise RefreshError(
+                    f"`fresh` should have the {name} of the directions it refreshes, {getattr(self, name)!r}. "
+                    f"Found {getattr(fresh, name)!r}."
+                )
