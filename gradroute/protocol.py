@@ -120,7 +120,7 @@ def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None
             )
     encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
     for name in layers:
-        if any(name.rpartition(".")[0].endswith(encoder) for encoder in encoders):
+        if any(f".{name.rpartition('.')[0]}".endswith(f".{encoder}") for encoder in encoders):
             raise TargetError(
                 f"`{name}` is inside an nn.TransformerEncoderLayer, which in eval mode reads the weights of its "
                 "linears and never calls them: blocks there would not run. Fix: exclude it from the targets."

@@ -196,5 +196,4 @@ class Environment:
 ENVIRONMENTS = {
     "C": Environment("C"),
     "N": Environment("N", shared_stub=False),
-    "A": Environment("A", function_weights=(1, 1, 1, 1), cheat_rate=0.06, sloppy_rate=0.6),
 }

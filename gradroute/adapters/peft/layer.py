@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from gradroute.adapters.peft.config import QuarantineLoraConfig
+from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
 from gradroute.adapters.peft.merging import MergedLayer
-from gradroute.adapters.state import INITIAL
 from gradroute.errors import RouteError, TargetError
 from gradroute.protocol import Block, BlockName
 
@@ -33,10 +31,19 @@ class RoutedLoraLayer(MergedLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
         _check_no_combination()
+        if isinstance(config, QuarantineLoraConfig):
+            check_options(config)
+            if config.stop_gradient != self.stop_gradient:
+                raise TargetError(
+                    f"`stop_gradient` should be {self.stop_gradient!r}, as of the other adapters of `{self.name}`. "
+                    f"Found {config.stop_gradient!r}. Fix: one value for all adapters of a model."
+                )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         if isinstance(config, QuarantineLoraConfig):
             self.add_quarantine(adapter_name, config)
-            config.check_base(self.name, self._peft_layer().get_base_layer().weight)
+            stash = self.base_before_merge
+            weight = stash.parameters["weight"][1] if stash else self._peft_layer().get_base_layer().weight
+            config.check_base(self.name, weight)
 
     def add_quarantine(self, adapter_name: str, config: QuarantineLoraConfig) -> None:
         """Give one adapter its quarantine: A as PEFT draws it, B = 0."""
@@ -108,7 +115,8 @@ class RoutedLoraLayer(MergedLayer):
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
         if peft_layer.disable_adapters and peft_layer.merged:
             self.unmerge()
-        if self.state is INITIAL and not self.lora_A_quarantine.keys() & set(self._active()):
+        asked = self.has_open_route or super().view != "on"
+        if not asked and not self.lora_A_quarantine.keys() & set(self._active()):
             # An adapter without a quarantine, and nobody asks for a route or a view.
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
@@ -131,6 +139,8 @@ class RoutedLoraLayer(MergedLayer):
         return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
 
 
+_COMBINING = ("add_weighted_adapter", "reduce_intruder_dimension")
+
 _PER_ROW_ADAPTERS = (
     "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
     "Fix: ablate_quarantine(model, rows=...) picks rows."
@@ -141,9 +151,10 @@ def _check_no_combination() -> None:
     """PEFT's add_weighted_adapter writes the matrices it knows: the quarantines would be lost, or merged in."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is LoraModel.add_weighted_adapter.__code__:
+        code = frame.f_code
+        if code.co_name in _COMBINING and "peft" in code.co_filename:
             raise TargetError(
-                "add_weighted_adapter should combine adapters without a quarantine: it would combine the deployed "
+                f"{code.co_name} should work on adapters without a quarantine: it would combine the deployed "
                 "blocks and start a new quarantine. Fix: export_deployed each, and combine those."
             )
         frame = frame.f_back
