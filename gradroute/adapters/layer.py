@@ -48,11 +48,7 @@ class RoutedLinear(RoutedLayer):
 
     @property
     def view(self) -> str:
-        if self.state.disabled:
-            return "disabled"
-        if self.state.quarantine_is_off:
-            return "ablated"
-        return "on" if isinstance(self.state.scale, float) and self.state.scale == 1.0 else "scaled"
+        return self.state.view
 
     def add_blocks(
         self, x: Float[Tensor, "*batch d_in"], base_output: Float[Tensor, "*batch d_out"]

@@ -60,6 +60,15 @@ class ForwardState:
         """Whether the quarantine is ablated for every row."""
         return isinstance(self.scale, float) and self.scale == 0.0
 
+    @property
+    def view(self) -> str:
+        """What is shown: "on", "ablated", "scaled" or "disabled"."""
+        if self.disabled:
+            return "disabled"
+        if self.quarantine_is_off:
+            return "ablated"
+        return "on" if isinstance(self.scale, float) and self.scale == 1.0 else "scaled"
+
     def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
         """The three gates, one float per leading index of `x`."""
         if self.route is None and isinstance(self.scale, float) and self.scale == 1.0:

@@ -100,7 +100,7 @@ class RoutedLoraLayer(MergedLayer):
 
     @property
     def view(self) -> str:
-        return "disabled" if self._peft_layer().disable_adapters else super().view
+        return "disabled" if self._peft_layer().disable_adapters else self.state.view
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As nn.Module's; PEFT's hook for `adapter_names=` is refused here, for an error in forward would leave it."""
@@ -115,7 +115,7 @@ class RoutedLoraLayer(MergedLayer):
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
         if peft_layer.disable_adapters and peft_layer.merged:
             self.unmerge()
-        asked = self.has_open_route or super().view != "on"
+        asked = self.has_open_route or self.state.view != "on"
         if not asked and not self.lora_A_quarantine.keys() & set(self._active()):
             # An adapter without a quarantine, and nobody asks for a route or a view.
             plain: Tensor = super().forward(x, *args, **kwargs)
