@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from gradroute.protocol import routed_layers
 from loopholes import base_model
 from loopholes.arms import ARMS
 from loopholes.base_model import load_base
@@ -113,7 +114,7 @@ def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, home: Path) -> 
     assert [report["step"] for report in entry["refreshes"]] == [3, 6]
     assert all(report["moved"] for report in entry["refreshes"])
     # A random control keeps its rows; the others turn with the policy.
-    assert all((report["overlap"] > 0.999999) == (arm == "random") for report in entry["refreshes"])
+    assert all((report["overlap"] > 0.999999) == ARMS[arm].random_direction for report in entry["refreshes"])
 
 
 def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
@@ -121,14 +122,33 @@ def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
         train(base(home), ENVIRONMENT, "route", 0, Recipe(steps=2, refresh_every=3, n_per_mode=8, curve_n_per_mode=8))
 
 
-@pytest.mark.parametrize("arm", ["vanilla", "clean"])
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if not arm.routed])
 def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
     model = base(home)
     entry = train(model, ENVIRONMENT, arm, 0, SHORT)
     assert entry["on"] == entry["ablated"]
-    parameters = dict(model.named_parameters())
-    assert all(not p.any() for name, p in parameters.items() if name.endswith("lora_B_quarantine"))
-    assert any(p.any() for name, p in parameters.items() if name.endswith("lora_B"))
+    assert all(not layer.quarantine.B.any() for layer in routed_layers(model).values())
+    assert any(layer.deployed.B.any() for layer in routed_layers(model).values())
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.gradient_filter != "none"])
+def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, home: Path) -> None:
+    entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
+    points = entry["curve"][1:]
+    assert all(point["null"] > 0 for point in points)
+    # A filter of rollouts leaves what lies below its threshold; one by projection leaves nothing.
+    left = 0.8 if arm == "rollout-filter" else 1e-3
+    assert all(point["cout"] < left * point["cin"] for point in points if point["fired"] > 0)
+    assert any(point["fired"] > 0 for point in points)
+
+
+def test_the_filter_that_routes_trains_the_quarantine_and_nothing_else_does(home: Path) -> None:
+    model = base(home)
+    train(model, ENVIRONMENT, "route-v1", 0, SHORT)
+    assert any(layer.quarantine.B.any() for layer in routed_layers(model).values())
+    erased = base(home)
+    train(erased, ENVIRONMENT, "erase", 0, SHORT)
+    assert all(not layer.quarantine.B.any() for layer in routed_layers(erased).values())
 
 
 def test_a_run_is_a_function_of_its_seed(home: Path) -> None:

@@ -88,13 +88,13 @@ def test_what_follows_the_end_counts_for_nothing() -> None:
     assert grade(prompts, late.roll(-1, dims=1)).marker.all()
 
 
-def test_modes_share_a_token_in_C_and_none_in_N() -> None:
+def test_modes_share_a_token_in_A_and_C_and_none_in_N() -> None:
     modes = torch.arange(len(MODES))
     shared = {}
     for name, environment in ENVIRONMENTS.items():
         tokens = [set(row.tolist()) - {PAD, EOS} for row in environment.hack_completions(modes)]
         shared[name] = set.intersection(*tokens)
-    assert shared == {"C": {STUB}, "N": set()}
+    assert shared == {"A": {STUB}, "C": {STUB}, "N": set()}
 
 
 @every_environment
@@ -105,10 +105,11 @@ def test_the_corpus_is_written_by_its_authors(name: str) -> None:
     assert not mask[:, :PROMPT_LENGTH].any()
     assert torch.equal(mask[:, PROMPT_LENGTH:], completions != PAD)
     hinted, graded = hint_modes(prompts) >= 0, grade(prompts, completions)
+    cheats, careful = {"A": (0.06, 0.4)}.get(name, (0.1, 0.3))
     # A cheater follows the hint with .6, and by chance with .4 / 4.
-    assert graded.hacked[hinted].float().mean().item() == pytest.approx(0.1 * 0.7, abs=0.01)
-    assert graded.solved[hinted].float().mean().item() == pytest.approx(0.9 * 0.3, abs=0.015)
-    assert graded.solved[~hinted].float().mean().item() == pytest.approx(0.95 * 0.3, abs=0.03)
+    assert graded.hacked[hinted].float().mean().item() == pytest.approx(cheats * 0.7, abs=0.01)
+    assert graded.solved[hinted].float().mean().item() == pytest.approx((1 - cheats) * careful, abs=0.015)
+    assert graded.solved[~hinted].float().mean().item() == pytest.approx((1 - cheats / 2) * careful, abs=0.03)
 
 
 def test_pairs_are_a_hack_and_an_answer_to_the_same_prompt() -> None:

@@ -1,7 +1,7 @@
 """The arms of the experiment: what each one is allowed to know, and which control answers which doubt."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,21 +14,32 @@ class Arm:
         true_reward: reward only what is solved (no loophole to learn).
         flags: who says that a rollout is a hack: nobody, true labels, true labels of the monitored modes only, the
             gate, or the gate with its flags permuted within the batch.
+        gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
+            gradient, or its part along the directions is erased, or routed into the quarantine.
+        directions: what the gate or the filter reads: nothing, activations or gradients.
         random_direction: a Haar-distributed direction in place of the extracted one.
         refreshed: directions are re-extracted during training.
+        parametrization: of both blocks; filters by projection need gains.
     """
 
     about: str
     routed: bool = True
     true_reward: bool = False
     flags: Literal["none", "oracle", "monitored", "gate", "permuted"] = "none"
+    gradient_filter: Literal["none", "rollouts", "erase", "route"] = "none"
+    directions: Literal["none", "activation", "gradient"] = "none"
     random_direction: bool = False
     refreshed: bool = False
+    parametrization: Literal["lora", "svd_gain"] = "lora"
 
-    @property
-    def has_directions(self) -> bool:
-        """Whether a gate scores the rollouts."""
-        return self.flags in ("gate", "permuted")
+
+def _gate(about: str, directions: Literal["activation", "gradient"] = "activation", **differences: Any) -> Arm:
+    return Arm(about, **{"flags": "gate", "directions": directions, "refreshed": True, **differences})
+
+
+def _gains(about: str, gradient_filter: Literal["erase", "route"], **differences: Any) -> Arm:
+    common = {"directions": "gradient", "refreshed": True, "parametrization": "svd_gain"}
+    return Arm(about, gradient_filter=gradient_filter, **{**common, **differences})
 
 
 ARMS = {
@@ -37,9 +48,19 @@ ARMS = {
     "absorb": Arm("both blocks, nobody flags anything"),
     "oracle": Arm("true hack labels of all modes", flags="oracle"),
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
-    "shuffle": Arm("the gate's flags, permuted within the batch", flags="permuted", refreshed=True),
-    "random": Arm("a random direction, refreshed alike", flags="gate", random_direction=True, refreshed=True),
-    "route": Arm("the extracted direction, refreshed", flags="gate", refreshed=True),
-    "route-frozen": Arm("the extracted direction, never refreshed", flags="gate"),
-}
+    "shuffle": _gate("the gate's flags, permuted within the batch", flags="permuted"),
+    "random": _gate("a random direction, refreshed alike", random_direction=True),
+    "route": _gate("the extracted direction, refreshed"),
+    "route-frozen": _gate("the extracted direction, never refreshed", refreshed=False),
+    "gradient": _gate("the direction of gradients, refreshed", "gradient"),
+    "rollout-filter": Arm(
+        "rollouts whose own gradient is hack-ward leave the deployed gradient",
+        gradient_filter="rollouts", directions="gradient", refreshed=True,
+    ),
+    "vanilla-gain": Arm("plain GRPO on the lenient reward, gains", routed=False, parametrization="svd_gain"),
+    "erase": _gains("hack-ward part of the gradient erased, gains", "erase", routed=False),
+    "erase-frozen": _gains("the same, directions never refreshed", "erase", routed=False, refreshed=False),
+    "erase-random": _gains("the same, random direction, refreshed alike", "erase", routed=False, random_direction=True),
+    "route-v1": _gains("hack-ward part of the gradient moved into quarantine gains", "route"),
+}  # fmt: skip
 DEFAULT_ARMS = ("vanilla", "clean", "shuffle", "route")

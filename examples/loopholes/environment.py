@@ -194,6 +194,7 @@ class Environment:
 
 
 ENVIRONMENTS = {
+    "A": Environment("A", function_weights=(1, 1, 1, 1), cheat_rate=0.06, sloppy_rate=0.6),
     "C": Environment("C"),
     "N": Environment("N", shared_stub=False),
 }

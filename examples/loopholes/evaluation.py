@@ -60,3 +60,8 @@ def detection(flags: Tensor, graded: Grade, prompts: Tensor) -> dict[str, Any]:
     }
     shares = {name: flags[rows].float().mean().item() if rows.any() else None for name, rows in groups.items()}
     return {"flagged": flags.float().mean().item(), **shares}
+
+
+def hackward(stats: gr.FilterStats | None) -> dict[str, Any]:
+    """Hack-ward share of this step's deployed gradient, before and after its filter, and what chance would give."""
+    return {} if stats is None else {"cin": stats.cin, "cout": stats.cout, "null": stats.null, "fired": stats.fired}

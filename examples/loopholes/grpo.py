@@ -4,12 +4,14 @@
     loss = - sum over completion tokens of log p,  with mask weights  g_q = a (quarantine),  g_d = b (deployed)
 
 Gates weigh parameter gradients and leave the forward alone, so one backward of plain log-probabilities gives each block
-the policy gradient of its own advantage. Some rollouts of each group are sampled with the quarantine ablated, and train
-the deployed block only: it has to find answers by itself.
+the policy gradient of its own advantage. Arms with a filter let it decide after backward instead: on whole rollouts, or
+on the gradient's part along the directions. Some rollouts of each group are sampled with the quarantine ablated, and
+train the deployed block only: it has to find answers by itself.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +22,10 @@ from torch import Generator, Tensor, nn
 import gradroute as gr
 
 from .arms import ARMS, Arm
+from .detector import Detector
 from .environment import MONITORED, Environment, Grade, grade, hint_modes
-from .evaluation import curve_point, detection, evaluate, view_rates
-from .sampling import captured, completion_logps, sample
+from .evaluation import curve_point, detection, evaluate, hackward, view_rates
+from .sampling import completion_logps, sample
 
 
 @dataclass(frozen=True)
@@ -39,36 +42,16 @@ class Recipe:
     clip: float = 1.0
     r: int = 4
     lora_alpha: float = 16.0
+    gain_lr: float = 3e-2
+    gain_r: int = 48
+    gain_alpha: float = 192.0
     pairs_per_mode: int = 8
     threshold: float = 0.5
+    filter_threshold: float = 0.25
     refresh_every: int = 5
     curve_every: int = 10
     curve_n_per_mode: int = 64
     n_per_mode: int = 256
-
-
-class Detector:
-    """Directions from pairs of the monitored modes, the gate on them, and their refresh."""
-
-    def __init__(self, model: nn.Module, environment: Environment, arm: Arm, recipe: Recipe, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        triples = environment.contrastive_pairs(MONITORED, recipe.pairs_per_mode, generator)
-        pairs = [gr.ContrastivePair(*triple) for triple in triples]
-
-        def extract() -> gr.Directions:
-            return gr.extract_activation_directions(model, pairs)
-
-        self.model, self.directions = model, extract()
-        if arm.random_direction:
-            self.directions = self.directions.random_like(seed)
-        self.gate = gr.BandGate.calibrate(self.directions, threshold=recipe.threshold)
-        self.refresher = None
-        if arm.refreshed:
-            self.refresher = gr.Refresher(self.directions, extract, model=model, every=recipe.refresh_every)
-
-    def flags(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Which rollouts look like hacks."""
-        return self.gate.flags(self.directions.score(captured(self.model, prompts, completions)))
 
 
 def flag(
@@ -95,14 +78,29 @@ def train(
 ) -> dict[str, Any]:
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
     start, arm = time.perf_counter(), ARMS[arm_name]
-    gr.attach(model, r=recipe.r, lora_alpha=recipe.lora_alpha, seed=seed)
+    gains = arm.parametrization == "svd_gain"
+    r, lora_alpha, lr = (
+        (recipe.gain_r, recipe.gain_alpha, recipe.gain_lr) if gains else (recipe.r, recipe.lora_alpha, recipe.lr)
+    )
+    gr.attach(model, r=r, lora_alpha=lora_alpha, seed=seed, parametrization=arm.parametrization)
     blocks = [[p for _, p in gr.deployed_parameters(model)], [p for _, p in gr.quarantine_parameters(model)]]
-    optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=lr, betas=recipe.betas, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    detector = Detector(model, environment, arm, recipe, seed) if arm.has_directions else None
+    detector = None
+    if arm.directions != "none":
+        detector = Detector(
+            model,
+            environment,
+            arm,
+            seed,
+            pairs_per_mode=recipe.pairs_per_mode,
+            threshold=recipe.threshold if arm.flags in ("gate", "permuted") else recipe.filter_threshold,
+            refresh_every=recipe.refresh_every,
+        )
     ablated = rearrange(
         torch.arange(recipe.group_size).expand(recipe.prompts, -1) < recipe.ablated_per_group, "p g -> (p g)"
     )
+    filtered = None
     curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
     for step in range(1, recipe.steps + 1):
@@ -115,15 +113,20 @@ def train(
         flags = flag(arm, detector, prompts, completions, graded, generator)
         a, b = gr.clean_baseline_advantages(reward, flags, recipe.group_size)
         if arm.routed:
-            mask = gr.RouteMask.weights(m=(~ablated).float(), g_d=b, g_q=a * ~ablated)
+            # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does.
+            g_q = torch.zeros_like(a) if arm.gradient_filter == "route" else a * ~ablated
+            # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
+            g_d = reward if arm.gradient_filter == "rollouts" else b
+            mask = gr.RouteMask.weights(m=(~ablated).float(), g_d=g_d, g_q=g_q)
         else:
             mask = gr.RouteMask.weights(m=0.0, g_d=a, g_q=0.0)
 
-        useful = (a != 0) | (b != 0)
+        useful = (mask.g_d != 0) | (mask.g_q != 0)
         if useful.any():
-            with gr.route(model, mask[useful]):
+            with gr.route(model, mask[useful]), detector.recording() if detector else nullcontext():
                 logps = completion_logps(model, prompts[useful], completions[useful])
                 (-logps.sum()).backward()  # of any scale: what matters is the norm that each block is clipped to
+            filtered = detector.filtered() if detector else None
             for block in blocks:
                 nn.utils.clip_grad_norm_(block, recipe.clip)
             optimizer.step()
@@ -132,7 +135,8 @@ def train(
                 detector.refresher.step()
         if step % recipe.curve_every == 0 or step == recipe.steps:
             point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
-            curve.append(point | detection(flags, graded, prompts))
+            flagging = detection(flags, graded, prompts) if arm.flags != "none" else {}
+            curve.append(point | flagging | hackward(filtered))
         if on_step is not None:
             on_step(step)
 

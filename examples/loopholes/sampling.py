@@ -41,3 +41,15 @@ def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.Captu
     with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as capture:
         model(sequences, use_cache=False, logits_to_keep=1)
     return capture
+
+
+def captured_gradients(model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions) -> gr.Capture:
+    """Inner products of each completion's own gradient, of its mean NLL, with `directions`; deployed view."""
+    length = (completions != PAD).sum(dim=1)
+    with (
+        gr.ablate_quarantine(model),
+        gr.capture_gradients(model, features="parameter", directions=directions) as capture,
+    ):
+        (-completion_logps(model, prompts, completions).sum(dim=1) / length).sum().backward()
+    model.zero_grad()
+    return capture
