@@ -1,0 +1,1 @@
+"""Published experiments on gradient routing, made small enough for one core."""
