@@ -19,7 +19,7 @@ from gradroute.routing.attach_filter import attach_filter
 from gradroute.routing.filters import ProjectionFilter
 from gradroute.routing.rollout_filter import RolloutFilter
 
-CASES = ["ddp-erase", "ddp-rollout", "fsdp-erase", "fsdp-route"]
+CASES = ["ddp-erase", "ddp-rollout", "fsdp-erase", "fsdp-route", "ddp-updates", "fsdp-updates"]
 ROWS = 8
 REMOVED = torch.tensor([1.0, 0, 0, 0.5, 0, 1, 1, 0], dtype=torch.float64)
 
@@ -74,9 +74,33 @@ def filtered_rows(case: str, wrapped: nn.Module, model: nn.Module, x: Tensor, re
     return gradients
 
 
+def updated(wrapped: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Three steps under everything that acts on realised updates; its figures, and the parameters, whole."""
+    directions = drawn_directions(build(), seed=2)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.1, weight_decay=0.0)
+    with gr.audit_updates(model, optimizer, directions) as audits, gr.decay_toward_start(model, optimizer, 0.1):
+        for step in range(3):
+            optimizer.zero_grad()
+            wrapped(x).square().sum(1).mean().backward()
+            if step == 2:
+                projection = gr.project_updates(model, optimizer, directions)
+            optimizer.step()
+    purged = gr.purge_moments(model, optimizer, directions, side="two")
+    audit = audits.read()
+    figures = [audit.deployed.gradient_norm, audit.deployed.update_norm, audit.quarantine.update_norm]
+    found = {"figures": torch.tensor([*figures, audit.cout, projection.removed_share, purged], dtype=torch.float64)}
+    for name, parameter in gr.deployed_parameters(model):
+        found[name] = getattr(parameter, "full_tensor", lambda p=parameter: p)().detach()
+    return found
+
+
+def run_case(case: str, wrapped: nn.Module, model: nn.Module, x: Tensor, removed: Tensor) -> dict[str, Tensor]:
+    return updated(wrapped, model, x) if "updates" in case else filtered_rows(case, wrapped, model, x, removed)
+
+
 def expected(case: str) -> dict[str, Tensor]:
     model = build("svd_gain" if "route" in case else "lora")
-    return filtered_rows(case, model, model, inputs(), REMOVED)
+    return run_case(case, model, model, inputs(), REMOVED)
 
 
 def refusal(model: nn.Module, record: bool) -> str:
@@ -106,7 +130,7 @@ def run_rank(rank: int, folder: str) -> None:
     for case in CASES:
         model = build("svd_gain" if "route" in case else "lora")
         wrapped = fully_shard_or_flat(model, flat=False) if "fsdp" in case else DistributedDataParallel(model)
-        found[case] = filtered_rows(case, wrapped, model, inputs()[half], REMOVED[half])
+        found[case] = run_case(case, wrapped, model, inputs()[half], REMOVED[half])
     found["sharded rollouts"] = refusal(build(), record=True)
     found["flat parameters"] = refusal(build(), record=False)
     torch.save(found, Path(folder) / f"rank{rank}.pt")

@@ -401,8 +401,8 @@ def test_two_ranks_under_ddp_or_fully_shard_get_the_gradient_of_one(ranks: list[
     for found in ranks:
         assert found[case].keys() == whole.keys()
         for name, gradient in whole.items():
-            torch.testing.assert_close(found[case][name], gradient, rtol=0, atol=1e-13)
-    assert whole["cin"][0] > 1e-3
+            torch.testing.assert_close(found[case][name], gradient, rtol=0, atol=1e-12)
+    assert (whole["figures"].min() if "updates" in case else whole["cin"][0]) > 1e-3
 
 
 def test_sharding_that_is_not_supported_is_refused(ranks: list[dict]) -> None:

@@ -82,7 +82,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     with torch.no_grad():
         writes, stats = f.filtered(layers)
         for parameter, values in writes:
-            overwrite(parameter, values)
+            overwrite(parameter.grad, values)
     for (_, parameter), filters in zip(parameters, earlier, strict=True):
         gradient: Any = parameter.grad
         # Filters that ran before are not forgotten because this one has written.

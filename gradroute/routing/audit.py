@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.container import Directions
 from gradroute.errors import GradRouteError
-from gradroute.routing.deployed_gradient import wide
+from gradroute.routing.deployed_gradient import check_layout, whole, wide
 from gradroute.routing.deployed_rows import DeployedRows
 from gradroute.routing.step_hooks import StepHooks
 
@@ -90,6 +90,9 @@ class UpdateAudits(StepHooks):
     def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions | None) -> None:
         self._rows = None if directions is None else DeployedRows(model, directions, "one")
         self._blocks = [dict(deployed_parameters(model)), dict(quarantine_parameters(model))]
+        for block in self._blocks:
+            for name, parameter in block.items():
+                check_layout(name, parameter)
         self._before: list[dict[str, Tensor]] = []
         self._rows_before: dict[str, Tensor] = {}
         self._latest: UpdateAudit | None = None
@@ -125,8 +128,8 @@ class UpdateAudits(StepHooks):
     def _after_step(self) -> None:
         deployed, quarantine = (
             BlockUpdate(
-                _norm([p.grad for p in block.values() if p.grad is not None]),
-                _norm([wide(p) - wide(before[name]) for name, p in block.items()]),
+                _norm([whole(p.grad, name) for name, p in block.items() if p.grad is not None]),
+                _norm([whole(wide(p) - wide(before[name]), name) for name, p in block.items()]),
             )
             for block, before in zip(self._blocks, self._before, strict=True)
         )

@@ -25,16 +25,7 @@ def full_gradient(name: str, parameter: Tensor) -> Tensor:
     Raises:
         GradRouteError: there is none; it is flattened (FSDP1), consumed (DeepSpeed), or not reduced yet.
     """
-    if getattr(parameter, "_fsdp_flattened", False) or not isinstance(parameter, nn.Parameter):
-        raise GradRouteError(
-            f"The deployed block of `{name}` is in a flat parameter of FSDP1, where its gradient cannot be told apart. "
-            "Fix: shard with fully_shard (FSDP2)."
-        )
-    if hasattr(parameter, "ds_id"):
-        raise GradRouteError(
-            f"The deployed block of `{name}` is partitioned by DeepSpeed, which takes its gradient away in backward. "
-            "Fix: train with DDP or fully_shard (FSDP2)."
-        )
+    check_layout(name, parameter)
     if parameter.grad is None:
         raise GradRouteError(
             f"The gradient of the deployed block of `{name}` is None, so there is nothing to filter. Fix: filter "
@@ -47,6 +38,24 @@ def full_gradient(name: str, parameter: Tensor) -> Tensor:
             f"{tuple(gradient.shape)}: sharded in a way that is not supported. Fix: shard with fully_shard (FSDP2)."
         )
     return gradient
+
+
+def check_layout(name: str, parameter: Tensor) -> None:
+    """Raise where what a rank holds of a parameter of layer `name` is not known to be whole, or a DTensor.
+
+    Raises:
+        GradRouteError: FSDP1 or DeepSpeed.
+    """
+    if getattr(parameter, "_fsdp_flattened", False) or not isinstance(parameter, nn.Parameter):
+        raise GradRouteError(
+            f"The deployed block of `{name}` is in a flat parameter of FSDP1, where its gradient cannot be told apart. "
+            "Fix: shard with fully_shard (FSDP2)."
+        )
+    if hasattr(parameter, "ds_id"):
+        raise GradRouteError(
+            f"The deployed block of `{name}` is partitioned by DeepSpeed, which takes its gradient away in backward. "
+            "Fix: train with DDP or fully_shard (FSDP2)."
+        )
 
 
 def whole(tensor: Tensor, name: str) -> Tensor:
@@ -71,17 +80,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def overwrite(parameter: Tensor, values: Tensor) -> None:
-    """Put `values` into `parameter.grad`, the same tensor as before; a rank takes its shard."""
-    gradient: Any = parameter.grad
-    if not is_sharded(gradient):
-        gradient.copy_(values)
+def overwrite(tensor: Any, values: Tensor) -> None:
+    """Put whole `values` into a tensor; of a DTensor, a rank takes its shard."""
+    if not is_sharded(tensor):
+        tensor.copy_(values)
         return
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
-    mesh = gradient.device_mesh
-    replicated = DTensor.from_local(values.to(gradient.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    gradient.copy_(replicated.redistribute(placements=gradient.placements))
+    mesh = tensor.device_mesh
+    replicated = DTensor.from_local(values.to(tensor.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    tensor.copy_(replicated.redistribute(placements=tensor.placements))
 
 
 def wide(tensor: Tensor) -> Tensor:

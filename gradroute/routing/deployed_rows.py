@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradroute.directions.container import Directions
 from gradroute.errors import GradRouteError, GradRouteWarning
 from gradroute.protocol import routed_layers
-from gradroute.routing.deployed_gradient import as_row, check_directions
+from gradroute.routing.deployed_gradient import as_row, check_directions, check_layout, whole
 from gradroute.routing.filters import orthonormal_rows
 
 Side = Literal["one", "two"]
@@ -47,6 +47,9 @@ class DeployedRows:
         self.directions, self.side = directions, side
         self._layers = routed_layers(model)
         self.parameters = {name: list(layer.block_parameters("deployed")) for name, layer in self._layers.items()}
+        for name, parameters in self.parameters.items():
+            for parameter in parameters:
+                check_layout(name, parameter)
         self._bases: dict[str, Tensor] = {}
         self._version: int | None = None
         self.read()
@@ -75,8 +78,11 @@ class DeployedRows:
         self._bases, self._version = bases, self.directions.version
 
     def joined(self) -> dict[str, Float[Tensor, " d"]]:
-        """A copy of the parameters, a row per module, in float32 or wider."""
-        return {name: as_row(parameters).detach().clone() for name, parameters in self.parameters.items()}
+        """A copy of the parameters, a row per module, in float32 or wider; gathered where they are sharded."""
+        return {
+            name: as_row([whole(parameter, name) for parameter in parameters]).clone()
+            for name, parameters in self.parameters.items()
+        }
 
     def hackward(self, name: str, update: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """The part of an update that runs against V, relu(-V D) (-V); two-sided: along or against it, V^T V D."""

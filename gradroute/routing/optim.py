@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.container import Directions
 from gradroute.errors import FileFormatError, GradRouteError
-from gradroute.routing.deployed_gradient import as_blocks, as_row
+from gradroute.routing.deployed_gradient import as_blocks, as_row, overwrite, whole
 from gradroute.routing.deployed_rows import DeployedRows, Side
 from gradroute.routing.state import State, check_state, format_of
 from gradroute.routing.step_hooks import StepHooks, torch_optimizer
@@ -79,7 +79,7 @@ class UpdateProjection(StepHooks):
             removed = self._blocks.hackward(name, update)
             parameters = self._blocks.parameters[name]
             for parameter, part in zip(parameters, as_blocks(after - removed, parameters), strict=True):
-                parameter.copy_(part)
+                overwrite(parameter, part)
             removed_square += removed.square().sum().item()
             update_square += update.square().sum().item()
         self._before = {}
@@ -116,10 +116,10 @@ def purge_moments(model: nn.Module, optimizer: Optimizer, directions: Directions
             )
     removed_square = moment_square = 0.0
     for name, tensors in moments.items():
-        moment = as_row(tensors)
+        moment = as_row([whole(tensor, name) for tensor in tensors])
         removed = -blocks.hackward(name, -moment)
         for tensor, part in zip(tensors, as_blocks(moment - removed, tensors), strict=True):
-            tensor.copy_(part)
+            overwrite(tensor, part)
         removed_square += removed.square().sum().item()
         moment_square += moment.square().sum().item()
     return math.sqrt(removed_square / moment_square) if moment_square else 0.0
