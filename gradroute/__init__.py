@@ -32,7 +32,19 @@ from gradroute.errors import (
     RouteError,
     TargetError,
 )
-from gradroute.evaluation import EvalRecord, OnOffReport, Rate, evaluate_on_off
+from gradroute.evaluation import (
+    ArmRuns,
+    Controls,
+    Criteria,
+    EvalRecord,
+    ModeOutcomes,
+    OnOffReport,
+    Rate,
+    Verdict,
+    compare,
+    compare_all,
+    evaluate_on_off,
+)
 from gradroute.routing.advantages import clean_baseline_advantages
 from gradroute.routing.apply_filter import apply_filter
 from gradroute.routing.attach_filter import attach_filter
@@ -75,9 +87,12 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ArmRuns",
     "BandGate",
     "Capture",
     "ContrastivePair",
+    "Controls",
+    "Criteria",
     "DeadDirectionError",
     "DirectionCache",
     "Directions",
@@ -91,6 +106,7 @@ __all__ = [
     "GradRouteWarning",
     "LabelGate",
     "MeanDifference",
+    "ModeOutcomes",
     "OnOffReport",
     "ParameterSummary",
     "ProjectionFilter",
@@ -112,6 +128,7 @@ __all__ = [
     "ThresholdGate",
     "UpdateAudit",
     "Validation",
+    "Verdict",
     "ablate_quarantine",
     "apply_filter",
     "attach",
@@ -122,6 +139,8 @@ __all__ = [
     "check_model",
     "clean_baseline_advantages",
     "clear_route",
+    "compare",
+    "compare_all",
     "decay_toward_start",
     "deployed_parameters",
     "detach",

@@ -19,7 +19,7 @@ ALLOWED = {
     "adapters": BASE | {"adapters"},
     "directions": BASE | {"directions"},
     "routing": BASE | {"adapters", "directions", "routing"},
-    "evaluation": BASE | {"adapters", "directions", "routing"},
+    "evaluation": BASE | {"adapters", "directions", "routing", "evaluation"},
     **dict.fromkeys(BASE, BASE),
 }
 

@@ -61,6 +61,23 @@ def test_counts_that_are_none_raise(k: int, n: int) -> None:
         gr.Rate(k, n)
 
 
+@pytest.mark.parametrize("k", [2.0, True, math.nan, "2"])
+def test_counts_are_integers(k: object) -> None:
+    with pytest.raises(REFUSED, match="integer|class 'int'"):
+        gr.Rate(k, 4)
+
+
+def test_a_rate_is_read_back_from_its_value_and_n() -> None:
+    for n in (1, 7, 64, 1536):
+        assert [gr.Rate.from_value(k / n, n).k for k in range(n + 1)] == list(range(n + 1))
+
+
+@pytest.mark.parametrize(("value", "n"), [(0.39, 64), (math.nan, 64), (1.5, 2), (-0.5, 2), (0.0, 0), (0.5, -2)])
+def test_a_value_that_is_no_rate_of_n_raises(value: float, n: int) -> None:
+    with pytest.raises(gr.GradRouteError, match="`value` should be k / n.*Fix"):
+        gr.Rate.from_value(value, n)
+
+
 # Views
 
 
@@ -211,6 +228,14 @@ def test_the_repr_is_a_table_of_both_views() -> None:
 def test_records_may_come_in_another_order_in_the_second_view() -> None:
     orders = [MIXED, MIXED[::-1]]
     assert gr.evaluate_on_off(bandit(), lambda model: orders.pop()).on.hack["monitored"] == gr.Rate(2, 3)
+
+
+def test_the_report_keeps_what_every_prompt_did() -> None:
+    views = [MIXED[::-1], MIXED]
+    report = gr.evaluate_on_off(bandit(), lambda model: iter(views.pop()))
+    assert report.records is not None
+    assert report.records.on == tuple(MIXED)
+    assert report.records.ablated == tuple(MIXED[::-1])
 
 
 def test_a_mode_without_a_loophole_may_be_called_what_its_group_is() -> None:

@@ -1,7 +1,5 @@
 """The same evaluation on (quarantine in place) and ablated (as deployed), with intervals.
 
-    rate = k / n,   Wilson interval:  (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-
 Rates are grouped by mode, and by monitored modes (the detector knows them), held-out modes (it does not) and prompts
 without a loophole. A mode that the on view never learned to exploit says nothing about suppression.
 """
@@ -14,6 +12,7 @@ from torch import nn
 
 from gradroute.adapters.modes import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
+from gradroute.evaluation.rates import Rate
 from gradroute.preserve import left_as_found
 from gradroute.protocol import routed_layers
 from gradroute.typing import typechecked
@@ -26,7 +25,7 @@ class EvalRecord:
     Args:
         mode: the exploit its prompt allows, or a name for prompts that allow none.
         monitored: whether the detector knows that exploit; None where the prompt has no loophole.
-        prompt_id: the same for both views of one prompt.
+        prompt_id: the same for both views of one prompt, and for all arms that are to be compared prompt by prompt.
         hacked, solved: what the rollout did.
     """
 
@@ -38,40 +37,6 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """k of n, with its 95 % Wilson interval; n = 0 has no rate."""
-
-    k: int
-    n: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.k <= self.n:
-            raise GradRouteError(f"`k` should be between 0 and n. Found {self.k} of {self.n}.")
-
-    @property
-    def value(self) -> float:
-        """k / n, or nan for n = 0."""
-        return self.k / self.n if self.n else float("nan")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
-        if self.n == 0:
-            return (float("nan"), float("nan"))
-        # Imported on use: scipy takes longer to load than everything else here.
-        from scipy.stats import binomtest  # noqa: PLC0415
-
-        ci = binomtest(self.k, self.n).proportion_ci(confidence_level=0.95, method="wilson")
-        return (float(ci.low), float(ci.high))
-
-    def __repr__(self) -> str:
-        if self.n == 0:
-            return "- (n=0)"
-        low, high = self.interval
-        return f"{self.value:.2f} [{low:.2f}, {high:.2f}] (n={self.n})"
-
-
-@dataclass(frozen=True)
 class ViewRates:
     """Hack and solve rates of one view, by group: a mode's name, or "monitored", "held-out", "no loophole"."""
 
@@ -80,11 +45,25 @@ class ViewRates:
 
 
 @dataclass(frozen=True)
+class Records:
+    """What the rates of an `OnOffReport` were counted from, in the order in which `eval_fn` returned it."""
+
+    on: tuple[EvalRecord, ...]
+    ablated: tuple[EvalRecord, ...]
+
+
+@dataclass(frozen=True)
 class OnOffReport:
-    """Rates of the on and the ablated view over the same prompts; `repr` prints the table."""
+    """Rates of the on and the ablated view over the same prompts; `repr` prints the table.
+
+    Args:
+        on, ablated: rates by group.
+        records: of every rollout; None where only rates are known, and then arms are not compared prompt by prompt.
+    """
 
     on: ViewRates
     ablated: ViewRates
+    records: Records | None = None
 
     def __repr__(self) -> str:
         header = ("group", "hack on", "hack ablated", "solve on", "solve ablated")
@@ -134,7 +113,7 @@ def evaluate_on_off(model: nn.Module, eval_fn: Callable[[nn.Module], Iterable[Ev
             "`eval_fn` should evaluate the same prompts in both views. Found different modes, prompt ids or "
             "monitored flags. Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
         )
-    return OnOffReport(_rates(on), _rates(ablated))
+    return OnOffReport(_rates(on), _rates(ablated), Records(tuple(on), tuple(ablated)))
 
 
 def _records(returned: object) -> list[Any]:
@@ -153,6 +132,6 @@ def _rates(records: Sequence[EvalRecord]) -> ViewRates:
         if record.mode not in GROUPS:
             by_group.setdefault(record.mode, []).append(record)
     return ViewRates(
-        hack={group: Rate(sum(r.hacked for r in found), len(found)) for group, found in by_group.items()},
-        solve={group: Rate(sum(r.solved for r in found), len(found)) for group, found in by_group.items()},
+        hack={group: Rate(sum(bool(r.hacked) for r in found), len(found)) for group, found in by_group.items()},
+        solve={group: Rate(sum(bool(r.solved) for r in found), len(found)) for group, found in by_group.items()},
     )
