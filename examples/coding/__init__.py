@@ -1,0 +1,1 @@
+"""Parts of the code environment: its sandbox, its tasks, its graders and what they reward."""
