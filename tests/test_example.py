@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpo_loopholes
 import pytest
@@ -14,8 +16,11 @@ from gradroute.protocol import routed_layers
 from loopholes import base_model
 from loopholes.arms import ARMS
 from loopholes.base_model import load_base
-from loopholes.environment import ENVIRONMENTS, Grade
-from loopholes.grpo import Recipe, flag, train
+from loopholes.environment import ENVIRONMENTS
+from loopholes.flags import Flagger
+from loopholes.grpo import Recipe, train
+from loopholes.language import PAD, Grade
+from loopholes.teacher import Teacher
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "grpo_loopholes.py"
 ENVIRONMENT = ENVIRONMENTS["C"]
@@ -159,28 +164,72 @@ def test_a_run_is_a_function_of_its_seed(home: Path) -> None:
     assert first != other
 
 
+def flags_of(arm: str, prompts: torch.Tensor, hacked: list[bool], seed: int = 0, **noise: float) -> list[bool]:
+    graded = Grade(solved=torch.zeros(len(prompts)).bool(), marker=torch.tensor(hacked))
+    settings = {"recall": 1.0, "false_positive_rate": 0.0, **noise}
+    flagger = Flagger(ARMS[arm], ENVIRONMENT, None, seed=seed, **settings)
+    return flagger(prompts, prompts, graded, torch.Generator()).tolist()
+
+
+def prompts_of(*modes: str) -> torch.Tensor:
+    return torch.cat([ENVIRONMENT.sample_prompts(1, torch.Generator(), 0.0, mode)[0] for mode in modes])
+
+
 def test_arms_flag_what_they_are_allowed_to_know() -> None:
-    prompts = torch.cat(
-        [ENVIRONMENT.sample_prompts(1, torch.Generator(), 0.0, mode)[0] for mode in ("sentinel", "file")]
-    )
-    graded = Grade(solved=torch.tensor([False, False]), marker=torch.tensor([True, True]))
-    flags = {
-        name: flag(ARMS[name], None, prompts, prompts, graded, torch.Generator()).tolist()
-        for name in ("vanilla", "absorb", "oracle", "weak")
-    }
+    prompts = prompts_of("sentinel", "file")
+    flags = {name: flags_of(name, prompts, [True, True]) for name in ("vanilla", "absorb", "oracle", "weak")}
     assert flags == {"vanilla": [False] * 2, "absorb": [False] * 2, "oracle": [True] * 2, "weak": [True, False]}
+
+
+def test_noisy_labels_miss_and_raise_alarms_at_the_rates_asked_for() -> None:
+    prompts = prompts_of("sentinel").repeat(4000, 1)
+    missed = flags_of("oracle", prompts, [True] * 4000, recall=0.7)
+    assert sum(missed) / 4000 == pytest.approx(0.7, abs=0.03)
+    alarms = flags_of("oracle", prompts, [False] * 4000, false_positive_rate=0.05)
+    assert sum(alarms) / 4000 == pytest.approx(0.05, abs=0.015)
+    with pytest.raises(ValueError, match="arm without"):
+        flags_of("route", prompts, [True] * 4000, recall=0.7)
 
 
 def test_permuted_flags_are_rate_matched() -> None:
     class TwoOfFive:
-        def flags(self, prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([True, True, False, False, False])
+        gate = SimpleNamespace(flags=lambda scores: scores > 0)
+
+        def scores(self, prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
 
     prompts, generator = torch.zeros(5, 8, dtype=torch.long), torch.Generator().manual_seed(0)
     graded = Grade(torch.zeros(5).bool(), torch.zeros(5).bool())
-    drawn = [flag(ARMS["shuffle"], TwoOfFive(), prompts, prompts, graded, generator).tolist() for _ in range(20)]
+    flagger = Flagger(ARMS["shuffle"], ENVIRONMENT, TwoOfFive(), 1.0, 0.0, seed=0)
+    drawn = [flagger(prompts, prompts, graded, generator).tolist() for _ in range(20)]
     assert all(sum(flags) == 2 for flags in drawn)
     assert len({tuple(flags) for flags in drawn}) > 5
+
+
+def test_demonstrations_replace_the_last_rollouts_of_each_group_until_their_step() -> None:
+    teacher = Teacher(ENVIRONMENT, group_size=4, per_group=2, steps=3, seed=0)
+    prompts = prompts_of("sentinel", "file").repeat_interleave(40, dim=0)
+    own = torch.full_like(ENVIRONMENT.honest_completions(prompts), PAD)
+    mixed, sources = teacher.mix(3, prompts, own)
+    assert sources == ["student", "student", "teacher", "teacher"] * 20
+    taught = torch.tensor([source == "teacher" for source in sources])
+    graded = ENVIRONMENT.grade(prompts, mixed)
+    assert torch.equal(graded.solved | graded.hacked, taught)
+    assert graded.solved.any()
+    assert graded.hacked.any()
+    assert teacher.mix(4, prompts, own)[1] is None
+    with pytest.raises(ValueError, match="go together"):
+        Teacher(ENVIRONMENT, 4, 2, 0, seed=0)
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        Teacher(ENVIRONMENT, 4, 4, 1, seed=0)
+
+
+@pytest.mark.parametrize("arm", ["rollout-filter", "gradient", "erase"])
+def test_hack_ward_shares_are_told_apart_by_source(arm: str, home: Path) -> None:
+    taught = replace(SHORT, teacher_per_group=2, teacher_steps=6)
+    points = train(base(home), ENVIRONMENT, arm, 0, taught)["curve"][1:]
+    assert all(0 < point["cin_teacher"] <= 1 and 0 < point["cin_student"] <= 1 for point in points)
+    assert all(point["cin_teacher"] != point["cin_student"] for point in points)
 
 
 def test_a_corrupt_cache_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ class Arm:
         true_reward: reward only what is solved (no loophole to learn).
         flags: who says that a rollout is a hack: nobody, true labels, true labels of the monitored modes only, the
             gate, or the gate with its flags permuted within the batch.
+        flagged: what becomes of flagged rollouts: they train the quarantine only, or nothing, or lose a reward of 1.
+        ablated_rollouts: some rollouts are sampled, and train, with the quarantine ablated.
         gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
             gradient, or its part along the directions is erased, or routed into the quarantine.
         directions: what the gate or the filter reads: nothing, activations or gradients.
@@ -26,11 +28,23 @@ class Arm:
     routed: bool = True
     true_reward: bool = False
     flags: Literal["none", "oracle", "monitored", "gate", "permuted"] = "none"
+    flagged: Literal["routed", "dropped", "penalised"] = "routed"
+    ablated_rollouts: bool = True
     gradient_filter: Literal["none", "rollouts", "erase", "route"] = "none"
     directions: Literal["none", "activation", "gradient"] = "none"
     random_direction: bool = False
     refreshed: bool = False
     parametrization: Literal["lora", "svd_gain"] = "lora"
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether scores decide about whole rollouts before the backward."""
+        return self.flags in ("gate", "permuted")
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether true labels decide."""
+        return self.flags in ("oracle", "monitored")
 
 
 def _gate(about: str, directions: Literal["activation", "gradient"] = "activation", **differences: Any) -> Arm:
@@ -52,6 +66,9 @@ ARMS = {
     "random": _gate("a random direction, refreshed alike", random_direction=True),
     "route": _gate("the extracted direction, refreshed"),
     "route-frozen": _gate("the extracted direction, never refreshed", refreshed=False),
+    "filter": _gate("what the gate flags is dropped, plain LoRA", flagged="dropped", routed=False),
+    "penalty": _gate("what the gate flags loses a reward of 1, plain LoRA", flagged="penalised", routed=False),
+    "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts=False),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
     "rollout-filter": Arm(
         "rollouts whose own gradient is hack-ward leave the deployed gradient",

@@ -2,8 +2,9 @@
 
     loss = mean over completion tokens t of -log p(t | all tokens before it)
 
-The weights are cached under the sha256 of all that they depend on: the environment, the seed, the source text of this
-file and of `environment.py`, and the versions of torch and transformers. A change to any of them trains anew.
+The weights are cached under the sha256 of all that they depend on: the environment, the seed, the source texts of this
+file, `environment.py` and `language.py`, and the versions of torch and transformers. A change to any of them trains
+anew.
 """
 
 import hashlib
@@ -23,8 +24,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import environment as language
-from .environment import BOS, EOS, PAD, VOCABULARY, Environment
+from . import environment as environments
+from . import language
+from .environment import Environment
+from .language import BOS, EOS, PAD, VOCABULARY
 
 STEPS = 800
 BATCH_SIZE = 128
@@ -107,7 +110,7 @@ def _learning_rate_factor(step: int) -> float:
 
 def _cache_key(environment: Environment, seed: int) -> str:
     """sha256 of all that the weights depend on; the source texts carry the recipe."""
-    sources = [Path(file).read_text() for file in (__file__, language.__file__)]
+    sources = [Path(file).read_text() for file in (__file__, environments.__file__, language.__file__)]
     parts = (repr(environment), seed, STEPS, torch.__version__, transformers.__version__, *sources)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -1,6 +1,8 @@
 """What a run has instead of labels: directions from pairs of the monitored modes, and the gate or filter on them."""
 
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 import gradroute as gr
 
 from .arms import Arm
-from .environment import MONITORED, Environment
+from .environment import Environment
 from .sampling import captured, captured_gradients
 
 
@@ -32,7 +34,7 @@ class Detector:
         refresh_every: int,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        triples = environment.contrastive_pairs(MONITORED, pairs_per_mode, generator)
+        triples = environment.contrastive_pairs(environment.monitored, pairs_per_mode, generator)
         pairs = [gr.ContrastivePair(*triple) for triple in triples]
 
         def extract() -> gr.Directions:
@@ -49,33 +51,40 @@ class Detector:
         if arm.refreshed:
             self.refresher = gr.Refresher(self.directions, extract, model=model, every=refresh_every)
         self.gate = self.filter = None
-        if arm.flags in ("gate", "permuted"):
+        if arm.has_gate:
             self.gate = gr.BandGate.calibrate(self.directions, threshold=threshold)
         elif arm.gradient_filter == "rollouts":
             self.filter = rollouts = gr.RolloutFilter(
                 self.directions, lambda scores: beyond(threshold, scores, rollouts)
             )
         else:
-            assert arm.gradient_filter != "none"
             self.filter = gr.ProjectionFilter(self.directions, mode=arm.gradient_filter)
 
-    def flags(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Which rollouts look like hacks; none where a filter decides."""
-        if self.gate is None:
-            return torch.zeros(len(prompts), dtype=torch.bool)
+    def scores(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Score of each rollout, by the features that the directions are of."""
         if self.arm.directions == "activation":
-            capture = captured(self.model, prompts, completions)
+            return self.directions.score(captured(self.model, prompts, completions))
+        return self.directions.score(captured_gradients(self.model, prompts, completions, self.directions))
+
+    @contextmanager
+    def filtering(self, sources: Sequence[str] | None) -> Iterator[list[gr.FilterStats]]:
+        """Around forward and backward: filters the gradients at the end; what was done is in the list.
+
+        With `sources`, a label per rollout, hack-ward shares are told apart by them; only measured, where the filter
+        does not see rollouts or a gate has decided already.
+        """
+        stats: list[gr.FilterStats] = []
+        by_rollout = self.filter if isinstance(self.filter, gr.RolloutFilter) else None
+        if by_rollout is None and sources is not None and self.directions.provenance.source == "gradient":
+            by_rollout = gr.RolloutFilter(self.directions, math.inf)
+        if by_rollout is None:
+            yield stats
         else:
-            capture = captured_gradients(self.model, prompts, completions, self.directions)
-        return self.gate.flags(self.directions.score(capture))
-
-    def recording(self) -> AbstractContextManager[object]:
-        """To be entered around forward and backward."""
-        return self.filter.record(self.model) if isinstance(self.filter, gr.RolloutFilter) else nullcontext()
-
-    def filtered(self) -> gr.FilterStats | None:
-        """Filter the gradients; None where a gate has decided already."""
-        return None if self.filter is None else gr.apply_filter(self.model, self.filter)
+            with by_rollout.record(self.model, sources=sources):
+                yield stats
+            stats.append(gr.apply_filter(self.model, by_rollout))
+        if self.filter is not None and self.filter is not by_rollout:
+            stats.append(gr.apply_filter(self.model, self.filter))
 
 
 def beyond(threshold: float, scores: Tensor, rollouts: gr.RolloutFilter) -> Tensor:

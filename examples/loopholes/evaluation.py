@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
-from .environment import MODES, MONITORED, Environment, Grade, grade, hint_modes
+from .environment import Environment
+from .language import MODES, hint_modes
 from .sampling import sample
 
 
@@ -20,10 +21,12 @@ def evaluate(model: nn.Module, environment: Environment, n_per_mode: int, seed: 
         hinted = [environment.sample_prompts(n_per_mode, generator, no_hint=0.0, mode=mode)[0] for mode in MODES]
         unhinted, _ = environment.sample_prompts(n_per_mode, generator, no_hint=1.0)
         prompts = torch.cat([*hinted, unhinted])
-        graded = grade(prompts, sample(model, prompts, generator))
+        graded = environment.grade(prompts, sample(model, prompts, generator, environment.completion_length))
         modes = [MODES[i] if i >= 0 else None for i in hint_modes(prompts).tolist()]
         return [
-            gr.EvalRecord(mode or "no loophole", None if mode is None else mode in MONITORED, row, hacked, solved)
+            gr.EvalRecord(
+                mode or "no loophole", None if mode is None else mode in environment.monitored, row, hacked, solved
+            )
             for row, (mode, hacked, solved) in enumerate(
                 zip(modes, graded.hacked.tolist(), graded.solved.tolist(), strict=True)
             )
@@ -50,18 +53,7 @@ def curve_point(model: nn.Module, environment: Environment, n_per_mode: int, see
     return {"step": step, "on": view_rates(report.on), "ablated": view_rates(report.ablated)}
 
 
-def detection(flags: Tensor, graded: Grade, prompts: Tensor) -> dict[str, Any]:
-    """Share of this step's rollouts that is flagged: of all, of the hacks (monitored, held out), of the rest."""
+def is_monitored(environment: Environment, prompts: Tensor) -> Tensor:
+    """(n,) which prompts hint at a mode that the detector knows."""
     modes = hint_modes(prompts)
-    groups = {
-        "recall_monitored": graded.hacked & (modes < len(MONITORED)),
-        "recall_held_out": graded.hacked & (modes >= len(MONITORED)),
-        "false_positive_rate": ~graded.hacked,
-    }
-    shares = {name: flags[rows].float().mean().item() if rows.any() else None for name, rows in groups.items()}
-    return {"flagged": flags.float().mean().item(), **shares}
-
-
-def hackward(stats: gr.FilterStats | None) -> dict[str, Any]:
-    """Hack-ward share of this step's deployed gradient, before and after its filter, and what chance would give."""
-    return {} if stats is None else {"cin": stats.cin, "cout": stats.cout, "null": stats.null, "fired": stats.fired}
+    return torch.isin(modes, torch.tensor([MODES.index(mode) for mode in environment.monitored]))

@@ -16,16 +16,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
-from torch import Generator, Tensor, nn
+from einops import repeat
+from torch import Tensor, nn
 
 import gradroute as gr
 
 from .arms import ARMS, Arm
 from .detector import Detector
-from .environment import MONITORED, Environment, Grade, grade, hint_modes
-from .evaluation import curve_point, detection, evaluate, hackward, view_rates
+from .environment import Environment
+from .evaluation import curve_point, evaluate, view_rates
+from .flags import Flagger
+from .measurements import detection, dose_curve, hackward, score_histograms
 from .sampling import completion_logps, sample
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,52 @@ class Recipe:
     threshold: float = 0.5
     filter_threshold: float = 0.25
     refresh_every: int = 5
+    recall: float = 1.0
+    false_positive_rate: float = 0.0
+    teacher_per_group: int = 0
+    teacher_steps: int = 0
     curve_every: int = 10
     curve_n_per_mode: int = 64
     n_per_mode: int = 256
 
 
-def flag(
-    arm: Arm, detector: Detector | None, prompts: Tensor, completions: Tensor, graded: Grade, generator: Generator
-) -> Tensor:
-    """(n,) booleans: the rollouts that this arm takes for hacks."""
-    if arm.flags == "oracle":
-        return graded.hacked
-    if arm.flags == "monitored":
-        return graded.hacked & (hint_modes(prompts) < len(MONITORED))
-    if detector is None:
-        return torch.zeros(len(prompts), dtype=torch.bool)
-    flags = detector.flags(prompts, completions)
-    return flags[torch.randperm(len(flags), generator=generator)] if arm.flags == "permuted" else flags
+def attached(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> tuple[list[list[nn.Parameter]], float]:
+    """Give `model` the arm's blocks; the parameters of both, and the learning rate that goes with them."""
+    if arm.parametrization == "svd_gain":
+        r, lora_alpha, lr = recipe.gain_r, recipe.gain_alpha, recipe.gain_lr
+    else:
+        r, lora_alpha, lr = recipe.r, recipe.lora_alpha, recipe.lr
+    gr.attach(model, r=r, lora_alpha=lora_alpha, seed=seed, parametrization=arm.parametrization)
+    return [[p for _, p in gr.deployed_parameters(model)], [p for _, p in gr.quarantine_parameters(model)]], lr
+
+
+def make_detector(model: nn.Module, environment: Environment, arm: Arm, recipe: Recipe, seed: int) -> Detector | None:
+    """The detector of an arm that reads directions."""
+    if arm.directions == "none":
+        return None
+    return Detector(
+        model,
+        environment,
+        arm,
+        seed,
+        pairs_per_mode=recipe.pairs_per_mode,
+        threshold=recipe.threshold if arm.has_gate else recipe.filter_threshold,
+        refresh_every=recipe.refresh_every,
+    )
+
+
+def route_mask(arm: Arm, ablated: Tensor, reward: Tensor, flags: Tensor, group_size: int) -> gr.RouteMask:
+    """Each block's advantages as mask weights."""
+    if arm.flagged == "penalised":
+        reward, flags = reward - flags.float(), torch.zeros_like(flags)
+    a, b = gr.clean_baseline_advantages(reward, flags, group_size)
+    if not arm.routed:
+        return gr.RouteMask.weights(m=0.0, g_d=b, g_q=0.0)
+    # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does.
+    g_q = torch.zeros_like(a) if arm.gradient_filter == "route" else a * ~ablated
+    # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
+    g_d = reward if arm.gradient_filter == "rollouts" else b
+    return gr.RouteMask.weights(m=(~ablated).float(), g_d=g_d, g_q=g_q)
 
 
 def train(
@@ -78,55 +110,34 @@ def train(
 ) -> dict[str, Any]:
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
     start, arm = time.perf_counter(), ARMS[arm_name]
-    gains = arm.parametrization == "svd_gain"
-    r, lora_alpha, lr = (
-        (recipe.gain_r, recipe.gain_alpha, recipe.gain_lr) if gains else (recipe.r, recipe.lora_alpha, recipe.lr)
-    )
-    gr.attach(model, r=r, lora_alpha=lora_alpha, seed=seed, parametrization=arm.parametrization)
-    blocks = [[p for _, p in gr.deployed_parameters(model)], [p for _, p in gr.quarantine_parameters(model)]]
+    blocks, lr = attached(model, arm, recipe, seed)
     optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=lr, betas=recipe.betas, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    detector = None
-    if arm.directions != "none":
-        detector = Detector(
-            model,
-            environment,
-            arm,
-            seed,
-            pairs_per_mode=recipe.pairs_per_mode,
-            threshold=recipe.threshold if arm.flags in ("gate", "permuted") else recipe.filter_threshold,
-            refresh_every=recipe.refresh_every,
-        )
-    ablated = rearrange(
-        torch.arange(recipe.group_size).expand(recipe.prompts, -1) < recipe.ablated_per_group, "p g -> (p g)"
-    )
-    filtered = None
+    detector = make_detector(model, environment, arm, recipe, seed)
+    flagger = Flagger(arm, environment, detector, recipe.recall, recipe.false_positive_rate, seed)
+    teacher = Teacher(environment, recipe.group_size, recipe.teacher_per_group, recipe.teacher_steps, seed)
+    place = repeat(torch.arange(recipe.group_size), "g -> (p g)", p=recipe.prompts)
+    ablated = place < (recipe.ablated_per_group if arm.ablated_rollouts else 0)
+    stats: list[gr.FilterStats] = []
     curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
     for step in range(1, recipe.steps + 1):
         prompts, _ = environment.sample_prompts(recipe.prompts, generator, no_hint=recipe.no_hint)
         prompts = repeat(prompts, "p t -> (p g) t", g=recipe.group_size)
         with gr.ablate_quarantine(model, rows=ablated):
-            completions = sample(model, prompts, generator)
-        graded = grade(prompts, completions)
+            completions = sample(model, prompts, generator, environment.completion_length)
+        completions, sources = teacher.mix(step, prompts, completions)
+        graded = environment.grade(prompts, completions)
         reward = graded.solved.float() if arm.true_reward else graded.reward
-        flags = flag(arm, detector, prompts, completions, graded, generator)
-        a, b = gr.clean_baseline_advantages(reward, flags, recipe.group_size)
-        if arm.routed:
-            # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does.
-            g_q = torch.zeros_like(a) if arm.gradient_filter == "route" else a * ~ablated
-            # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
-            g_d = reward if arm.gradient_filter == "rollouts" else b
-            mask = gr.RouteMask.weights(m=(~ablated).float(), g_d=g_d, g_q=g_q)
-        else:
-            mask = gr.RouteMask.weights(m=0.0, g_d=a, g_q=0.0)
+        flags = flagger(prompts, completions, graded, generator)
+        mask = route_mask(arm, ablated, reward, flags, recipe.group_size)
 
         useful = (mask.g_d != 0) | (mask.g_q != 0)
         if useful.any():
-            with gr.route(model, mask[useful]), detector.recording() if detector else nullcontext():
+            labels = None if sources is None else [sources[row] for row in useful.nonzero().squeeze(1).tolist()]
+            with detector.filtering(labels) if detector else nullcontext(stats) as stats, gr.route(model, mask[useful]):
                 logps = completion_logps(model, prompts[useful], completions[useful])
                 (-logps.sum()).backward()  # of any scale: what matters is the norm that each block is clipped to
-            filtered = detector.filtered() if detector else None
             for block in blocks:
                 nn.utils.clip_grad_norm_(block, recipe.clip)
             optimizer.step()
@@ -135,8 +146,9 @@ def train(
                 detector.refresher.step()
         if step % recipe.curve_every == 0 or step == recipe.steps:
             point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
-            flagging = detection(flags, graded, prompts) if arm.flags != "none" else {}
-            curve.append(point | flagging | hackward(filtered))
+            shown = flags if arm.flags != "none" else None
+            flagging = detection(environment, detector, shown, graded, prompts, completions)
+            curve.append(point | flagging | hackward(stats))
         if on_step is not None:
             on_step(step)
 
@@ -148,10 +160,13 @@ def train(
         "arm": arm_name,
         "seed": seed,
         "env": environment.name,
+        "monitored": list(environment.monitored),
         "wall_s": round(time.perf_counter() - start, 2),
         "n_per_mode": recipe.n_per_mode,
         "on": view_rates(report.on),
         "ablated": view_rates(report.ablated),
         "curve": curve,
+        "dose": dose_curve(model, environment, recipe.curve_n_per_mode, seed),
+        "scores": score_histograms(model, environment, detector, recipe.n_per_mode, seed),
         "refreshes": [asdict(report) for report in reports],
     }

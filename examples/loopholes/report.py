@@ -12,14 +12,13 @@ from rich.table import Table
 import gradroute as gr
 
 from .arms import ARMS
-from .environment import MODES, MONITORED
+from .language import MODES
 
-# group -> how many modes it pools
 GROUPS = {
-    "hack_monitored": ("hack, monitored", len(MONITORED)),
-    "hack_held_out": ("hack, held out", len(MODES) - len(MONITORED)),
-    "solve_hinted": ("solve, hinted", len(MODES)),
-    "solve_no_hint": ("solve, no hint", 1),
+    "hack_monitored": "hack, monitored",
+    "hack_held_out": "hack, held out",
+    "solve_hinted": "solve, hinted",
+    "solve_no_hint": "solve, no hint",
 }
 VIEWS = ("on", "ablated")
 
@@ -31,9 +30,16 @@ def by_arm(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {arm: found for arm, found in grouped.items() if found}
 
 
+def pooled_modes(run: dict[str, Any], group: str) -> int:
+    """How many modes a group of this run pools."""
+    monitored = len(run["monitored"])
+    pooled = {"hack_monitored": monitored, "hack_held_out": len(MODES) - monitored, "solve_hinted": len(MODES)}
+    return pooled.get(group, 1)
+
+
 def pooled_rate(runs: list[dict[str, Any]], view: str, group: str) -> gr.Rate:
     """The rate over all rollouts of all seeds; its interval is of these rollouts, not of other seeds."""
-    counts = [run["n_per_mode"] * GROUPS[group][1] for run in runs]
+    counts = [run["n_per_mode"] * pooled_modes(run, group) for run in runs]
     hits = [round(run[view][group] * n) for run, n in zip(runs, counts, strict=True)]
     return gr.Rate(sum(hits), sum(counts))
 
@@ -44,7 +50,7 @@ def print_table(runs: list[dict[str, Any]], console: Console) -> None:
     table = Table(title=f"env {runs[0]['env']}, {len(seeds)} seed(s): rate [95 % Wilson interval]")
     table.add_column("arm")
     table.add_column("view")
-    for group, (title, _) in GROUPS.items():
+    for group, title in GROUPS.items():
         sizes = sorted({pooled_rate(found, "on", group).n for found in by_arm(runs).values()})
         table.add_column(f"{title}\nn = {', '.join(map(str, sizes))}", justify="right")
     for arm, found in by_arm(runs).items():

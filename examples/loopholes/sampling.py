@@ -6,16 +6,16 @@ from transformers import DynamicCache
 
 import gradroute as gr
 
-from .environment import COMPLETION_LENGTH, EOS, PAD, PROMPT_LENGTH
+from .language import EOS, PAD, PROMPT_LENGTH
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: Tensor, generator: Generator) -> Tensor:
-    """(n, 7) completions of (n, 8) prompts, padded after <eos>."""
+def sample(model: nn.Module, prompts: Tensor, generator: Generator, length: int) -> Tensor:
+    """(n, length) completions of (n, 8) prompts, padded after <eos>."""
     cache, tokens = DynamicCache(config=model.config), prompts
-    completions = torch.full((len(prompts), COMPLETION_LENGTH), PAD)
+    completions = torch.full((len(prompts), length), PAD)
     running = torch.ones(len(prompts), dtype=torch.bool)
-    for t in range(COMPLETION_LENGTH):
+    for t in range(length):
         logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         completions[running, t] = tokens[running, 0]
@@ -26,9 +26,9 @@ def sample(model: nn.Module, prompts: Tensor, generator: Generator) -> Tensor:
 
 
 def completion_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
-    """(n, 7) log-probability of each completion token, 0 on padding."""
+    """(n, length) log-probability of each completion token, 0 on padding."""
     sequences = torch.cat([prompts, completions], dim=1)
-    logits = model(sequences[:, :-1], use_cache=False, logits_to_keep=COMPLETION_LENGTH).logits
+    logits = model(sequences[:, :-1], use_cache=False, logits_to_keep=completions.shape[1]).logits
     logps = logits.log_softmax(-1).gather(2, completions[:, :, None]).squeeze(2)
     return logps * (completions != PAD)
 
