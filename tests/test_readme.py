@@ -24,10 +24,12 @@ def run(block: str) -> dict[str, Any]:
 
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, with_peft = blocks("python")
+    loop, with_peft, filters = blocks("python")
     assert len(run(loop)["refresher"].reports) == 2
     names = run(with_peft)
     assert type(names["plain"]) is names["LlamaForCausalLM"]
+    names = run(filters)
+    assert names["rollouts"].directions is names["hack"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "deployed", "policy"}
 
 
