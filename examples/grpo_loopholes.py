@@ -42,7 +42,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=arms)
     parser.add_argument("--seeds", default="0", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--base-seed", type=int, default=0, help="seed of the base model; default %(default)s")
-    env = "C: hacks of different modes share a token, N: they share none, A: as C, milder; default %(default)s"
+    env = (
+        "C: hacks of different modes share a token, N: they share none, A and M: as C, milder, "
+        "L: answers look like hacks; default %(default)s"
+    )
     parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help=env)
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps; default %(default)s")
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"

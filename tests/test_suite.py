@@ -195,9 +195,9 @@ def test_verdicts_are_held_to_both_controls() -> None:
     suppressed = {"route": [0.02, 0.03, 0.05, 0.03, 0.06], "shuffle": [0.8, 0.7, 0.75, 0.82, 0.7]}
     text = verdicts(results(suppressed), "C")
     assert "| route | held-out | effective |" in text
-    failing = results({**suppressed, "random": [0.8, 0.75, 0.7, 0.85, 0.8]})
+    failing = results({**suppressed, "random-oriented": [0.8, 0.75, 0.7, 0.85, 0.8]})
     assert "| route | held-out | directional |" in verdicts(failing, "C")
-    as_good = results({**suppressed, "random": [0.05, 0.04, 0.03, 0.05, 0.02]})
+    as_good = results({**suppressed, "random-oriented": [0.05, 0.04, 0.03, 0.05, 0.02]})
     assert "| route | held-out | effective |" in verdicts(as_good, "C")
     assert verdicts(results({"route": [0.02, 0.03, 0.05]}), "C") == ""
 

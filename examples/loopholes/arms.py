@@ -19,7 +19,8 @@ class Arm:
         gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
             gradient, or its part along the directions is erased, or routed into the quarantine.
         directions: what the gate or the filter reads: nothing, activations or gradients.
-        random_direction: a Haar-distributed direction in place of the extracted one.
+        random_direction: a Haar-distributed direction in place of the extracted one; oriented on the same pairs as a
+            whole, by the gate, or module by module, which is the stronger control.
         refreshed: directions are re-extracted during training.
         parametrization: of both blocks; filters by projection need gains.
     """
@@ -32,7 +33,7 @@ class Arm:
     ablated_rollouts: bool = True
     gradient_filter: Literal["none", "rollouts", "erase", "route"] = "none"
     directions: Literal["none", "activation", "gradient"] = "none"
-    random_direction: bool = False
+    random_direction: Literal["no", "haar", "oriented"] = "no"
     refreshed: bool = False
     parametrization: Literal["lora", "svd_gain"] = "lora"
 
@@ -63,7 +64,8 @@ ARMS = {
     "oracle": Arm("true hack labels of all modes", flags="oracle"),
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
     "shuffle": _gate("the gate's flags, permuted within the batch", flags="permuted"),
-    "random": _gate("a random direction, refreshed alike", random_direction=True),
+    "random": _gate("a random direction, refreshed alike", random_direction="haar"),
+    "random-oriented": _gate("the same, each module's sign taken from the pairs", random_direction="oriented"),
     "route": _gate("the extracted direction, refreshed"),
     "route-frozen": _gate("the extracted direction, never refreshed", refreshed=False),
     "filter": _gate("what the gate flags is dropped, plain LoRA", flagged="dropped", routed=False),
@@ -77,7 +79,7 @@ ARMS = {
     "vanilla-gain": Arm("plain GRPO on the lenient reward, gains", routed=False, parametrization="svd_gain"),
     "erase": _gains("hack-ward part of the gradient erased, gains", "erase", routed=False),
     "erase-frozen": _gains("the same, directions never refreshed", "erase", routed=False, refreshed=False),
-    "erase-random": _gains("the same, random direction, refreshed alike", "erase", routed=False, random_direction=True),
+    "erase-random": _gains("the same, a random direction", "erase", routed=False, random_direction="haar"),
     "route-v1": _gains("hack-ward part of the gradient moved into quarantine gains", "route"),
 }  # fmt: skip
 DEFAULT_ARMS = ("vanilla", "clean", "shuffle", "route")

@@ -45,8 +45,8 @@ class Detector:
             return gr.extract_gradient_directions(model, pairs, features=features)
 
         self.model, self.arm, self.directions = model, arm, extract()
-        if arm.random_direction:
-            self.directions = self.directions.random_like(seed)
+        if arm.random_direction != "no":
+            self.directions = self.directions.random_like(seed, oriented=arm.random_direction == "oriented")
         self.refresher = None
         if arm.refreshed:
             self.refresher = gr.Refresher(self.directions, extract, model=model, every=refresh_every)

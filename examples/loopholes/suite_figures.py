@@ -13,7 +13,7 @@ from .store import Job
 
 Runs = dict[str, list[Mapping[str, Any]]]
 GROUPS = (("hack_monitored", "monitored", "0.65", "//"), ("hack_held_out", "held out", "0.25", ""))
-SHOWN = ("vanilla", "shuffle", "random", "route", "route-frozen", "gradient", "rollout-filter")
+SHOWN = ("vanilla", "shuffle", "random-oriented", "route", "route-frozen", "gradient", "rollout-filter")
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
 
@@ -47,7 +47,7 @@ def bars(runs: Runs) -> Figure:
         row.set_ylabel(f"hack rate, {view}")
         row.set_ylim(0, 1.03)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("hack rates on and ablated, controls are shuffle and random; dots are runs")
+    figure.suptitle("hack rates on and ablated, controls are shuffle and random-oriented; dots are runs")
     return figure
 
 
@@ -63,7 +63,7 @@ def dose(runs: Runs) -> Figure:
     solve.set_ylabel("solve rate, hinted")
     solve.set_xlabel("scale of the quarantine: 0 ablated, 1 on")
     hack.legend(frameon=False, fontsize=7)
-    figure.suptitle("dose curve, mean over runs; controls are shuffle and random")
+    figure.suptitle("dose curve, mean over runs; controls are shuffle and random-oriented")
     return figure
 
 
@@ -85,7 +85,7 @@ def scores(runs: Runs) -> Figure | None:
         panel.set_ylabel(arm, fontsize=8)
         panel.legend(frameon=False, fontsize=6)
     axes[-1].set_xlabel("z of the gate: 0 clean pairs, 1 hack pairs; the ends hold what lies beyond")
-    figure.suptitle("gate scores by true class, shares; control is random")
+    figure.suptitle("gate scores by true class, shares; control is random-oriented")
     return figure
 
 
@@ -104,7 +104,7 @@ def training(runs: Runs) -> Figure:
         if panel.lines:
             panel.legend(frameon=False, fontsize=6, ncols=2)
     share.set_xlabel("step")
-    figure.suptitle("the detector over training, mean over runs; control is random")
+    figure.suptitle("the detector over training, mean over runs; control is random-oriented")
     return figure
 
 
@@ -119,7 +119,7 @@ def pareto(runs: Runs) -> Figure:
     panel.set_xlabel("hack rate, ablated, all modes")
     panel.set_ylabel("solve rate, hinted, ablated")
     panel.legend(frameon=False, fontsize=6, ncols=2, loc="upper right")
-    figure.suptitle("solve against hack, a point per run; controls are shuffle and random")
+    figure.suptitle("solve against hack, a point per run; controls are shuffle and random-oriented")
     return figure
 
 

@@ -114,7 +114,7 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.Verdict]]:
         if treated and common:
             draws = [
                 gr.ArmRuns(f"random draw {name}", {seed: run})
-                for name, (seed, run) in enumerate(_runs(results, env, "random").items())
+                for name, (seed, run) in enumerate(_runs(results, env, "random-oriented").items())
                 if seed in common
             ]
             controls = gr.Controls(_only(shuffled, common), draws if len(draws) >= 5 else ())

@@ -1,0 +1,96 @@
+"""Writes the tables of `results.md` from the committed result files; `--check` says whether they are up to date.
+
+    python docs/update_results.py
+
+A block begins with `<!-- table: NAME ... -->` and ends with `<!-- end -->`; what is in between is replaced.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "examples"))
+
+from loopholes.suite_report import read_report, table, verdict_table  # noqa: E402
+from published.seeds import interval  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def loopholes(file: str, env: str) -> str:
+    """Rates of every arm in an environment."""
+    return table(read_report(DOCS / "results" / file), env)
+
+
+def judged(file: str, env: str) -> str:
+    """Verdicts of an environment."""
+    return verdict_table(read_report(DOCS / "results" / file), env)
+
+
+def split_digits() -> str:
+    """Certificate errors of the bottom half, by setting."""
+    rows = []
+    runs = _runs("published/split_digits.json")
+    for setting in dict.fromkeys(run["setting"] for run in runs):
+        cells = []
+        for measure in ("MAE", "MSE"):
+            chosen = [r for r in runs if (r["setting"], r["output"], r["measure"]) == (setting, "bottom", measure)]
+            cells += [interval([run[digits] for run in chosen]) for digits in ("0-4", "5-9")]
+        rows.append([setting, str(len({run["seed"] for run in runs})), *cells])
+    return _markdown(["setting", "seeds", "MAE, 0-4", "MAE, 5-9", "MSE, 0-4", "MSE, 5-9"], rows)
+
+
+def absorption() -> str:
+    """Losses and leakage after ablation, by share of the forget data that is labelled."""
+    columns = ["forget", "forget_calibrated", "retain", "leakage", "leakage_calibrated"]
+    rows = []
+    # The baseline's runs are the curve on which leakage is read off, not a row of their own.
+    runs = [run for run in _runs("published/absorption.json") if run["scheme"] != "baseline"]
+    for scheme, recall in dict.fromkeys((run["scheme"], run.get("recall")) for run in runs):
+        chosen = [run for run in runs if (run["scheme"], run.get("recall")) == (scheme, recall)]
+        values = [[run[name] for run in chosen if run.get(name) is not None] for name in columns]
+        name = scheme if recall is None else f"{scheme}, {recall:.0%} labelled"
+        rows.append([name, str(len(chosen)), *(interval(each) if len(each) > 1 else "-" for each in values)])
+    return _markdown(["scheme", "seeds", *(name.replace("_", ", ") for name in columns)], rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "loopholes": loopholes, "verdicts": judged, "split-digits": split_digits, "absorption": absorption,
+}  # fmt: skip
+
+
+def updated(text: str) -> str:
+    """`text` with every block made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = match[2].split()
+        return f"{match[1]}\n{TABLES[name](*arguments)}\n\n{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def _runs(file: str) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads((DOCS / "results" / file).read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Write, or with `--check` compare."""
+    path = DOCS / "results.md"
+    text = path.read_text(encoding="utf-8")
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(None if updated(text) == text else f"{path.name} is not what its result files say; run {__file__}")
+    path.write_text(updated(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
