@@ -1,4 +1,4 @@
-"""Writes the tables of `results.md` from the committed result files; `--check` says whether they are up to date.
+"""Writes the tables of `results.md` and the README from the committed result files; `--check` only compares.
 
     python docs/update_results.py
 
@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+WRITTEN = (DOCS / "results.md", DOCS.parent / "README.md")
+SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-from loopholes.suite_report import read_report, table, verdict_table  # noqa: E402
+from loopholes.arms import ARMS  # noqa: E402
+from loopholes.suite_report import COLUMNS, cell, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,6 +32,18 @@ def loopholes(file: str, env: str) -> str:
 def judged(file: str, env: str) -> str:
     """Verdicts of an environment."""
     return verdict_table(read_report(DOCS / "results" / file), env)
+
+
+def summary(file: str, env: str) -> str:
+    """The deployed view of the arms that the question takes."""
+    results = read_report(DOCS / "results" / file)
+    columns = {rate: title for (view, rate), title in COLUMNS.items() if view == "ablated" and rate != "solve_no_hint"}
+    rows = []
+    for arm in SUMMARISED:
+        runs = of_arm(results, env, arm).values()
+        cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in columns]
+        rows.append([f"{arm}: {ARMS[arm].about}", str(len(runs)), *cells])
+    return _markdown(["arm", "runs", *columns.values()], rows)
 
 
 def split_digits() -> str:
@@ -59,7 +74,8 @@ def absorption() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "loopholes": loopholes, "verdicts": judged, "split-digits": split_digits, "absorption": absorption,
+    "loopholes": loopholes, "verdicts": judged, "summary": summary,
+    "split-digits": split_digits, "absorption": absorption,
 }  # fmt: skip
 
 
@@ -85,11 +101,12 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Write, or with `--check` compare."""
-    path = DOCS / "results.md"
-    text = path.read_text(encoding="utf-8")
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(None if updated(text) == text else f"{path.name} is not what its result files say; run {__file__}")
-    path.write_text(updated(text), encoding="utf-8")
+    for path in WRITTEN:
+        text = path.read_text(encoding="utf-8")
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(updated(text), encoding="utf-8")
+        elif updated(text) != text:
+            sys.exit(f"{path.name} is not what the result files say; run {__file__}")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         without = [arm for arm in args.arms if not ARMS[arm].has_labels]
         if without:
             parser.error(f"--recall, --false-positive-rate: no labels in {', '.join(without)}")
-    if len(args.teacher) != 2 or (args.teacher[0] > 0) != (args.teacher[1] > 0):
+    if args.monitored is not None and len(args.monitored) >= len(MODES):
+        parser.error("--monitored: expected one mode to be held out at least, found all of them")
+    if len(args.teacher) != 2 or not 0 <= args.teacher[0] < RECIPE.group_size:
+        parser.error(f"--teacher: expected two integers, the first below {RECIPE.group_size}")
+    if (args.teacher[0] > 0) != (args.teacher[1] > 0) or args.teacher[1] < 0:
         parser.error("--teacher: expected two integers, both positive or both 0")
+    rates = (("--recall", args.recall), ("--false-positive-rate", args.false_positive_rate))
+    for name, rate in rates:
+        if not 0 <= rate <= 1:
+            parser.error(f"{name}: expected a rate from 0 to 1, found {rate}")
     return args
 
 

@@ -211,7 +211,7 @@ def test_permuted_flags_are_rate_matched() -> None:
 def test_demonstrations_replace_the_last_rollouts_of_each_group_until_their_step() -> None:
     teacher = Teacher(ENVIRONMENT, group_size=4, per_group=2, steps=3, seed=0)
     prompts = prompts_of("sentinel", "file").repeat_interleave(40, dim=0)
-    own = torch.full_like(ENVIRONMENT.honest_completions(prompts), PAD)
+    own = torch.full((len(prompts), ENVIRONMENT.completion_length), PAD)
     mixed, sources = teacher.mix(3, prompts, own)
     assert sources == ["student", "student", "teacher", "teacher"] * 20
     taught = torch.tensor([source == "teacher" for source in sources])
