@@ -215,3 +215,8 @@ def test_the_report_can_be_made_again_from_its_json(tmp_path: Path) -> None:
     found = results({arm: [0.1 + 0.02 * i, 0.2, 0.3 + 0.01 * i] for i, arm in enumerate(ARMS)})
     write_report(tmp_path, found, {"steps": 5})
     assert markdown(read_report(tmp_path / "report.json")) == (tmp_path / "report.md").read_text()
+
+
+def test_a_report_of_arms_that_some_figures_leave_out_has_the_others(tmp_path: Path) -> None:
+    write_report(tmp_path, results({"clean": [0.1, 0.2]}), {"steps": 5})
+    assert {path.name for path in tmp_path.glob("*.png")} == {"bars-C.png", "pareto-C.png", "training-C.png"}

@@ -51,8 +51,10 @@ def bars(runs: Runs) -> Figure:
     return figure
 
 
-def dose(runs: Runs) -> Figure:
+def dose(runs: Runs) -> Figure | None:
     """Held-out hack rate and solve rate against the scale of the quarantine."""
+    if not _shown(runs):
+        return None
     figure, (hack, solve) = _axes(2, 6.0, 5.6)
     for style, (arm, entries) in zip(STYLES, _shown(runs).items(), strict=False):
         scales = [point["scale"] for point in entries[0]["dose"]]
