@@ -65,7 +65,7 @@ ARMS = {
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
     "shuffle": _gate("the gate's flags, permuted within the batch", flags="permuted"),
     "random": _gate("a random direction, refreshed alike", random_direction="haar"),
-    "random-oriented": _gate("a random direction, each module's sign from the pairs, refreshed alike", random_direction="oriented"),
+    "random-oriented": _gate("a random direction, each module's sign from the pairs", random_direction="oriented"),
     "route": _gate("the extracted direction, refreshed"),
     "route-frozen": _gate("the extracted direction, never refreshed", refreshed=False),
     "filter": _gate("what the gate flags is dropped, plain LoRA", flagged="dropped", routed=False),
