@@ -202,6 +202,9 @@ def test_verdicts_are_held_to_both_controls() -> None:
     assert "| route | held-out | directional |" in verdicts(failing, "C")
     as_good = results({**suppressed, "random-oriented": [0.05, 0.04, 0.03, 0.05, 0.02]})
     assert "| route | held-out | effective |" in verdicts(as_good, "C")
+    few = results({**suppressed, "random-oriented": [0.05, 0.04]})
+    assert "(Random draws: 2, of the 5 that are needed" in verdicts(few, "C")
+    assert "(Random draws:" not in verdicts(as_good, "C")
     assert verdicts(results({"route": [0.02, 0.03, 0.05]}), "C") == ""
 
 

@@ -71,7 +71,7 @@ class Detector:
         """Around forward and backward: filters the gradients at the end; what was done is in the list.
 
         With `sources`, a label per rollout, hack-ward shares are told apart by them; only measured, where the filter
-        does not see rollouts or a gate has decided already.
+        does not see rollouts or a gate has decided already. Directions of activations have no such share.
         """
         stats: list[gr.FilterStats] = []
         by_rollout = self.filter if isinstance(self.filter, gr.RolloutFilter) else None

@@ -99,6 +99,9 @@ def verdict_table(results: Results, env: str) -> str:
     """One row per arm and group of modes."""
     lines = ["| arm | modes | verdict | why |", "|---|---|---|---|"]
     lines += [f"| {v.treatment.name} | {modes} | {v.word} | {v.because} |" for modes, v in judged(results, env)]
+    draws = len(of_arm(results, env, "random-oriented"))
+    if 0 < draws < 5:
+        lines += ["", f"(Random draws: {draws}, of the 5 that are needed to judge a direction; left out.)"]
     return "\n".join(lines)
 
 

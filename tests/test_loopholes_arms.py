@@ -1,0 +1,78 @@
+"""What each arm of the example does with flags and directions, and what is measured besides the rates."""
+
+from pathlib import Path
+
+import pytest
+import suite
+import torch
+
+from loopholes.arms import ARMS
+from loopholes.base_model import build_model
+from loopholes.environment import ENVIRONMENTS
+from loopholes.grpo import Recipe, attached, make_detector, route_mask
+from loopholes.measurements import auroc, dose_curve
+from loopholes.store import Job, read_result
+
+REWARD = torch.tensor([1.0, 0.0, 1.0, 0.0])
+FLAGS = torch.tensor([True, False, False, False])
+ABLATED = torch.tensor([False, True, False, False])
+
+
+def weights(arm: str) -> tuple[list[float], list[float], list[float]]:
+    mask = route_mask(ARMS[arm], ABLATED, REWARD, FLAGS if ARMS[arm].flags != "none" else FLAGS & False, 4)
+    return mask.m.tolist(), mask.g_d.tolist(), mask.g_q.tolist()
+
+
+def test_advantages_of_each_arm_by_hand() -> None:
+    on = [1.0, 0.0, 1.0, 1.0]
+    # unflagged rewards 0, 1, 0 have the mean 1/3; all four have 1/2
+    clean = pytest.approx([0.0, -1 / 3, 2 / 3, -1 / 3])
+    assert weights("route") == (on, clean, [0.5, 0.0, 0.5, -0.5])
+    assert weights("filter") == ([0.0] * 4, clean, [0.0] * 4)
+    # the flagged reward of 1 becomes 0: the mean is 1/4
+    assert weights("penalty") == ([0.0] * 4, [-0.25, -0.25, 0.75, -0.25], [0.0] * 4)
+    assert weights("vanilla") == ([0.0] * 4, [0.5, -0.5, 0.5, -0.5], [0.0] * 4)
+    assert weights("rollout-filter") == (on, REWARD.tolist(), [0.5, 0.0, 0.5, -0.5])
+    assert weights("route-v1") == (on, [0.5, -0.5, 0.5, -0.5], [0.0] * 4)
+
+
+def test_oriented_random_directions_score_hacks_higher_in_every_module() -> None:
+    lower = {}
+    for arm in ("random", "random-oriented"):
+        model = build_model(0)
+        attached(model, ARMS[arm], Recipe(), 0)
+        detector = make_detector(model, ENVIRONMENTS["C"], ARMS[arm], Recipe(), 0)
+        assert detector is not None
+        made = detector.directions
+        gaps = [((made.hack[name] - made.clean[name]).mean(0) @ row).item() for name, (row,) in made.rows.items()]
+        lower[arm] = sum(gap < 0 for gap in gaps)
+    assert lower["random"] > 0
+    assert lower["random-oriented"] == 0
+
+
+def test_auroc_counts_pairs_in_the_right_order_and_ties_half() -> None:
+    assert auroc(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([True, True, False, False])) == 0.625
+
+
+def test_the_dose_curve_scales_the_quarantine() -> None:
+    model = build_model(0)
+    attached(model, ARMS["route"], Recipe(), 0)
+    curve = dose_curve(model, ENVIRONMENTS["C"], 64, seed=0)
+    assert [point["scale"] for point in curve] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    # B is zero: whatever the scale, the same model on the same prompts and random numbers
+    assert len({tuple(point.values())[1:] for point in curve}) == 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B_quarantine"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.sum().item()))
+    dose_curve(model, ENVIRONMENTS["C"], 2, seed=0)
+    assert len(set(seen)) > 5
+
+
+def test_the_modes_asked_for_are_those_that_are_monitored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "load_base", lambda environment, seed: build_model(seed))
+    job, recipe = Job("C", "vanilla", 0, 0), Recipe(steps=1, curve_n_per_mode=2, n_per_mode=2)
+    suite.run_one(job, ["file"], recipe, tmp_path)
+    assert read_result(job.path(tmp_path), job, suite.identity(recipe, ["file"]))["monitored"] == ["file"]
