@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import suite
 import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
@@ -65,10 +67,16 @@ def test_the_dose_curve_scales_the_quarantine() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B_quarantine"):
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    seen = []
-    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.sum().item()))
+    prompted = []
+
+    def first_step(module: nn.Module, args: tuple[torch.Tensor], output: CausalLMOutputWithPast) -> None:
+        # All scales see the same prompts; what follows depends on what was sampled.
+        if args[0].shape[1] > 1:
+            prompted.append(output.logits.sum().item())
+
+    model.register_forward_hook(first_step)
     dose_curve(model, ENVIRONMENTS["C"], 2, seed=0)
-    assert len(set(seen)) > 5
+    assert len(prompted) == len(set(prompted)) == 5
 
 
 def test_the_modes_asked_for_are_those_that_are_monitored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
