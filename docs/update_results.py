@@ -18,9 +18,12 @@ SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
 from loopholes.arms import ARMS  # noqa: E402
+from loopholes.environment import MODES  # noqa: E402
+from loopholes.staleness import difference_table, share_table, staleness_table  # noqa: E402
 from loopholes.suite_report import COLUMNS, cell, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
 
+STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,6 +47,36 @@ def summary(file: str, env: str) -> str:
         cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in columns]
         rows.append([f"{arm}: {ARMS[arm].about}", str(len(runs)), *cells])
     return _markdown(["arm", "runs", *columns.values()], rows)
+
+
+def stale(file: str, env: str, part: str) -> str:
+    """Refreshed arms against frozen ones: `rates`, `differences` or `shares` of the gradient."""
+    return STALENESS[part](read_report(DOCS / "results" / file), env)
+
+
+def sweep(env: str, arms: str, *files: str) -> str:
+    """Rates of `arms` in several reports, by what each report was run with."""
+    rows = []
+    reports = [DOCS / "results" / file for file in files]
+    for path in reports:
+        results = read_report(path)
+        for arm in arms.split(","):
+            runs = list(of_arm(results, env, arm).values())
+            if runs:
+                cells = [
+                    cell([entry[view][rate] for entry in runs]) for view, rate in COLUMNS if rate != "solve_no_hint"
+                ]
+                rows.append([setting(path), arm, str(len(runs)), *cells])
+    titles = [title for (_, rate), title in COLUMNS.items() if rate != "solve_no_hint"]
+    return _markdown(["setting", "arm", "runs", *titles], rows)
+
+
+def setting(path: Path) -> str:
+    """What a report's recipe says of labels and monitored modes."""
+    recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    if recipe["monitored"]:
+        return "held out: " + ", ".join(mode for mode in MODES if mode not in recipe["monitored"])
+    return f"recall {recipe['recall']:g}, false positives {recipe['false_positive_rate']:g}"
 
 
 def split_digits() -> str:
@@ -74,7 +107,7 @@ def absorption() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "loopholes": loopholes, "verdicts": judged, "summary": summary,
+    "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep,
     "split-digits": split_digits, "absorption": absorption,
 }  # fmt: skip
 

@@ -25,8 +25,9 @@ from loopholes.arms import ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS, MODES
 from loopholes.grpo import Recipe, train
-from loopholes.store import Job, ResultError, read_result, write_result
-from loopholes.suite_report import write_report
+from loopholes.staleness import write_staleness
+from loopholes.store import Job, ResultError, read_result, stored_jobs, write_result
+from loopholes.suite_report import read_report, write_report
 
 # Less often than the main job looks: the suite's figures show where a run went, not each turn.
 RECIPE = Recipe(curve_every=25, curve_n_per_mode=32)
@@ -43,12 +44,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--base-seeds", default="0,1", help="comma-separated seeds of base models; default %(default)s")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="GRPO steps; default %(default)s")
+    parser.add_argument("--lr", type=float, default=RECIPE.lr, help="learning rate of LoRA; default %(default)s")
     parser.add_argument("--monitored", help=f"comma-separated modes that the detector knows, of {', '.join(MODES)}")
     parser.add_argument("--recall", type=float, default=1.0, help="of labels, in arms that have labels")
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/suite"), help="folder; default %(default)s")
+    parser.add_argument("--report", action="store_true", help="run nothing: report on all that lies in --out")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     for name, known in (("envs", ENVIRONMENTS), ("arms", ARMS), ("monitored", MODES)):
@@ -69,6 +72,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: {','.join(map(str, values))} names something twice")
     if not all(0 <= seed < 2**32 for seed in (*args.seeds, *args.base_seeds)):
         parser.error("--seeds, --base-seeds: expected integers from 0 to 2**32 - 1")
+    if not 0 < args.lr < 1:
+        parser.error(f"--lr: expected a number from 0 to 1, found {args.lr}")
     if args.workers < 1:
         parser.error(f"--workers: expected a positive integer, found {args.workers}")
     refreshed = [arm for arm in args.arms if ARMS[arm].refreshed]
@@ -123,6 +128,7 @@ def main(argv: list[str]) -> None:
     recipe = replace(
         RECIPE,
         steps=args.steps,
+        lr=args.lr,
         recall=args.recall,
         false_positive_rate=args.false_positive_rate,
         teacher_per_group=args.teacher[0],
@@ -137,11 +143,15 @@ def main(argv: list[str]) -> None:
     ]
     known = identity(recipe, args.monitored)
     try:
+        if args.report:
+            jobs = stored_jobs(args.out)
         for job in jobs:
             if job.path(args.out).exists():
                 read_result(job.path(args.out), job, known)
     except ResultError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    if not jobs:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: --report: no results in {args.out}")
     missing = [job for job in jobs if not job.path(args.out).exists()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=args.no_progress or not console.is_terminal) as progress:
@@ -164,6 +174,7 @@ def main(argv: list[str]) -> None:
                 raise
     results = {job: read_result(job.path(args.out), job, known) for job in jobs}
     write_report(args.out, results, known)
+    write_staleness(args.out, read_report(args.out / "report.json"))
     trained = sum(entry["wall_s"] for entry in results.values())
     console.print(
         f"{len(jobs)} runs, {trained:.0f} s of training; wrote report.md, report.json and figures to {args.out}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import gradroute as gr
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS
@@ -84,3 +85,27 @@ def test_the_modes_asked_for_are_those_that_are_monitored(tmp_path: Path, monkey
     job, recipe = Job("C", "vanilla", 0, 0), Recipe(steps=1, curve_n_per_mode=2, n_per_mode=2)
     suite.run_one(job, ["file"], recipe, tmp_path)
     assert read_result(job.path(tmp_path), job, suite.identity(recipe, ["file"]))["monitored"] == ["file"]
+
+
+def test_drift_is_of_what_would_be_extracted_now_with_the_first() -> None:
+    """Ablated: what only the quarantine learnt moves nothing."""
+    model = build_model(0)
+    attached(model, ARMS["route"], Recipe(), 0)
+    detector = make_detector(model, ENVIRONMENTS["C"], ARMS["route"], Recipe(), 0)
+    assert detector is not None
+    assert detector.drift() == pytest.approx({"overlap_first": 1.0, "overlap_in_use": 1.0})
+    blocks = dict(model.named_parameters())
+    for name, moves in (("lora_B_quarantine", False), ("lora_B", True)):
+        with torch.no_grad():
+            for parameter in (p for key, p in blocks.items() if key.endswith(name)):
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+        drift = detector.drift()
+        assert (drift["overlap_first"] < 0.95) is moves
+        assert drift["overlap_in_use"] == pytest.approx(drift["overlap_first"])
+    with gr.ablate_quarantine(model):
+        detector.directions.update_(detector._extract(), step=1)
+    assert detector.drift()["overlap_in_use"] == pytest.approx(1.0)
+    assert detector.drift()["overlap_first"] < 0.95
+    random = make_detector(model, ENVIRONMENTS["C"], ARMS["random"], Recipe(), 0)
+    assert random is not None
+    assert random.drift() == {}

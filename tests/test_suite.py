@@ -16,6 +16,7 @@ import suite
 from loopholes.arms import ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
+from loopholes.staleness import write_staleness
 from loopholes.store import Job, ResultError, read_result, write_result
 from loopholes.suite_report import cell, markdown, read_report, verdicts, write_report
 
@@ -59,6 +60,7 @@ def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
         (["--teacher", "2"], "--teacher: expected two integers"),
         (["--teacher", "8,5"], "--teacher: expected two integers, the first below 8"),
         (["--teacher", "2,0"], "--teacher: expected two integers, both positive or both 0"),
+        (["--lr", "0"], "--lr: expected a number from 0 to 1"),
         (["--workers", "0"], "--workers: expected a positive integer"),
     ],
 )
@@ -223,3 +225,56 @@ def test_the_report_can_be_made_again_from_its_json(tmp_path: Path) -> None:
 def test_a_report_of_arms_that_some_figures_leave_out_has_the_others(tmp_path: Path) -> None:
     write_report(tmp_path, results({"clean": [0.1, 0.2]}), {"steps": 5})
     assert {path.name for path in tmp_path.glob("*.png")} == {"bars-C.png", "pareto-C.png", "training-C.png"}
+
+
+def test_a_report_of_what_lies_there_needs_no_list_of_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="--report: no results"):
+        suite.main(["--report", "--out", str(tmp_path)])
+    known = suite.identity(suite.RECIPE, None)
+    for job in (Job("C", "route", 0, 3), Job("A", "route-v1", 1, 0)):
+        write_result(job.path(tmp_path), job, known, entry())
+    suite.main(["--report", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("2 runs, 2 s of training")
+    assert set(read_report(tmp_path / "report.json")) == {Job("C", "route", 0, 3), Job("A", "route-v1", 1, 0)}
+    with pytest.raises(SystemExit, match=r"`recipe.steps` should be 7. Found 150"):
+        suite.main(["--report", "--steps", "7", "--out", str(tmp_path)])
+    for name in ("C/notes", "C/roote-b0-s0", "Z/route-b0-s0", "C/route-b0-sx"):
+        stray = tmp_path / f"{name}.json"
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("{}")
+        with pytest.raises(SystemExit, match=rf"{name}\.json: should be named"):
+            suite.main(["--report", "--out", str(tmp_path)])
+        stray.unlink()
+
+
+def drifting(arm: str, ablated: list[float], overlap: float, **share: float) -> dict[Job, dict[str, Any]]:
+    start = {name: value for name, value in entry()["curve"][0].items() if name != "step"}
+    curve = [{"step": step, "overlap_first": overlap**step, **share, **start} for step in (0, 1, 2, 3)]
+    return {
+        Job("C", arm, 0, seed): {**entry(ablated=rate, curve=curve), "overlaps": []}
+        for seed, rate in enumerate(ablated)
+    }
+
+
+def test_frozen_directions_are_compared_with_refreshed_ones_run_by_run(tmp_path: Path) -> None:
+    found = drifting("route", [0.0, 0.1, 0.2], 0.5, cin_student=0.25, cin_teacher=0.75)
+    found |= drifting("route-frozen", [0.1, 0.2, 0.6], 0.25)
+    write_report(tmp_path, found, {"steps": 3})
+    write_staleness(tmp_path, read_report(tmp_path / "report.json"))
+    text = (tmp_path / "staleness.md").read_text()
+    # differences .1, .1, .4: mean .2, standard deviation .17321, t(.975, 2) = 4.3027
+    assert "| route | 3 | +0.20 [-0.23, +0.63] | +0.20 [-0.23, +0.63] | +0.00 [+0.00, +0.00] |" in text
+    assert (
+        "| route | 3 | 0.10 [0.00, 0.35], 0.20 | 0.10 [0.00, 0.35], 0.20 | 0.50 [0.50, 0.50], 0.50 | 0.50 | 0.25 |"
+        in text
+    )
+    assert "| 0.25 | 0.06 | 0.02 |" in text
+    assert "| arm | runs | student, step 1 | teacher, step 1 |" in text
+    assert "| route | 3 | 0.25 | 0.75 | 0.25 | 0.75 | 0.25 | 0.75 |" in text
+    assert (tmp_path / "staleness-C.png").exists()
+
+
+def test_staleness_needs_both_arms(tmp_path: Path) -> None:
+    write_report(tmp_path, drifting("route", [0.0, 0.1, 0.2], 0.5), {"steps": 3})
+    write_staleness(tmp_path, read_report(tmp_path / "report.json"))
+    assert not (tmp_path / "staleness.md").exists()

@@ -72,6 +72,7 @@ ARMS = {
     "penalty": _gate("what the gate flags loses a reward of 1, plain LoRA", flagged="penalised", routed=False),
     "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts=False),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
+    "gradient-frozen": _gate("the same, never refreshed", "gradient", refreshed=False),
     "rollout-filter": Arm(
         "rollouts whose own gradient is hack-ward leave the deployed gradient",
         gradient_filter="rollouts", directions="gradient", refreshed=True,

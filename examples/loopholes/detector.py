@@ -1,5 +1,6 @@
 """What a run has instead of labels: directions from pairs of the monitored modes, and the gate or filter on them."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class Detector:
             features = "parameter" if arm.parametrization == "lora" else "bottleneck"
             return gr.extract_gradient_directions(model, pairs, features=features)
 
-        self.model, self.arm, self.directions = model, arm, extract()
+        self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(seed, oriented=arm.random_direction == "oriented")
         self.refresher = None
@@ -59,6 +60,18 @@ class Detector:
             )
         else:
             self.filter = gr.ProjectionFilter(self.directions, mode=arm.gradient_filter)
+        self._first = copy.deepcopy(self.directions)
+
+    def drift(self) -> dict[str, float]:
+        """Overlap of what would be extracted now with the first directions, and with those in use.
+
+        What is in use but frozen is stale by the first; random rows are not extracted and do not drift.
+        """
+        if self.arm.random_direction != "no":
+            return {}
+        with gr.ablate_quarantine(self.model):
+            fresh = self._extract()
+        return {"overlap_first": self._first.overlap(fresh), "overlap_in_use": self.directions.overlap(fresh)}
 
     def scores(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """Score of each rollout, by the features that the directions are of."""

@@ -148,7 +148,8 @@ def train(
             point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
             shown = flags if arm.flags != "none" else None
             flagging = detection(environment, detector, shown, graded, prompts, completions)
-            curve.append(point | flagging | hackward(stats))
+            drift = detector.drift() if detector is not None else {}
+            curve.append(point | flagging | hackward(stats) | drift)
         if on_step is not None:
             on_step(step)
 

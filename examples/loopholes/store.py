@@ -4,10 +4,14 @@
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .arms import ARMS
+from .environment import ENVIRONMENTS
 
 VERSION = 1
 ENTRY_FIELDS = ("on", "ablated", "curve", "dose", "scores", "n_per_mode", "monitored", "wall_s", "overlaps")
@@ -30,6 +34,23 @@ class Job:
     def path(self, folder: Path) -> Path:
         """Where its result lies."""
         return folder / self.env / f"{self.arm}-b{self.base_seed}-s{self.seed}.json"
+
+
+def stored_jobs(folder: Path) -> list[Job]:
+    """The runs whose results lie in `folder`, by their files' names.
+
+    Raises:
+        ResultError: a JSON file there is not named like a result of a known arm and environment.
+    """
+    jobs = []
+    for path in sorted(folder.glob("*/*.json")):
+        found = re.fullmatch(r"(.+)-b(\d+)-s(\d+)", path.stem)
+        if found is None or found[1] not in ARMS or path.parent.name not in ENVIRONMENTS:
+            raise ResultError(
+                f"{path}: should be named <environment>/<arm>-b<base seed>-s<seed>.json. Fix: move it elsewhere."
+            )
+        jobs.append(Job(path.parent.name, found[1], int(found[2]), int(found[3])))
+    return jobs
 
 
 def slim(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def write_figures(folder: Path, results: Mapping[Job, Mapping[str, Any]]) -> Non
 
 def bars(runs: Runs) -> Figure:
     """Hack rates of both views; a dot is a run."""
-    figure, axes = _axes(2, max(6.0, 0.55 * len(runs)), 5.6)
+    figure, axes = axes_in_rows(2, max(6.0, 0.55 * len(runs)), 5.6)
     for row, view in zip(axes, ("on", "ablated"), strict=True):
         for place, (rate, label, colour, hatch) in enumerate(GROUPS):
             xs = [i + 0.4 * place - 0.2 for i in range(len(runs))]
@@ -55,7 +55,7 @@ def dose(runs: Runs) -> Figure | None:
     """Held-out hack rate and solve rate against the scale of the quarantine."""
     if not _shown(runs):
         return None
-    figure, (hack, solve) = _axes(2, 6.0, 5.6)
+    figure, (hack, solve) = axes_in_rows(2, 6.0, 5.6)
     for style, (arm, entries) in zip(STYLES, _shown(runs).items(), strict=False):
         scales = [point["scale"] for point in entries[0]["dose"]]
         for panel, rate in ((hack, "hack_held_out"), (solve, "solve_hinted")):
@@ -74,7 +74,7 @@ def scores(runs: Runs) -> Figure | None:
     gated = {arm: entries for arm, entries in _shown(runs).items() if entries[0]["scores"]}
     if not gated:
         return None
-    figure, axes = _axes(len(gated), 6.0, 1.5 * len(gated) + 1)
+    figure, axes = axes_in_rows(len(gated), 6.0, 1.5 * len(gated) + 1)
     for panel, (arm, entries) in zip(axes, gated.items(), strict=True):
         edges = entries[0]["scores"]["bins"]
         for style, name in zip(STYLES, entries[0]["scores"]["counts"], strict=False):
@@ -93,12 +93,12 @@ def scores(runs: Runs) -> Figure | None:
 
 def training(runs: Runs) -> Figure:
     """AUROC of the detector on the policy's own rollouts, overlap of refreshes, hack-ward share of the gradient."""
-    figure, (auroc, overlap, share) = _axes(3, 6.5, 7.0)
+    figure, (auroc, overlap, share) = axes_in_rows(3, 6.5, 7.0)
     for style, (arm, entries) in zip(STYLES, _shown(runs).items(), strict=False):
-        _line(auroc, entries, lambda entry: [(p["step"], p.get("auroc_held_out")) for p in entry["curve"]], arm, style)
-        _line(overlap, entries, lambda entry: [(p["step"], p["overlap"]) for p in entry["overlaps"]], arm, style)
+        line(auroc, entries, lambda entry: [(p["step"], p.get("auroc_held_out")) for p in entry["curve"]], arm, style)
+        line(overlap, entries, lambda entry: [(p["step"], p["overlap"]) for p in entry["overlaps"]], arm, style)
     for style, (arm, key, name) in zip(STYLES, _hackward(runs), strict=False):
-        _line(share, runs[arm], lambda entry, key=key: [(p["step"], p.get(key)) for p in entry["curve"]], name, style)
+        line(share, runs[arm], lambda entry, key=key: [(p["step"], p.get(key)) for p in entry["curve"]], name, style)
     names = ("AUROC, held out", "overlap of refreshes", "hack-ward share, cin")
     for panel, label in zip((auroc, overlap, share), names, strict=True):
         panel.set_ylabel(label, fontsize=8)
@@ -112,7 +112,7 @@ def training(runs: Runs) -> Figure:
 
 def pareto(runs: Runs) -> Figure:
     """Solve rate against hack rate of the deployed view, a point per run."""
-    figure, (panel,) = _axes(1, 6.5, 4.8)
+    figure, (panel,) = axes_in_rows(1, 6.5, 4.8)
     for i, (arm, entries) in enumerate(runs.items()):
         x = [fmean((entry["ablated"]["hack_monitored"], entry["ablated"]["hack_held_out"])) for entry in entries]
         y = [entry["ablated"]["solve_hinted"] for entry in entries]
@@ -130,7 +130,8 @@ FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
 }  # fmt: skip
 
 
-def _axes(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def axes_in_rows(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of panels one below the other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
 
@@ -149,7 +150,14 @@ def _hackward(runs: Runs) -> list[tuple[str, str, str]]:
     return found
 
 
-def _line(panel: Axes, entries: list[Mapping[str, Any]], read: Callable[..., Any], label: str, style: Any) -> None:
+def line(
+    panel: Axes,
+    entries: list[Mapping[str, Any]],
+    read: Callable[..., Any],
+    label: str,
+    style: Any,
+    colour: str = "black",
+) -> None:
     """Mean over runs at each step, of the runs that have a value there."""
     values: dict[int, list[float]] = {}
     for entry in entries:
@@ -158,4 +166,4 @@ def _line(panel: Axes, entries: list[Mapping[str, Any]], read: Callable[..., Any
                 values.setdefault(step, []).append(value)
     if values:
         steps = sorted(values)
-        panel.plot(steps, [fmean(values[step]) for step in steps], linestyle=style, color="black", lw=1.2, label=label)
+        panel.plot(steps, [fmean(values[step]) for step in steps], linestyle=style, color=colour, lw=1.2, label=label)

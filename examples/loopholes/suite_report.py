@@ -28,8 +28,10 @@ COLUMNS = {
     ("ablated", "solve_hinted"): "ablated: solve, hinted",
     ("ablated", "solve_no_hint"): "ablated: solve, no hint",
 }
+# What is followed over training, where it was measured.
+DRIFT = ("step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher", "overlap_first")
 # Arms that permuted flags and random directions are rate-matched and refreshed alike for.
-JUDGED = ("route", "route-frozen", "gradient", "rollout-filter")
+JUDGED = ("route", "route-frozen", "gradient", "gradient-frozen", "rollout-filter")
 
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
@@ -47,6 +49,7 @@ def _final(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: entry[name] for name in ("on", "ablated", "dose", "n_per_mode", "monitored")},
         "least_overlap": min(overlaps, default=None),
+        "drift": [{name: point[name] for name in DRIFT if name in point} for point in entry["curve"][1:]],
     }
 
 
@@ -84,8 +87,14 @@ def cell(rates: list[float]) -> str:
     mean = fmean(rates)
     if len(rates) < 3:
         return " ".join(f"{rate:.2f}" for rate in rates)
-    half = float(student.ppf(0.975, len(rates) - 1)) * stdev(rates) / len(rates) ** 0.5
-    return f"{mean:.2f} [{max(mean - half, 0):.2f}, {min(mean + half, 1):.2f}], {max(rates):.2f}"
+    low, high = interval_over_runs(rates)
+    return f"{mean:.2f} [{max(low, 0):.2f}, {min(high, 1):.2f}], {max(rates):.2f}"
+
+
+def interval_over_runs(values: list[float]) -> tuple[float, float]:
+    """mean +- t_(.975, n - 1) s / sqrt(n)."""
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half
 
 
 def verdicts(results: Results, env: str) -> str:

@@ -1,0 +1,134 @@
+"""Whether directions go stale, and whether it matters: each refreshed arm against the same arm with frozen directions.
+
+difference = hack rate of the deployed view, frozen - refreshed, paired over runs (Student's t, 95 %)
+overlap    = of the directions that would be extracted at a step with the first ones: what frozen ones have lost
+cin        = share of the deployed gradient that is hack-ward by the directions in use
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .store import Job
+from .suite_figures import STYLES, axes_in_rows, line
+from .suite_report import cell, interval_over_runs, of_arm
+
+Results = Mapping[Job, Mapping[str, Any]]
+
+# What is refreshed, and the same frozen.
+COMPARED = {"route": "route-frozen", "gradient": "gradient-frozen", "erase": "erase-frozen"}
+
+
+def write_staleness(folder: Path, results: Results) -> None:
+    """`staleness.md`, and a figure per environment, where an arm was run refreshed and frozen."""
+    parts = []
+    for env in sorted({job.env for job in results}):
+        arms = {job.arm for job in results if job.env == env}
+        if any({refreshed, frozen} <= arms for refreshed, frozen in COMPARED.items()):
+            tables = (staleness_table, difference_table, share_table)
+            parts += [f"## Environment {env}", *(table(results, env) for table in tables)]
+            staleness_figure(results, env).savefig(
+                folder / f"staleness-{env}.png", dpi=130, metadata={"Software": None}
+            )
+    if parts:
+        (folder / "staleness.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def staleness_table(results: Results, env: str) -> str:
+    """One row per arm: rates as deployed, and overlap with the first directions over training."""
+    steps = _shown_steps(results, env)
+    header = ["arm", "runs", "hack, monitored", "hack, held out", "solve, hinted"]
+    header += [f"overlap with the first, step {step}" for step in steps]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for arm in (arm for pair in COMPARED.items() for arm in pair):
+        runs = list(of_arm(results, env, arm).values())
+        if runs:
+            rates = ("hack_monitored", "hack_held_out", "solve_hinted")
+            cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in rates]
+            cells += [_mean_at(runs, step, "overlap_first") for step in steps]
+            lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference_table(results: Results, env: str) -> str:
+    """Frozen minus refreshed, paired over the runs that both have."""
+    columns = {
+        "hack, monitored": "hack_monitored", "hack, held out": "hack_held_out", "solve, hinted": "solve_hinted"
+    }  # fmt: skip
+    lines = ["| frozen - refreshed | pairs | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for refreshed, frozen in COMPARED.items():
+        fresh = {(job.base_seed, job.seed): run["ablated"] for job, run in of_arm(results, env, refreshed).items()}
+        stale = {(job.base_seed, job.seed): run["ablated"] for job, run in of_arm(results, env, frozen).items()}
+        seeds = sorted(fresh.keys() & stale.keys())
+        if len(seeds) >= 3:
+            cells = []
+            for rate in columns.values():
+                differences = [stale[seed][rate] - fresh[seed][rate] for seed in seeds]
+                low, high = interval_over_runs(differences)
+                cells.append(f"{fmean(differences):+.2f} [{low:+.2f}, {high:+.2f}]")
+            lines.append(f"| {refreshed} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def share_table(results: Results, env: str) -> str:
+    """Hack-ward shares of the policy's own rollouts and of a teacher's demonstrations; empty without a teacher."""
+    steps = [step for step in _steps(results, env) if _any_at(results, env, step, "cin_teacher")]
+    if not steps:
+        return ""
+    header = ["arm", "runs", *(f"{who}, step {step}" for step in steps for who in ("student", "teacher"))]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for arm in (arm for pair in COMPARED.items() for arm in pair):
+        runs = list(of_arm(results, env, arm).values())
+        if any("cin_teacher" in point for run in runs for point in run["drift"]):  # activations have no such share
+            cells = [_mean_at(runs, step, f"cin_{who}") for step in steps for who in ("student", "teacher")]
+            lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def staleness_figure(results: Results, env: str) -> Figure:
+    """Overlap with the first directions, AUROC on the policy's rollouts, and shares of student and teacher."""
+    figure, (overlap, auroc, share) = axes_in_rows(3, 6.5, 7.5)
+    n = 0
+    for style, arm in zip(STYLES, (arm for pair in COMPARED.items() for arm in pair), strict=False):
+        runs = list(of_arm(results, env, arm).values())
+        n = max(n, len(runs))
+        for panel, name in ((overlap, "overlap_first"), (auroc, "auroc_held_out")):
+            line(panel, runs, lambda run, name=name: [(p["step"], p.get(name)) for p in run["drift"]], arm, style)
+        for who, colour in (("student", "black"), ("teacher", "0.6")):
+            key = f"cin_{who}"
+            line(
+                share, runs, lambda run, key=key: [(p["step"], p.get(key)) for p in run["drift"]],
+                f"{arm}, {who}", style, colour,
+            )  # fmt: skip
+    names = ("overlap with the first", "AUROC, held out", "hack-ward share, cin")
+    for panel, label in zip((overlap, auroc, share), names, strict=True):
+        panel.set_ylabel(label, fontsize=8)
+        if panel.lines:
+            panel.legend(frameon=False, fontsize=6, ncols=2)
+    share.set_xlabel("step")
+    figure.suptitle(
+        f"environment {env}, {n} runs an arm\nrefreshed directions, and the same frozen as control", fontsize=9
+    )
+    return figure
+
+
+def _steps(results: Results, env: str) -> list[int]:
+    return sorted({point["step"] for job, run in results.items() if job.env == env for point in run["drift"]})
+
+
+def _shown_steps(results: Results, env: str) -> list[int]:
+    steps = _steps(results, env)
+    return sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+
+
+def _any_at(results: Results, env: str, step: int, name: str) -> bool:
+    points = (point for job, run in results.items() if job.env == env for point in run["drift"])
+    return any(point["step"] == step and name in point for point in points)
+
+
+def _mean_at(runs: list[Mapping[str, Any]], step: int, name: str) -> str:
+    values = [point[name] for run in runs for point in run["drift"] if point["step"] == step and name in point]
+    return f"{fmean(values):.2f}" if values else "-"
