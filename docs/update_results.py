@@ -20,7 +20,7 @@ sys.path.insert(0, str(DOCS.parent / "examples"))
 from loopholes.arms import ARMS  # noqa: E402
 from loopholes.environment import MODES  # noqa: E402
 from loopholes.staleness import difference_table, share_table, staleness_table  # noqa: E402
-from loopholes.suite_report import COLUMNS, cell, of_arm, read_report, table, verdict_table  # noqa: E402
+from loopholes.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
 
 STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
@@ -35,6 +35,11 @@ def loopholes(file: str, env: str) -> str:
 def judged(file: str, env: str) -> str:
     """Verdicts of an environment."""
     return verdict_table(read_report(DOCS / "results" / file), env)
+
+
+def draws(file: str, env: str) -> str:
+    """Random directions one by one."""
+    return draw_table(read_report(DOCS / "results" / file), env)
 
 
 def summary(file: str, env: str) -> str:
@@ -107,7 +112,7 @@ def absorption() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep,
+    "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
     "split-digits": split_digits, "absorption": absorption,
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
 from loopholes.staleness import write_staleness
 from loopholes.store import Job, ResultError, read_result, write_result
-from loopholes.suite_report import cell, markdown, read_report, verdicts, write_report
+from loopholes.suite_report import cell, draw_table, markdown, read_report, verdicts, write_report
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "suite.py"
 COMMAND = ["--arms", "vanilla,clean", "--seeds", "0,1", "--base-seeds", "0", "--steps", "1", "--no-progress"]
@@ -272,6 +272,14 @@ def test_frozen_directions_are_compared_with_refreshed_ones_run_by_run(tmp_path:
     assert "| arm | runs | student, step 1 | teacher, step 1 |" in text
     assert "| route | 3 | 0.25 | 0.75 | 0.25 | 0.75 | 0.25 | 0.75 |" in text
     assert (tmp_path / "staleness-C.png").exists()
+
+
+def test_random_draws_are_shown_one_by_one_with_their_auroc(tmp_path: Path) -> None:
+    found = drifting("random", [0.1, 0.6], 1.0, auroc_held_out=0.75) | drifting("route", [0.0], 1.0)
+    write_report(tmp_path, found, {"steps": 3})
+    text = draw_table(read_report(tmp_path / "report.json"), "C")
+    assert "| random | 0 | 1 | - | 0.75 | 0.60 | 0.60 | 0.50 |" in text
+    assert "| route | 0 | 0 | - | - | 0.00 | 0.00 | 0.50 |" in text
 
 
 def test_staleness_needs_both_arms(tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def verdict_table(results: Results, env: str) -> str:
     return "\n".join(lines)
 
 
+def draw_table(results: Results, env: str) -> str:
+    """Each random direction by itself, then the extracted ones: AUROC on the policy's rollouts, and what was left."""
+    header = ["arm", "base seed", "seed", "AUROC, monitored", "AUROC, held out"]
+    header += [title for (view, rate), title in COLUMNS.items() if view == "ablated" and rate != "solve_no_hint"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for arm in ("random", "random-oriented", "route"):
+        for job, entry in of_arm(results, env, arm).items():
+            areas = [[point.get(f"auroc_{modes}") for point in entry["drift"]] for modes in ("monitored", "held_out")]
+            shown = [f"{fmean(known):.2f}" if (known := [a for a in area if a is not None]) else "-" for area in areas]
+            rates = [entry["ablated"][rate] for rate in ("hack_monitored", "hack_held_out", "solve_hinted")]
+            cells = [arm, str(job.base_seed), str(job.seed), *shown, *(f"{rate:.2f}" for rate in rates)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def judged(results: Results, env: str) -> list[tuple[str, gr.Verdict]]:
     """(which modes, verdict) on every arm that the controls are rate-matched for; none without them."""
     shuffled = arm_runs(results, env, "shuffle")
