@@ -8,8 +8,10 @@ same as if it had not been. Writes `report.md`, `report.json` and figures to --o
 
 import argparse
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -98,9 +100,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def start_worker() -> None:
-    """One thread, and Ctrl-C left to the main process."""
+    """One thread, Ctrl-C left to the main process, and no life after it: nobody would count what is trained then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_the_main_process, daemon=True).start()
+
+
+def end_with_the_main_process() -> None:
+    """However it ended: a pool's worker waits for work for ever otherwise."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 def run_one(job: Job, monitored: Sequence[str] | None, recipe: Recipe, folder: Path) -> None:
