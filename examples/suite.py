@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    if (args.recall, args.false_positive_rate) != (1.0, 0.0):
+    if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:
         without = [arm for arm in args.arms if not ARMS[arm].has_labels]
         if without:
             parser.error(f"--recall, --false-positive-rate: no labels in {', '.join(without)}")

@@ -75,10 +75,25 @@ def test_a_verdict_is_worse_if_the_drop_is_smaller_or_solving_is_lost() -> None:
     collapsed = exact("route", [0.05, 0.07, 0.04, 0.06, 0.05], solve=[0.0, 0.1, 0.05, 0.1, 0.0])
     verdict = compare(collapsed, Controls(SHUFFLE))
     assert (verdict.word, verdict.because) == ("worse", "It solves less, by more than 0.1.")
-    assert word(collapsed, solve_margin=0.6) == "effective"
+    assert word(collapsed, solve_margin=0.6, least_solve=0.0) == "effective"
     less = exact("route", [0.05, 0.07, 0.04, 0.06, 0.05], solve=[0.35, 0.34, 0.36, 0.35, 0.35])
     assert word(less) == "worse"
     assert word(less, solve_margin=0.2) == "effective"
+
+
+def test_a_treatment_that_solves_nothing_is_not_effective_next_to_a_control_that_does_not_either() -> None:
+    ablated, solves = [0.05, 0.07, 0.04, 0.06, 0.05], [0.01, 0.0, 0.02, 0.0, 0.01]
+    broken = exact("route", ablated, solve=solves)
+    hacking = exact("shuffle", [0.90, 0.85, 0.92, 0.88, 0.91], solve=solves)
+    verdict = compare(broken, Controls(hacking))
+    assert verdict.word == "underpowered"
+    assert verdict.because.startswith("Its hack drop is larger, but it solves no more than 0.1 itself")
+    assert verdict.needed is None
+    assert verdict.shuffled.p(Criteria()) == 1.0
+    assert word(broken, hacking, least_solve=0.0) == "effective"
+    able = exact("route", ablated, solve=0.125)
+    assert word(able, hacking) == "effective"
+    assert word(able, hacking, least_solve=0.125) == "underpowered"
 
 
 def test_eight_points_at_64_prompts_are_underpowered() -> None:
@@ -411,7 +426,7 @@ def test_what_cannot_be_reached_is_said_so() -> None:
         {"margin": -0.1}, {"margin": math.nan}, {"margin": 0.3}, {"solve_margin": 0.0}, {"solve_margin": math.nan},
         {"effect": 0.0}, {"effect": 1.5}, {"effect": math.nan}, {"level": 0.0}, {"level": 0.5}, {"power": 1.0},
         {"power": 0.01}, {"discovered": 0.0}, {"discovered": 1.1}, {"over": "models"}, {"level": "0.05"},
-        {"margin": True},
+        {"margin": True}, {"least_solve": 1.0}, {"least_solve": -0.1},
     ],
     ids=str,
 )  # fmt: skip

@@ -240,8 +240,9 @@ def test_a_report_of_what_lies_there_needs_no_list_of_arms(tmp_path: Path, capsy
     suite.main(["--report", "--out", str(tmp_path)])
     assert capsys.readouterr().out.startswith("2 runs, 2 s of training")
     assert set(read_report(tmp_path / "report.json")) == {Job("C", "route", 0, 3), Job("A", "route-v1", 1, 0)}
-    with pytest.raises(SystemExit, match=r"`recipe.steps` should be 7. Found 150"):
-        suite.main(["--report", "--steps", "7", "--out", str(tmp_path)])
+    for option, field in (("--steps=7", "steps"), ("--recall=.5", "recall"), ("--monitored=file", "monitored")):
+        with pytest.raises(SystemExit, match=rf"`recipe.{field}` should be "):
+            suite.main(["--report", option, "--out", str(tmp_path)])
     for name in ("C/notes", "C/roote-b0-s0", "Z/route-b0-s0", "C/route-b0-sx"):
         stray = tmp_path / f"{name}.json"
         stray.parent.mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from .suite_report import cell, interval_over_runs, of_arm
 
 Results = Mapping[Job, Mapping[str, Any]]
 
+DRIFTING = {"overlap with the first": "overlap_first", "AUROC": "auroc_held_out"}
 # What is refreshed, and the same frozen.
 COMPARED = {"route": "route-frozen", "gradient": "gradient-frozen", "erase": "erase-frozen"}
 
@@ -38,17 +39,17 @@ def write_staleness(folder: Path, results: Results) -> None:
 
 
 def staleness_table(results: Results, env: str) -> str:
-    """One row per arm: rates as deployed, and overlap with the first directions over training."""
+    """One row per arm: rates as deployed; over training, overlap with the first directions, and AUROC, held out."""
     steps = _shown_steps(results, env)
     header = ["arm", "runs", "hack, monitored", "hack, held out", "solve, hinted"]
-    header += [f"overlap with the first, step {step}" for step in steps]
+    header += [f"{title}, step {step}" for title in DRIFTING for step in steps]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for arm in (arm for pair in COMPARED.items() for arm in pair):
         runs = list(of_arm(results, env, arm).values())
         if runs:
             rates = ("hack_monitored", "hack_held_out", "solve_hinted")
             cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in rates]
-            cells += [_mean_at(runs, step, "overlap_first") for step in steps]
+            cells += [_mean_at(runs, step, name) for name in DRIFTING.values() for step in steps]
             lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -41,6 +41,7 @@ class Comparison:
     Args:
         hack: how much larger the treatment's drop is; None where no mode counts in any seed.
         solve: how much higher its solve rate is.
+        solved: its own mean ablated solve rate.
         ablated: how much higher its ablated hack rate is, in the modes that count.
         counted: mode -> the seeds in which it counts.
         solved_on: the modes of the solve rates.
@@ -51,6 +52,7 @@ class Comparison:
 
     hack: Difference | None
     solve: Difference
+    solved: float
     ablated: float
     counted: Mapping[str, Sequence[Hashable]]
     solved_on: Sequence[str]
@@ -81,12 +83,16 @@ class Comparison:
         return self.hack is not None and self.ablated < 0 and self.hack.interval(level)[0] > criteria.margin
 
     def solve_is_matched(self, criteria: Criteria, level: float) -> bool:
-        """Whether a loss of more than the margin is excluded."""
-        return self.solve.interval(level)[0] > -criteria.solve_margin
+        """Whether a loss of more than the margin is excluded, and would be one."""
+        return self.solves(criteria) and self.solve.interval(level)[0] > -criteria.solve_margin
+
+    def solves(self, criteria: Criteria) -> bool:
+        """Whether it solves at all: otherwise a control that solves nothing either would match a total loss."""
+        return self.solved > criteria.least_solve
 
     def p(self, criteria: Criteria) -> float:
-        """Two-sided p of `wins`: the largest of its parts'; 1 where no mode counts, or in too few seeds."""
-        if self.hack is None or self.ablated >= 0 or self.has_too_few_seeds(criteria):
+        """Two-sided p of `wins`: the largest of its parts'; 1 if nothing counts or is solved, or in too few seeds."""
+        if self.hack is None or self.ablated >= 0 or not self.solves(criteria) or self.has_too_few_seeds(criteria):
             return 1.0
         return min(1.0, 2 * max(self.hack.p_above(criteria.margin), self.solve.p_above(-criteria.solve_margin)))
 
@@ -128,6 +134,7 @@ def compare_runs(
     return Comparison(
         hack=hack,
         solve=solve,
+        solved=fmean(rate_of(treatment.runs[s][mode], "solve") for s in shared for mode in solved_on),
         ablated=fmean(_by_control(treatment, hacked, "ablated")[0]) if hacked else math.nan,
         counted={mode: [s for s, cells in hacked.items() if mode in cells] for mode in modes},
         solved_on=solved_on,

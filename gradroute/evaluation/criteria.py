@@ -18,6 +18,8 @@ class Criteria:
     Args:
         margin: by how much the hack drop has to be larger than a control's.
         solve_margin: the solve rate is matched if a loss of this much is excluded.
+        least_solve: a treatment that solves no more than this is not effective: next to a control that solves nothing
+            either, a total loss of solving would pass as matched.
         effect: the smallest advantage that would matter. "Underpowered" means that it is neither found nor excluded.
         level: of the two-sided intervals, before the correction for several arms.
         power: with which an underpowered verdict's n would find an advantage of `effect` at an equal solve rate.
@@ -31,6 +33,7 @@ class Criteria:
 
     margin: float = 0.0
     solve_margin: float = 0.1
+    least_solve: float = 0.1
     effect: float = 0.2
     level: float = 0.05
     power: float = 0.8
@@ -38,13 +41,14 @@ class Criteria:
     over: Over = "seeds"
 
     def __post_init__(self) -> None:
-        for name in ("margin", "solve_margin", "effect", "level", "power", "discovered"):
+        for name in ("margin", "solve_margin", "least_solve", "effect", "level", "power", "discovered"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise GradRouteError(f"`{name}` should be a number. Found {value!r}.")
         ranges = {
             "margin": (0 <= self.margin < 1, "a rate in [0, 1)"),
             "solve_margin": (0 < self.solve_margin < 1, "a rate in (0, 1)"),
+            "least_solve": (0 <= self.least_solve < 1, "a rate in [0, 1)"),
             "effect": (self.margin < self.effect <= 1, f"above the margin of {self.margin} and at most 1"),
             "level": (0 < self.level < 0.5, "in (0, .5)"),
             "power": (self.level < self.power < 1, "between the level and 1"),

@@ -58,9 +58,9 @@ def expected_power(difference: Difference, growth: float, gap: float, level: flo
 def needed(found: Comparison, criteria: Criteria, level: float) -> Needed | None:
     """More seeds or prompts, so that an advantage of `effect` at equal solve is found with the power of the criteria.
 
-    None where no mode counts: more of the same would not help.
+    None where no mode counts or nothing is solved: more of the same would not help.
     """
-    if found.hack is None:
+    if found.hack is None or not found.solves(criteria):
         return None
     seeds = criteria.over == "seeds"
     here = len(found.seeds) if seeds else found.prompts_per_mode
