@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trl_runs import Watched, flags, gradients, quiet, reward, tokenizer, trainer
+from trl_runs import Watched, flags, gradients, logps, quiet, reward, rows_of, tokenizer, trained, trainer
 
 import gradroute as gr
 
@@ -19,19 +19,6 @@ pytestmark = quiet
 # Nothing moves: so every ratio is one, and what is compared are sums of plain policy gradients.
 STILL = {"args_learning_rate": 0.0, "args_loss_type": "dr_grpo", "args_max_grad_norm": 0.0}
 MANY = {"args_steps_per_generation": 4, "args_num_iterations": 2, "args_max_steps": 4}
-
-
-def trained(folder: Path, **options: Any) -> Any:
-    """A trainer seeds the generator that it samples with when it is made: so it is run at once."""
-    made = trainer(folder, **options)
-    made.train()
-    return made
-
-
-def rows_of(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(prompt, completion) of each row, without padding."""
-    sides = [(batch[f"{side}_ids"], batch[f"{side}_mask"].bool()) for side in ("prompt", "completion")]
-    return [tuple(tuple(ids[i][mask[i]].tolist()) for ids, mask in sides) for i in range(len(sides[0][0]))]  # type: ignore[misc]
 
 
 def rewards_and_flags(made: Watched) -> dict[tuple[int, ...], tuple[float, bool, float, float]]:
@@ -54,12 +41,6 @@ def rewards_and_flags(made: Watched) -> dict[tuple[int, ...], tuple[float, bool,
 
 def made_prompt(made: Watched, row: tuple[int, ...]) -> int:
     return next(len(p) for step in made.micro_batches for batch in step for p, c in rows_of(batch) if p + c == row)
-
-
-def logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
-    ids = torch.tensor([prompt + completion])
-    logp = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return logp.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
 
 
 def reference(made: Watched, step: int, *, clean: bool, beta: float = 0.0) -> dict[str, dict[str, Tensor]]:

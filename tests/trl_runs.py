@@ -125,3 +125,22 @@ class Watched(GradRouteGRPOTrainer):
 def gradients(model: nn.Module, block: str) -> dict[str, Tensor]:
     parameters = gr.deployed_parameters(model) if block == "deployed" else gr.quarantine_parameters(model)
     return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+
+
+def trained(folder: Path, model: Any = None, **options: Any) -> Any:
+    """A trainer seeds the generator that it samples with when it is made: so it is run at once."""
+    made = trainer(folder, model, **options)
+    made.train()
+    return made
+
+
+def rows_of(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(prompt, completion) of each row, without padding."""
+    sides = [(batch[f"{side}_ids"], batch[f"{side}_mask"].bool()) for side in ("prompt", "completion")]
+    return [tuple(tuple(ids[i][mask[i]].tolist()) for ids, mask in sides) for i in range(len(sides[0][0]))]  # type: ignore[misc]
+
+
+def logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    ids = torch.tensor([prompt + completion])
+    logp = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, ids[0, len(prompt) :, None]).squeeze(1)

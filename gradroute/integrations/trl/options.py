@@ -102,7 +102,7 @@ def resolve(
 
 def _is_function(given: Any, kind: type) -> bool:
     # Gates are called themselves: what is already made is not a function that makes it.
-    return callable(given) and not isinstance(given, kind) and not isinstance(given, type)
+    return callable(given) and not isinstance(given, kind)
 
 
 def _extractor(

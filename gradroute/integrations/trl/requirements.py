@@ -7,6 +7,7 @@ routed; so every name, and every argument that is read, is checked at constructi
 import inspect
 from typing import Any
 
+import torch
 import trl
 from packaging.version import Version
 
@@ -30,8 +31,8 @@ METHODS = {
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
 ATTRIBUTES = (
-    "_buffered_inputs", "_logs", "_metrics", "_step", "accelerator", "beta", "loss_type", "num_generations",
-    "reward_weights",
+    "_buffered_inputs", "_logs", "_metrics", "_step", "accelerator", "beta", "log_completions", "loss_type",
+    "num_generations", "reward_weights",
 )  # fmt: skip
 
 
@@ -74,9 +75,11 @@ def check_run(trainer: Any, *, ablated_fraction: float, filters: bool) -> None:
             "would save, and copy as its reference, as a whole. Fix: peft_config=gradroute.QuarantineLoraConfig(...)."
         )
     routed_layers(trainer.model)
+    _check_reference(trainer.model)
     errors = [str(finding) for finding in check_model(trainer.model) if finding.severity == "error"]
     if errors:
-        raise GradRouteError("`model` cannot be routed. Found: " + " ".join(errors))
+        more = f" And {len(errors) - 2} more: see check_model(model)." if len(errors) > 2 else ""
+        raise GradRouteError("`model` cannot be routed. Found " + " ".join(errors[:2]) + more)
 
 
 def group_share(fraction: float, group_size: int) -> int:
@@ -90,6 +93,20 @@ def group_share(fraction: float, group_size: int) -> int:
             f"Found {fraction:g} of {group_size}. Fix: {share}/{group_size}, or another num_generations."
         )
     return share
+
+
+def _check_reference(model: Any) -> None:
+    """The adapter `ref` that TRL makes of an already adapted model is to be a copy of both blocks."""
+    if "ref" not in model.peft_config or "default" not in model.peft_config:
+        return
+    parameters = dict(model.named_parameters())
+    pairs = [(name, name.replace(".default.", ".ref.")) for name in parameters if ".default." in name]
+    other = [name for name, ref in pairs if ref not in parameters or not torch.equal(parameters[name], parameters[ref])]
+    if other:
+        raise GradRouteError(
+            f"The reference adapter `ref` should start as a copy of `default`. Found other values of `{other[0]}`, so "
+            "the penalty would pull the policy elsewhere. Fix: give a model without an adapter called `ref`."
+        )
 
 
 def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tuple[bool, str]]:

@@ -1,5 +1,8 @@
-"""After an optimizer step, and before the first: what Trainer has no method for that could be overridden."""
+"""After an optimizer step, before the first, and where metrics go: what no method of a trainer decides alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -37,3 +40,23 @@ class Nowhere(dict[str, list[float]]):
 
     def __missing__(self, _: str) -> list[float]:
         return []
+
+
+@contextmanager
+def own_table(trainer: Any, name: str) -> Iterator[None]:
+    """The table of completions that TRL writes inside gets `name` into its file name.
+
+    TRL names tables by step alone: that of an evaluation would replace that of training, and one view's the other's.
+    """
+    table = Path(trainer.args.output_dir) / "completions" / f"completions_{trainer.state.global_step:05d}.parquet"
+    aside = table.with_suffix(".aside")
+    had_one = table.is_file()
+    if had_one:
+        table.replace(aside)
+    try:
+        yield
+        if table.is_file():
+            table.replace(table.with_stem(f"{table.stem}_{name}"))
+    finally:
+        if had_one:
+            aside.replace(table)

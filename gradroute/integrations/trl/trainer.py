@@ -28,7 +28,7 @@ from gradroute.integrations.trl.options import resolve
 from gradroute.integrations.trl.requirements import check_attributes, check_run, check_trl, group_share
 from gradroute.integrations.trl.rollouts import MicroBatch, put_route, sampled_ablated
 from gradroute.integrations.trl.scoring import InSampledState
-from gradroute.integrations.trl.steps import AfterSteps, Nowhere
+from gradroute.integrations.trl.steps import AfterSteps, Nowhere, own_table
 from gradroute.routing.apply_filter import apply_filter
 
 _Trainer: Any = object
@@ -237,7 +237,9 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
                 valid = [value for value in values if not math.isnan(value)]
                 logs[f"{self._evaluated}_{name}"] = sum(valid) / len(valid) if valid else None  # type: ignore[assignment]
             self._metrics["eval"].clear()
-        super().log(logs, start_time)
+        writes = self.log_completions and self.accelerator.is_main_process
+        with own_table(self, self._evaluated) if self._evaluated is not None and writes else nullcontext():
+            super().log(logs, start_time)
 
     # Checkpoints
 
