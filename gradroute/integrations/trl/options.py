@@ -12,12 +12,15 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gradroute.adapters.modes import ablate_quarantine
 from gradroute.directions.container import Directions
+from gradroute.directions.extract import extract_activation_directions
+from gradroute.directions.pairs import load_pairs
 from gradroute.errors import GradRouteError
 from gradroute.preserve import left_as_found
 from gradroute.routing.apply_filter import GradientFilter
@@ -27,6 +30,17 @@ from gradroute.routing.refresh import Refresher
 from gradroute.routing.rollout_filter import RolloutFilter
 
 Detector = Callable[..., Any]
+
+
+def directions_from(pairs: str | Path, tokenizer: Any, **options: Any) -> Callable[[nn.Module], Directions]:
+    """For `directions=`: model -> `extract_activation_directions(model, load_pairs(pairs), tokenizer=..., ...)`.
+
+    Args:
+        pairs: a file that `load_pairs` reads; it is read now.
+        tokenizer, options: as the extractor takes them.
+    """
+    loaded = load_pairs(pairs)
+    return lambda model: extract_activation_directions(model, loaded, tokenizer=tokenizer, **options)
 
 
 @dataclass
