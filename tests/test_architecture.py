@@ -20,6 +20,7 @@ ALLOWED = {
     "directions": BASE | {"directions"},
     "routing": BASE | {"adapters", "directions", "routing"},
     "evaluation": BASE | {"adapters", "directions", "routing", "evaluation"},
+    "integrations": BASE | {"adapters", "directions", "routing", "evaluation", "integrations"},
     **dict.fromkeys(BASE, BASE),
 }
 

@@ -1,0 +1,1 @@
+"""Other people's training loops: imported by name, never by the core."""
