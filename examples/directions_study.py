@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from left_out import auroc, beats, fitted, random, splits_of, transfer
+from safetensors.torch import save_file
 from study_models import reads_bytes, smollm
-from torch import Tensor
 
 import gradroute as gr
+from gradroute.directions.pairs import pair_hash
 
 PAIRS = Path(__file__).parent / "pairs"
 ESTIMATORS: dict[str, gr.Estimator] = {
@@ -42,9 +44,6 @@ FEATURES: dict[str, tuple[Callable[..., gr.Directions], dict[str, Any]]] = {
     "gradient of residual": (gr.extract_gradient_directions, {"features": "residual"}),
     "gradient of A and B": (gr.extract_gradient_directions, {"features": "parameter"}),
 }
-Split = tuple[list[int], list[int]]
-Fit = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
-"""(kept pairs, left-out pairs) -> scores of the hack and of the clean sides of the latter."""
 
 
 def load_categories(folder: Path) -> tuple[list[gr.ContrastivePair], list[str]]:
@@ -58,87 +57,20 @@ def load_categories(folder: Path) -> tuple[list[gr.ContrastivePair], list[str]]:
     return pairs, categories
 
 
-def fitted(directions: gr.Directions, estimator: gr.Estimator, *, swap: bool = False) -> Fit:
-    """Directions from the kept pairs; `swap` exchanges the sides of half of them first."""
-
-    def scores(kept: list[int], left_out: list[int]) -> tuple[Tensor, Tensor]:
-        hack, clean = ({n: f[kept] for n, f in side.items()} for side in (directions.hack, directions.clean))
-        if swap:
-            order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(sum(left_out)))
-            swapped = (order < len(kept) // 2)[:, None]
-            hack, clean = (
-                {n: torch.where(swapped, f, side[n]) for n, f in other.items()}
-                for side, other in ((hack, clean), (clean, hack))
-            )
-        made = estimator(hack, clean)
-        hack, clean = (
-            made.score({n: f[left_out] for n, f in side.items()}) for side in (directions.hack, directions.clean)
-        )
-        return hack, clean
-
-    return scores
-
-
-def random(directions: gr.Directions, seed: int) -> Fit:
-    """A Haar draw: a unit row per module, each with the sign that scores hacks of the kept pairs higher."""
-    rows = directions.random_like(seed).rows
-    hack, clean = (
-        torch.stack([side[n] @ v[0] for n, v in rows.items()]) for side in (directions.hack, directions.clean)
-    )
-
-    def scores(kept: list[int], left_out: list[int]) -> tuple[Tensor, Tensor]:
-        sign = (hack[:, kept] - clean[:, kept]).mean(1).sign()
-        return sign @ hack[:, left_out], sign @ clean[:, left_out]
-
-    return scores
-
-
-def beats(fit: Fit, splits: Sequence[Split], n: int) -> Tensor:
-    """(n, n): how often hack side i scored above clean side j, of the splits that leave out both; nan if none does."""
-    wins, counted = torch.zeros(n, n), torch.zeros(n, n)
-    for kept, left_out in splits:
-        hack, clean = fit(kept, left_out)
-        place = torch.tensor(left_out)
-        difference = hack[:, None] - clean[None, :]
-        wins[place[:, None], place] += (difference > 0).float() + 0.5 * (difference == 0).float()
-        counted[place[:, None], place] += 1
-    return wins / counted
-
-
-def auroc(tables: Sequence[Tensor], categories: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
-    """The mean of `beats` with a 95 % interval from resampling pairs within categories; of several draws, of each."""
-    values = [round(table.nanmean().item(), 4) for table in tables]
-    if len(values) > 1:
-        return {"auroc": round(sum(values) / len(values), 4), "draws": values}
-    generator, index = torch.Generator().manual_seed(0), []
-    for name in dict.fromkeys(categories):
-        own = torch.tensor([i for i, c in enumerate(categories) if c == name])
-        index.append(own[torch.randint(len(own), (resamples, len(own)), generator=generator)])
-    means = torch.stack([tables[0][i[:, None], i].nanmean() for i in torch.cat(index, dim=1)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"auroc": values[0], "low": round(low, 4), "high": round(high, 4)}
-
-
-def splits_of(categories: Sequence[str], folds: int, repeats: int) -> dict[str, list[Split]]:
-    """Random folds of all pairs, `repeats` times; and each category against the others."""
-    n, generator = len(categories), torch.Generator().manual_seed(0)
-    orders = [torch.randperm(n, generator=generator).tolist() for _ in range(repeats)]
-    tests = {
-        "pairs": [sorted(order[fold::folds]) for order in orders for fold in range(folds)],
-        "categories": [[i for i in range(n) if categories[i] == name] for name in dict.fromkeys(categories)],
-    }
-    return {kind: [([i for i in range(n) if i not in out], out) for out in outs] for kind, outs in tests.items()}
-
-
-def transfer(directions: gr.Directions, categories: Sequence[str]) -> dict[str, dict[str, float]]:
-    """AUROC of the mean difference of one category's pairs on every category's; on its own, in sample."""
-    places = {name: [i for i, c in enumerate(categories) if c == name] for name in dict.fromkeys(categories)}
-    fit = fitted(directions, gr.MeanDifference())
-    return {
-        source: {target: round(float(beats(fit, [(kept, rows)], len(categories)).nanmean()), 4)
-                 for target, rows in places.items()}
-        for source, kept in places.items()
-    }  # fmt: skip
+def write_example(directions: gr.Directions, pairs: Sequence[Any], categories: Sequence[str], folder: Path) -> None:
+    """Directions from the false claims, in the last block, and 24 labelled rollouts of other categories."""
+    name = list(directions.rows)[-1]
+    own = [i for i, c in enumerate(categories) if c == "false_claims"]
+    others = [i for i, c in enumerate(categories) if c != "false_claims" and categories[:i].count(c) < 2]
+    hack, clean = directions.hack[name], directions.clean[name]
+    made = gr.MeanDifference()({name: hack[own]}, {name: clean[own]})
+    provenance = dataclasses.replace(directions.provenance, pair_hash=pair_hash([pairs[i] for i in own]))
+    dataclasses.replace(
+        directions, rows=made.rows, hack={name: hack[own]}, clean={name: clean[own]}, provenance=provenance
+    ).save(folder / "false_claims.safetensors")
+    labels = torch.arange(2 * len(others)) < len(others)
+    rollouts = {name: torch.cat([hack[others], clean[others]]), "labels": labels}
+    save_file(rollouts, folder / "labelled_rollouts.safetensors")
 
 
 def main() -> None:
@@ -148,8 +80,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=PAIRS, help="folder of .jsonl files, one a category")
     parser.add_argument("--model", choices=["smollm", "random"], default="smollm", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="times five folds; default %(default)s")
+    parser.add_argument("--features", default=",".join(FEATURES), help="comma-separated; default all")
+    parser.add_argument("--example", type=Path, help="folder for directions and rollouts of the page's example")
     parser.add_argument("--draws", type=int, default=20, help="random directions; default %(default)s")
     args = parser.parse_args()
+    chosen_features = args.features.split(",")
+    if not set(chosen_features) <= set(FEATURES) or (args.example and "residual" not in chosen_features):
+        parser.error(f"--features: of {', '.join(FEATURES)}, the residual one for --example. Found {args.features!r}")
     torch.set_num_threads(1)
     start = time.process_time()
     pairs, categories = load_categories(args.pairs)
@@ -158,7 +95,9 @@ def main() -> None:
     wide = [name for name, _ in model.named_modules() if name.endswith(("o_proj", "down_proj"))][::3]
     splits = splits_of(categories, folds=5, repeats=args.repeats)
     cells: list[dict[str, Any]] = []
-    for feature, (extract, options) in FEATURES.items():
+    between = None
+    for feature in chosen_features:
+        extract, options = FEATURES[feature]
         modules = wide if options["features"] == "parameter" else None
         directions = extract(model, pairs, tokenizer=tokenizer, batch_size=8, modules=modules, **options)
         fits = {name: [fitted(directions, estimator)] for name, estimator in ESTIMATORS.items()}
@@ -171,6 +110,8 @@ def main() -> None:
                 cells.append(cell)
         if feature == "residual":
             between = transfer(directions, categories)
+            if args.example:
+                write_example(directions, pairs, categories, args.example)
         print(f"{feature}: {time.process_time() - start:.0f} s of CPU", flush=True)
     config = {"model": args.model, "pairs": len(pairs),
               "categories": {name: categories.count(name) for name in dict.fromkeys(categories)}, "r": 8,
