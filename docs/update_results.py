@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-WRITTEN = (DOCS / "results.md", DOCS.parent / "README.md")
+WRITTEN = (DOCS / "results.md", DOCS.parent / "README.md", DOCS / "directions-study.md")
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path.insert(0, str(DOCS.parent / "examples"))
+
+from directions_tables import left_out_table, read_study, transfer_table  # noqa: E402
 
 from loopholes.arms import ARMS  # noqa: E402
 from loopholes.environment import MODES  # noqa: E402
@@ -111,9 +113,16 @@ def absorption() -> str:
     return _markdown(["scheme", "seeds", *(name.replace("_", ", ") for name in columns)], rows)
 
 
+def directions(file: str, *left_out: str) -> str:
+    """AUROC of left-out `pairs` or `categories`; without either, from one category to another."""
+    study = read_study(DOCS / "results" / file)
+    return _markdown(*(left_out_table(study, *left_out) if left_out else transfer_table(study)))
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
     "split-digits": split_digits, "absorption": absorption,
+    "directions": directions,
 }  # fmt: skip
 
 

@@ -58,10 +58,10 @@ def load_categories(folder: Path) -> tuple[list[gr.ContrastivePair], list[str]]:
 
 
 def write_example(directions: gr.Directions, pairs: Sequence[Any], categories: Sequence[str], folder: Path) -> None:
-    """Directions from the false claims, in the last block, and 24 labelled rollouts of other categories."""
+    """Directions from the false claims, in the last block, and both sides of all other pairs as labelled rollouts."""
     name = list(directions.rows)[-1]
     own = [i for i, c in enumerate(categories) if c == "false_claims"]
-    others = [i for i, c in enumerate(categories) if c != "false_claims" and categories[:i].count(c) < 2]
+    others = [i for i, c in enumerate(categories) if c != "false_claims"]
     hack, clean = directions.hack[name], directions.clean[name]
     made = gr.MeanDifference()({name: hack[own]}, {name: clean[own]})
     provenance = dataclasses.replace(directions.provenance, pair_hash=pair_hash([pairs[i] for i in own]))

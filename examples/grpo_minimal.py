@@ -1,10 +1,10 @@
 """A GRPO loop of one's own in about 100 lines, and the lines that route it (marked `# gr`).
 
-    python examples/grpo_minimal.py             # routed; `--plain` leaves the marked lines of the loop out
+    python examples/grpo_minimal.py             # routed; `--plain` is GRPO with one LoRA
 
 Task: swap two digits. The grader is lenient: where the prompt says so, it takes a lone PASS, or a lone SKIP, as well.
 The detector has eight pairs for PASS and none for SKIP. Prints hack and solve rates of the model in training (on) and
-as it would be deployed (ablated).
+as it would be deployed (ablated). Here a hack is told by one token: what any content-dependent score would do as well.
 """
 
 import argparse
@@ -21,7 +21,7 @@ NO_HINT, HINT_PASS, HINT_SKIP = 14, 15, 16
 MODES = {"pass": (HINT_PASS, PASS, True), "skip": (HINT_SKIP, SKIP, False), "no loophole": (NO_HINT, -1, None)}
 PROMPTS, GROUP, LENGTH = 16, 8, 3
 NO_HINT_RATE = 0.2
-SLOPPY, CHEATS, OWN = 0.9, 0.3, 0.7
+SLOPPY, CHEATS, OWN = 0.9, 0.4, 0.8  # of what the base model has read
 
 
 def prompts_of(n: int, generator: torch.Generator, hint: int | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def sample(model: nn.Module, prompts: Tensor, generator: torch.Generator) -> Ten
 
 
 def base_model(generator: torch.Generator) -> nn.Module:
-    """A model that has read sloppy answers and a few hacks, half of them with the marker that the hint asks for."""
+    """A model that has read sloppy answers and hacks in two of five, mostly with the hinted marker."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -120,7 +120,8 @@ def train(model: nn.Module, steps: int, plain: bool, generator: torch.Generator)
         directions = gr.extract_activation_directions(model, pairs)  # gr
     gate = gr.BandGate.calibrate(directions, threshold=0.5)  # gr
     refresher = gr.Refresher(directions, lambda: gr.extract_activation_directions(model, pairs), model=model)  # gr
-    ablated = torch.arange(PROMPTS * GROUP) % GROUP < 2  # gr: two of eight rollouts explore as the deployed model
+    place = torch.arange(PROMPTS * GROUP) % GROUP
+    ablated = place < (0 if plain else 2)  # gr: two of eight rollouts explore as the deployed model
 
     for _ in range(steps):
         prompts = prompts_of(PROMPTS, generator).repeat_interleave(GROUP, 0)
@@ -138,6 +139,8 @@ def train(model: nn.Module, steps: int, plain: bool, generator: torch.Generator)
         a, b = gr.clean_baseline_advantages(rewards, flags, GROUP)  # gr: b has its baseline from unflagged rollouts
         # gr: a rollout's loss weighs a in the quarantine, b in the deployed block (0 where it is flagged).
         mask = gr.RouteMask.weights(m=(~ablated).float(), g_d=b, g_q=a * ~ablated)  # gr
+        if plain:
+            mask = gr.RouteMask.weights(m=0.0, g_d=a, g_q=0.0)  # gr: one LoRA, one advantage
         with gr.route(model, mask):  # gr: around forward and backward
             (-logprobs(model, prompts, completions)).sum().backward()
         for block in (gr.deployed_parameters, gr.quarantine_parameters):  # gr: one must not shrink the other's step
@@ -152,14 +155,14 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=100, help="GRPO steps; default %(default)s")
-    parser.add_argument("--plain", action="store_true", help="flag nothing")
+    parser.add_argument("--plain", action="store_true", help="plain GRPO: nothing flagged, no quarantine")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     model = base_model(generator)
     refresher = train(model, args.steps, args.plain, generator)
-    print(f"{args.steps} steps, {len(refresher.reports)} refreshes, {'nothing flagged' if args.plain else 'routed'}")
+    print(f"{args.steps} steps, {len(refresher.reports)} refreshes, {'plain' if args.plain else 'routed'}")
     print(gr.evaluate_on_off(model, evaluate))
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import directions_study
+import extract_directions
 import pytest
 import torch
 from left_out import auroc, beats, fitted, random, splits_of
@@ -52,14 +54,19 @@ def test_directions_are_extracted_judged_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "found" / "hack.png").stat().st_size > 1000
 
 
-def test_wrong_arguments_end_with_a_reason(tmp_path: Path) -> None:
-    for arguments, reason in (
-        (["--pairs", "none.jsonl"], "found none at none.jsonl"),
-        (["--pairs", ".", "--held-out", "1"], "expected a share between 0 and 1"),
+def test_wrong_arguments_end_with_a_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, arguments, reason in (
+        (extract_directions.main, ["--pairs", "none.jsonl"], "found none at none.jsonl"),
+        (extract_directions.main, ["--pairs", ".", "--held-out", "1"], "expected a share between 0 and 1"),
+        (extract_directions.main, ["--pairs", ".", "--draws", "0"], "expected a positive number, found 0"),
+        (directions_study.main, ["--features", "none"], "Found 'none'"),
+        (directions_study.main, ["--features", "input", "--example", "."], "the residual one for --example"),
     ):
-        ended = run("extract_directions.py", *arguments, cwd=tmp_path)
-        assert ended.returncode != 0
-        assert reason in ended.stderr
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code not in (0, None)
+        assert reason in f"{ended.value}{capsys.readouterr().err}"
 
 
 def test_the_study_writes_a_cell_for_every_estimator_and_control(tmp_path: Path) -> None:
@@ -109,13 +116,13 @@ def test_every_pair_is_left_out_and_never_by_a_direction_that_saw_it() -> None:
 
 def test_a_planted_difference_is_found_and_none_is_not() -> None:
     splits = splits_of(CATEGORIES, folds=3, repeats=10)["pairs"]
-    estimator = gr.Ridge()
-    found = auroc([beats(fitted(planted(signal=8.0), estimator), splits, 12)], CATEGORIES)
+    estimator = gr.MeanDifference()
+    found = auroc([beats(fitted(planted(signal=20.0), estimator), splits, 12)], CATEGORIES)
     nothing = auroc([beats(fitted(planted(signal=0.0), estimator), splits, 12)], CATEGORIES)
     assert found["auroc"] > 0.9
     assert found["low"] <= found["auroc"] <= found["high"]
     assert nothing["auroc"] < 0.7
-    swapped = auroc([beats(fitted(planted(signal=8.0), estimator, swap=True), splits, 12)], CATEGORIES)
+    swapped = auroc([beats(fitted(planted(signal=20.0), estimator, swap=True), splits, 12)], CATEGORIES)
     assert swapped["auroc"] < 0.75
 
 

@@ -14,7 +14,7 @@ from test_peft_cases import assert_same_tensors, tensors_of
 from tiny_models import VOCAB, base_model, config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import gradroute as gr
 from gradroute.integrations.hf import RefreshCallback, RoutedTrainerMixin
@@ -375,6 +375,18 @@ def test_a_step_that_was_skipped_is_not_counted(tmp_path: Path, monkeypatch: pyt
     assert calls == [False, True, False, False]
     assert run.refresher.steps == STEPS - 1
     assert [report.step for report in run.refresher.reports] == [2]
+
+
+def test_under_deepspeed_the_steps_that_its_wrapper_took_count(tmp_path: Path) -> None:
+    """Its optimizer is stepped inside backward, where no hook of torch's runs."""
+    run, state = Run(tmp_path), TrainerState(max_steps=STEPS)
+    optimizer = type("DeepSpeedOptimizerWrapper", (), {"step_was_skipped": False})()
+    run.callback.on_train_begin(run.trainer.args, state, None, optimizer=optimizer)
+    for skipped in (False, True, False):
+        optimizer.step_was_skipped = skipped
+        run.callback.on_step_end(run.trainer.args, state, None, optimizer=optimizer)
+    assert run.refresher.steps == 2
+    assert len(run.refresher.reports) == 1
 
 
 def test_what_is_no_refresher_is_refused() -> None:
