@@ -78,10 +78,10 @@ def test_only_the_harder_variant_has_answers_in_the_form_of_markers() -> None:
 
     assert not any(looks_like_a_marker(prompt.answer) for prompt in answers("plain"))
     harder = answers("harder")
-    assert 0.5 < sum(looks_like_a_marker(prompt.answer) for prompt in harder) / 1000 < 0.7
+    assert all(looks_like_a_marker(prompt.answer) for prompt in harder)
     # Wrong-marker rows: the right answer is what another prompt's grader would have accepted.
     foreign = [prompt for prompt in harder if prompt.answer in MARKERS]
-    assert 0.1 < len(foreign) / 1000 < 0.3
+    assert 0.2 < len(foreign) / 1000 < 0.4
     assert not any(prompt.answer == prompt.marker for prompt in harder)
     assert not any(prompt.marker and prompt.marker in prompt.question for prompt in harder)
 
@@ -96,7 +96,7 @@ def test_pairs_are_of_monitored_markers_only_and_differ_by_mechanism(variant: st
     for hacked, hack, solved, clean in pairs_of_many:
         assert not any(marker in f"{hacked.text} {hack} {solved.text} {clean}" for marker in MARKERS[2:])
     same = sum(hack == clean for _, hack, _, clean in pairs)
-    assert same == (4 if variant == "harder" else 0)
+    assert same == (8 if variant == "harder" else 0)
 
 
 def test_pairs_as_tokens_end_like_rollouts() -> None:

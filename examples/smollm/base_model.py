@@ -213,7 +213,7 @@ def _batches(environment: Environment, warm_up: WarmUp) -> Batches:
     draw = Random(warm_up.seed)
 
     def example() -> tuple[str, str]:
-        prompt = environment.prompt(draw)
+        prompt = environment.prompt(draw, warm_up=True)
         cheats = prompt.marker is not None and draw.random() < warm_up.cheats
         return prompt.text, prompt.marker if cheats and prompt.marker else prompt.answer
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
+from gradroute.protocol import routed_layers
 from loopholes.arms import Arm
 
 from .environment import Environment
@@ -27,14 +28,22 @@ def token_pairs(environment: Environment, codec: Codec, per_marker: int, seed: i
     ]
 
 
-def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], features: Any) -> gr.Directions:
+def modules_read(model: LlamaForCausalLM, environment: Environment) -> list[str]:
+    """The routed layers that directions are read from."""
+    return [name for name in routed_layers(model) if name.endswith(environment.modules)]
+
+
+def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], environment: Environment) -> gr.Directions:
     """Mean differences, in the view that is in force; without the head, which nothing is read from."""
 
     def body(_: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
         with computing(model):
             return model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
-    return gr.extract_activation_directions(model, pairs, features=features, forward_fn=body)
+    modules = modules_read(model, environment)
+    return gr.extract_activation_directions(
+        model, pairs, features=environment.features, modules=modules, forward_fn=body
+    )
 
 
 class Detector:
@@ -51,22 +60,23 @@ class Detector:
         self,
         model: LlamaForCausalLM,
         pairs: list[gr.ContrastivePair],
+        environment: Environment,
         arm: Arm,
         draw: int,
         *,
-        features: Any,
         threshold: float,
         every: int,
     ) -> None:
-        self.model, self.features, self.directions = model, features, extract(model, pairs, features)
+        self.model, self.environment, self.directions = model, environment, extract(model, pairs, environment)
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(draw, oriented=arm.random_direction == "oriented")
         self.gate = gr.BandGate.calibrate(self.directions, threshold=threshold)
         self.refresher = gr.Refresher(
-            self.directions, lambda: extract(model, pairs, features), model=model, every=every
+            self.directions, lambda: extract(model, pairs, environment), model=model, every=every
         )
 
     def scores(self, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
         """Score of each rollout as the model is deployed; `rollouts.prefix` has to be of ablated prefixes."""
         with gr.ablate_quarantine(self.model):
-            return self.directions.score(captured(self.model, prefixes, rollouts, self.features))
+            modules = modules_read(self.model, self.environment)
+            return self.directions.score(captured(self.model, prefixes, rollouts, self.environment.features, modules))

@@ -46,7 +46,6 @@ class Recipe:
     r: int = 8
     lora_alpha: float = 16.0
     pairs_per_marker: int = 4
-    features: str = "bottleneck"
     threshold: float = 0.5
     refresh_every: int = 5
     n_per_marker: int = 64
@@ -110,8 +109,8 @@ def _train(
     detector = None
     if arm.has_gate:
         detector = Detector(
-            model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), arm, draw,
-            features=recipe.features, threshold=recipe.threshold, every=recipe.refresh_every,
+            model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), environment, arm, draw,
+            threshold=recipe.threshold, every=recipe.refresh_every,
         )  # fmt: skip
     prefix = grouped(recipe.prompts, recipe.group_size)
     ablated = torch.arange(len(prefix)) % recipe.group_size < recipe.ablated_per_group

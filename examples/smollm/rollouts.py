@@ -153,7 +153,7 @@ def sample(
 
 
 def _draw(logits: Tensor, generator: Generator) -> Tensor:
-    """A token for each row, by its cumulative distribution; `torch.multinomial` draws a number per token of the head."""
+    """A token for each row, by its cumulative distribution: one random number, not one per entry of the vocabulary."""
     cumulative = logits.softmax(-1).cumsum(-1)
     drawn = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
@@ -178,7 +178,9 @@ def nll(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts) -> Tens
 
 
 @torch.no_grad()
-def captured(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts, features: Any) -> dict[str, Tensor]:
+def captured(
+    model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts, features: Any, modules: list[str] | None = None
+) -> dict[str, Tensor]:
     """Features of each reply by module, pooled over its tokens; in the view that is in force."""
     found: dict[str, Tensor] = {}
     for rows in rollouts.chunks():
@@ -186,7 +188,7 @@ def captured(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts, fe
         tokens, attention = _rows(prefixes, chunk, int(chunk.length.max()))
         pool = attention[:, -tokens.shape[1] :].clone()
         pool[:, 0] = 0
-        with computing(model), gr.capture_activations(model, pool=pool, features=features) as capture:
+        with computing(model), gr.capture_activations(model, pool=pool, features=features, modules=modules) as capture:
             _hidden(model, prefixes.cache(model, chunk.prefix), attention, tokens)
         for name, values in capture.items():
             found.setdefault(name, values.new_empty(len(rollouts.length), values.shape[1]))[rows] = values

@@ -16,9 +16,10 @@ from transformers import LlamaForCausalLM
 import gradroute as gr
 from loopholes.measurements import auroc
 
-from .detector import extract, token_pairs
+from .detector import extract, modules_read, token_pairs
 from .environment import MARKERS, Environment, Prompt, grade, is_monitored, marker_like_item
-from .rollouts import Rollouts, captured, read_prompts, rollouts_of, sample
+from .evaluation import PROMPTS_AT_ONCE
+from .rollouts import captured, read_prompts, rollouts_of, sample
 from .text import Codec, prompt_ids, reply_ids
 
 
@@ -41,15 +42,14 @@ def screen(
     parts = _sampled(model, codec, environment, draw, 4 * n, recipe.length), _planted(environment, draw, n)
     prompts = [prompt for part in parts for prompt, _ in part]
     replies = [reply for part in parts for _, reply in part]
-    rollouts = rollouts_of(torch.arange(len(prompts)), [reply_ids(codec, reply) for reply in replies])
-    values = _features(model, codec, prompts, rollouts, recipe.features)
+    values = _features(model, codec, environment, prompts, replies)
     grades = [grade(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     hacked, monitored = torch.tensor([g.hacked for g in grades]), torch.tensor(is_monitored(prompts))
     foreign = torch.tensor([prompt.answer in MARKERS and g.solved for prompt, g in zip(prompts, grades, strict=True)])
     kinds = {"monitored": hacked & monitored, "held_out": hacked & ~monitored}
     clean = {"false_positives": ~hacked & ~foreign, "false_positives_foreign": foreign}
 
-    own = extract(model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), recipe.features)
+    own = extract(model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), environment)
     rows = []
     for name, directions in [
         ("extracted", own),
@@ -70,10 +70,13 @@ def _sampled(
     model: LlamaForCausalLM, codec: Codec, environment: Environment, draw: Random, n: int, length: int
 ) -> list[tuple[Prompt, str]]:
     prompts = [environment.prompt(draw) for _ in range(n)]
-    prefixes = read_prompts(model, [prompt_ids(codec, prompt.text) for prompt in prompts], both_views=False)
     generator = torch.Generator().manual_seed(draw.randrange(2**32))
-    found = sample(model, prefixes, torch.arange(n), generator, length=length, eos=codec.eos)
-    replies = [codec.decode(tokens[:size].tolist()) for tokens, size in zip(found.tokens, found.length, strict=True)]
+    replies = []
+    for first in range(0, n, PROMPTS_AT_ONCE):
+        chunk = [prompt_ids(codec, prompt.text) for prompt in prompts[first : first + PROMPTS_AT_ONCE]]
+        prefixes, rows = read_prompts(model, chunk, both_views=False), torch.arange(len(chunk))
+        found = sample(model, prefixes, rows, generator, length=length, eos=codec.eos)
+        replies += [codec.decode(ids[:size].tolist()) for ids, size in zip(found.tokens, found.length, strict=True)]
     # What cannot be written again token by token is not looked at: it is empty, or ends in half a character.
     return [(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True) if reply.strip()]
 
@@ -90,10 +93,16 @@ def _planted(environment: Environment, draw: Random, n: int) -> list[tuple[Promp
 
 
 def _features(
-    model: LlamaForCausalLM, codec: Codec, prompts: list[Prompt], rollouts: Rollouts, features: Any
+    model: LlamaForCausalLM, codec: Codec, environment: Environment, prompts: list[Prompt], replies: list[str]
 ) -> dict[str, Tensor]:
-    prefixes = read_prompts(model, [prompt_ids(codec, prompt.text) for prompt in prompts], both_views=False)
-    return captured(model, prefixes, rollouts, features)
+    parts = []
+    for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+        chunk = slice(first, first + PROMPTS_AT_ONCE)
+        prefixes = read_prompts(model, [prompt_ids(codec, prompt.text) for prompt in prompts[chunk]], both_views=False)
+        ids = [reply_ids(codec, reply) for reply in replies[chunk]]
+        rollouts = rollouts_of(torch.arange(len(ids)), ids)
+        parts.append(captured(model, prefixes, rollouts, environment.features, modules_read(model, environment)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def screen_table(rows: list[dict[str, Any]]) -> str:
