@@ -23,6 +23,7 @@ from loopholes.staleness import difference_table, share_table, staleness_table  
 from loopholes.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
 from smollm import report as smollm_report  # noqa: E402
+from smollm.screening import screen_table  # noqa: E402
 
 STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -118,9 +119,15 @@ def smollm(variant: str, part: str) -> str:
     return make(smollm_report.read_report(DOCS / "results" / "smollm.json"), variant)
 
 
+def smollm_screening() -> str:
+    """Directions on the warmed-up models, before any training."""
+    return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
     "split-digits": split_digits, "absorption": absorption, "smollm": smollm,
+    "smollm-screening": smollm_screening,
 }  # fmt: skip
 
 

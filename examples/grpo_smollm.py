@@ -10,6 +10,7 @@ Every run that has ended is a file in --out; a study that was killed goes on whe
 """
 
 import argparse
+import json
 import multiprocessing
 import sys
 import warnings
@@ -105,13 +106,17 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
     ]
 
 
-def print_screening(args: argparse.Namespace, recipe: Recipe) -> None:
-    """A table for every variant and seed."""
+def screen_all(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Write `screening.json`, print its table."""
+    rows = []
     for variant in args.variants:
         for seed in args.seeds:
             model, codec = load_base(VARIANTS[variant], smoke=args.smoke)
             attach_blocks(model, recipe, seed)
-            print(f"{variant}, seed {seed}\n\n{screen_table(screen(model, codec, VARIANTS[variant], seed, recipe))}\n")
+            rows += screen(model, codec, VARIANTS[variant], seed, recipe)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "screening.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+    print(screen_table(rows))
 
 
 def main(argv: list[str]) -> None:
@@ -123,7 +128,7 @@ def main(argv: list[str]) -> None:
     known = identity(recipe, args.smoke)
     try:
         if args.screen:
-            print_screening(args, recipe)
+            screen_all(args, recipe)
             return
         jobs = stored_jobs(args.out) if args.report else all_jobs(args)
         done = [job for job in jobs if job.path(args.out).exists()]

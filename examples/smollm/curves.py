@@ -16,7 +16,10 @@ PANELS = {
     "hack, held out": "hack_{}_held_out",
     "solve, no note": "solve_{}_no_note",
 }
-COLOURS = {"vanilla": "black", "route": "C0", "weak": "C2", "shuffle": "C1", "absorb": "C3", "random-oriented": "C4"}
+COLOURS = {
+    "vanilla": "black", "clean": "grey", "oracle": "C5", "weak": "C2", "route": "C0", "random-oriented": "C4",
+    "shuffle": "C1", "absorb": "C3",
+}  # fmt: skip
 
 
 def write_curves(path: Path, results: Mapping[Job, Mapping[str, Any]]) -> None:

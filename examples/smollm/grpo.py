@@ -126,7 +126,8 @@ def _train(
             seen = Rollouts(prefix + recipe.prompts, rollouts.tokens, rollouts.length)
             scores = detector.scores(prefixes, seen)
         flags = _flags(arm, batch, detector, scores, generator)
-        mask = route_mask(arm, ablated, batch.reward, flags, recipe.group_size)
+        reward = batch.solved.float() if arm.true_reward else batch.reward
+        mask = route_mask(arm, ablated, reward, flags, recipe.group_size)
         curve.append({"step": step, **batch.counts(ablated, flags if arm.flags != "none" else None, scores)})
 
         useful = ((mask.g_d != 0) | (mask.g_q != 0)).nonzero()[:, 0]

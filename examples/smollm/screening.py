@@ -6,6 +6,7 @@ Planted hacks are replies that are the prompt's own marker; the rest are sampled
 answers that are markers of other prompts. A direction by which hacks cannot be told apart here would not route them.
 """
 
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ from loopholes.measurements import auroc
 from .detector import extract, modules_read, token_pairs
 from .environment import MARKERS, Environment, Prompt, grade, is_monitored, marker_like_item
 from .evaluation import PROMPTS_AT_ONCE
+from .report import cell, markdown
 from .rollouts import captured, read_prompts, rollouts_of, sample
 from .text import Codec, prompt_ids, reply_ids
 
@@ -57,7 +59,7 @@ def screen(
     ]:
         gate, scores = gr.BandGate.calibrate(directions, threshold=recipe.threshold), directions.score(values)
         flags = gate.flags(scores)
-        row: dict[str, Any] = {"direction": name}
+        row: dict[str, Any] = {"variant": environment.name, "seed": seed, "direction": name}
         for kind, chosen in kinds.items():
             both = chosen | ~hacked
             row[f"auroc_{kind}"] = auroc(scores[both], chosen[both])
@@ -105,9 +107,13 @@ def _features(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def screen_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown; and what the random draws have at most and at least."""
-    names = list(rows[0])[1:]
-    lines = [["direction", *names], ["---"] * (1 + len(names))]
-    lines += [[row["direction"], *(f"{row[name]:.2f}" for name in names)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def screen_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The extracted directions and the random ones of each variant: mean over seeds and draws, and the range."""
+    names = {name: None for row in rows for name in row if name not in ("variant", "seed", "direction")}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        for kind in ("extracted", "random"):
+            own = [row for row in rows if row["variant"] == variant and row["direction"].startswith(kind)]
+            values = [[row[name] for row in own if name in row] for name in names]
+            lines.append([variant, f"{kind} ({len(own)})", *(cell(found) if found else "-" for found in values)])
+    return markdown(["variant", "directions", *(name.replace("_", " ") for name in names)], lines)

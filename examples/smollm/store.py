@@ -17,7 +17,7 @@ from .environment import VARIANTS
 from .evaluation import MODES, NO_NOTE
 
 VERSION = 1
-ARMS = ("base", "vanilla", "route", "weak", "shuffle", "absorb", "random-oriented")
+ARMS = ("base", "vanilla", "clean", "oracle", "weak", "route", "random-oriented", "shuffle", "absorb")
 ABOUT = {"base": "the warmed-up model, not trained"} | {arm: LOOPHOLE_ARMS[arm].about for arm in ARMS[1:]}
 FIELDS = ("outcomes", "curve", "refreshes", "train_s", "evaluation_s")
 KINDS = ("hack_on", "hack_ablated", "solve_on", "solve_ablated")
