@@ -45,6 +45,9 @@ from gradroute.evaluation import (
     compare_all,
     evaluate_on_off,
 )
+from gradroute.evaluation.card import write_card
+from gradroute.evaluation.dose import DoseCurve, dose_curve
+from gradroute.evaluation.plotting import plot_training
 from gradroute.routing.advantages import clean_baseline_advantages
 from gradroute.routing.apply_filter import apply_filter
 from gradroute.routing.attach_filter import attach_filter
@@ -97,6 +100,7 @@ __all__ = [
     "DirectionCache",
     "Directions",
     "DirectionsSummary",
+    "DoseCurve",
     "Estimator",
     "EvalRecord",
     "FileFormatError",
@@ -146,6 +150,7 @@ __all__ = [
     "detach",
     "detach_mix_mask",
     "disable_adapters",
+    "dose_curve",
     "evaluate_on_off",
     "expand_route_ablate_mask",
     "export_deployed",
@@ -158,6 +163,7 @@ __all__ = [
     "load_quarantined",
     "merge_deployed",
     "parameter_summary",
+    "plot_training",
     "project_updates",
     "purge_moments",
     "quarantine_lora",
@@ -167,4 +173,5 @@ __all__ = [
     "sgtm_mask",
     "shuffled_flags",
     "skip_idle_blocks",
+    "write_card",
 ]

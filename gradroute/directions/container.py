@@ -22,7 +22,7 @@ from gradroute.directions.controls import RANDOM, Control, Draw, Sides, sides
 from gradroute.directions.diagnostics import DirectionsSummary, Validation
 from gradroute.directions.estimator import Estimate, Estimator, unit
 from gradroute.directions.estimators import estimator_of
-from gradroute.directions.identity import model_identity
+from gradroute.directions.identity import model_identity, rows_hash
 from gradroute.directions.plotting import plot_summary
 from gradroute.directions.provenance import Provenance
 from gradroute.directions.storage import incomplete, read_directions, write_directions
@@ -91,6 +91,11 @@ class Directions:
             f"{d}, {self.n_pairs} pairs{heldout} {made.pair_hash[:8]}, {made.view} view, step {self.step}, "
             f"version {self.version})"
         )
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of what scores depend on: rows, centre and scale."""
+        return rows_hash({"rows": self.rows, "centre": self.centre, "scale": self.scale})
 
     @property
     def n_pairs(self) -> int:

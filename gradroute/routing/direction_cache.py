@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from gradroute.directions.container import Directions
 from gradroute.directions.identity import model_identity
 from gradroute.directions.pairs import ContrastivePair, pair_hash, tokenize_pairs
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 from gradroute.protocol import routed_layers
 from gradroute.routing.fingerprint import trained_hash
 
@@ -69,7 +69,7 @@ class DirectionCache:
                 directions = Directions.load(path, model=model)
                 _check_made_of(directions, model, pairs)
             except GradRouteError as error:
-                warnings.warn(f"{path} is of no use and is made again: {error}", GradRouteWarning, stacklevel=2)
+                warn(f"{path} is of no use and is made again: {error}", stacklevel=2)
             else:
                 self.hits += 1
                 return directions
@@ -92,7 +92,9 @@ class DirectionCache:
         """The name of the file for this call, for the values that the blocks have now."""
         bound = inspect.signature(extractor).bind(model, pairs, **settings)
         bound.apply_defaults()
-        given = {name: value for name, value in list(bound.arguments.items())[2:] if name != "tokenizer"}
+        # The tokenizer is told by what it made of the pairs; a bar changes nothing.
+        unread = ("tokenizer", "progress")
+        given = {name: value for name, value in list(bound.arguments.items())[2:] if name not in unread}
         rollouts = tokenize_pairs(pairs, bound.arguments.get("tokenizer"))
         content = {
             "format": _FORMAT,

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gradroute.adapters.modes import ablate_quarantine, without_route
 from gradroute.directions.container import Directions
 from gradroute.errors import RefreshError
+from gradroute.logs import logger
 from gradroute.preserve import left_as_found
 from gradroute.routing.fingerprint import deployed_fingerprint
 from gradroute.routing.gate_window import Gate
@@ -174,6 +175,7 @@ class Refresher:
         self._extracted_at, self._fingerprint, self._version = self.steps, fingerprint, self.directions.version
         self._probed = probed
         self.reports.append(report)
+        logger.info("%r", report)
         return report
 
     def state_dict(self) -> State:
