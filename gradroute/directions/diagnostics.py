@@ -100,6 +100,10 @@ class Validation:
     n_hack: int
     n_clean: int
 
+    def __repr__(self) -> str:
+        interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        return f"Validation(AUROC {self.auroc:.2f} {interval}, {self.n_hack} hacks, {self.n_clean} others)"
+
     @property
     def inverted(self) -> bool:
         """Whether clean rollouts score above hacks more often than not."""

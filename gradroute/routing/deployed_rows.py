@@ -36,6 +36,8 @@ class DeployedRows:
     def __init__(self, model: nn.Module, directions: Directions, side: Side) -> None:
         if side not in get_args(Side):
             raise GradRouteError(f'`side` should be "one" or "two". Found {side!r}.')
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
         made = directions.provenance
         if side == "one" and made.source != "gradient" and made.estimator != "random":
             warn(

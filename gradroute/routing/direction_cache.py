@@ -33,10 +33,12 @@ class DirectionCache:
     """A folder of directions; `cache.extract(extract_activation_directions, model, pairs, tokenizer=tok, ...)`.
 
     Args:
-        folder: made if it is not there. Files are named by their key.
+        folder: made if it is not there. Files are named by their key. Errors are those of `extract`.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise GradRouteError(f"`folder` should be a path. Found {type(folder).__name__}.")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits, self.misses = 0, 0

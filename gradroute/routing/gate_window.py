@@ -132,6 +132,9 @@ def positive_integer(argument: str, value: Any) -> int:
 
 def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """`scores`, if they are numbers: what is not would be on neither side of a threshold."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise GradRouteError(f"`scores` should be a floating point tensor, one score per row. Found {found}.")
     if not torch.isfinite(scores).all():
         where = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")
