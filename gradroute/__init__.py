@@ -46,6 +46,9 @@ from gradroute.evaluation import (
     compare_all,
     evaluate_on_off,
 )
+from gradroute.evaluation.card import write_card
+from gradroute.evaluation.dose import DoseCurve, dose_curve
+from gradroute.evaluation.plotting import plot_training
 from gradroute.routing.advantages import clean_baseline_advantages
 from gradroute.routing.apply_filter import apply_filter
 from gradroute.routing.attach_filter import attach_filter
@@ -98,6 +101,7 @@ __all__ = [
     "DirectionCache",
     "Directions",
     "DirectionsSummary",
+    "DoseCurve",
     "Estimator",
     "EvalRecord",
     "FileFormatError",
@@ -148,6 +152,7 @@ __all__ = [
     "detach",
     "detach_mix_mask",
     "disable_adapters",
+    "dose_curve",
     "evaluate_on_off",
     "expand_route_ablate_mask",
     "export_deployed",
@@ -160,6 +165,7 @@ __all__ = [
     "load_quarantined",
     "merge_deployed",
     "parameter_summary",
+    "plot_training",
     "project_updates",
     "purge_moments",
     "quarantine_lora",
@@ -169,4 +175,5 @@ __all__ = [
     "sgtm_mask",
     "shuffled_flags",
     "skip_idle_blocks",
+    "write_card",
 ]

@@ -68,7 +68,7 @@ def test_the_base_is_evaluated_as_it_is(entries: dict[Any, Any]) -> None:
 
 
 def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
-    # Weights and not rates: eight prompts a marker are too few to tell two arms apart for certain. The tiny model solves
+    # Weights and not rates: eight prompts a marker are too few to tell two arms apart. The tiny model solves
     # nothing, so that `clean`, and whoever flags every hack, leave its deployed block as it was.
     weights = {key: tuple(entry["weights"]) for key, entry in entries.items()}
     different = [(arm, 0) for arm in ("base", "vanilla", "oracle", "weak", "route", "shuffle")]
