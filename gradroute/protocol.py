@@ -76,6 +76,7 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         GradRouteError: there is none.
         TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
     """
+    check_module(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
     for module in model.modules():
         if "peft_config" in module.__dict__:
@@ -86,6 +87,14 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
             "Fix: call gradroute.attach(model, ...), or get_peft_model(model, QuarantineLoraConfig(...)), first."
         )
     return layers
+
+
+def check_module(model: object) -> None:
+    """Raise unless `model` is a module at all."""
+    if not isinstance(model, nn.Module):
+        raise GradRouteError(
+            f"`model` should be an nn.Module. Found {type(model).__name__}. Fix: pass the model itself."
+        )
 
 
 def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None:

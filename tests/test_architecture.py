@@ -14,7 +14,7 @@ PACKAGE = Path(gradroute.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import from the rest of the package.
-BASE = {"typing", "errors", "protocol", "preserve"}
+BASE = {"typing", "errors", "protocol", "preserve", "logs", "progress", "figure"}
 ALLOWED = {
     "adapters": BASE | {"adapters"},
     "directions": BASE | {"directions"},
