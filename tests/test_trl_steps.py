@@ -191,3 +191,18 @@ def test_a_step_that_the_refresher_does_not_see_raises(tmp_path: Path) -> None:
     made.after_optimizer_step = lambda: None
     with pytest.raises(gr.RefreshError, match="called once after each optimizer step"):
         made.train()
+
+
+def test_blocks_without_rows_can_be_left_out_of_steps(tmp_path: Path) -> None:
+    """As docs/trl.md has it: the optimizer is made before the run, and AdamW's decay finds nothing to do."""
+    for skips in (False, True):
+        made = trainer(
+            tmp_path, detector=lambda completions, **_: [True] * len(completions), args_weight_decay=0.1,
+        )  # fmt: skip
+        if skips:
+            handle = gr.skip_idle_blocks(made.model, made.create_optimizer())
+        before = {name: p.detach().clone() for name, p in gr.deployed_parameters(made.model)}
+        made.train()
+        after = dict(gr.deployed_parameters(made.model))
+        assert all(torch.equal(after[name], value) for name, value in before.items()) == skips
+    assert handle.skipped == {"deployed": 2, "quarantine": 0}

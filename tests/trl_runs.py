@@ -126,6 +126,13 @@ class Watched(GradRouteGRPOTrainer):
         return loss
 
 
+def move_reference(model: nn.Module) -> None:
+    """Or the penalty would be zero: at the start the reference is the policy."""
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+
+
 def gradients(model: nn.Module, block: str) -> dict[str, Tensor]:
     parameters = gr.deployed_parameters(model) if block == "deployed" else gr.quarantine_parameters(model)
     return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
