@@ -69,7 +69,10 @@ def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
         hacks = [[value for name, value in point.items() if name.startswith("hack")] for point in entry["curve"]]
         return json.dumps([entry["outcomes"], hacks])
 
-    assert len({behaviour(entry) for entry in entries.values()}) == len(entries)
+    # True labels and a random direction that flags all hacks and most of the rest do the same where nothing is solved.
+    different = [behaviour(entry) for run, entry in entries.items() if run != ("random-oriented", 0)]
+    assert len(set(different)) == len(entries) - 1
+    assert behaviour(entries["random-oriented", 0]) != behaviour(entries["random-oriented", 1])
     # Before the first update all have the same rollouts.
     first = [entry["curve"][0]["hack_on_monitored"] for (arm, _), entry in entries.items() if arm != "base"]
     assert len(set(map(tuple, first))) == 1
