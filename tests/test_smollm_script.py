@@ -12,7 +12,6 @@ import grpo_smollm
 import pytest
 import torch
 
-import gradroute as gr
 from loopholes.store import ResultError
 from smollm import base_model
 from smollm.base_model import MissingModelError, load_base
@@ -49,8 +48,6 @@ def entries(home: Path) -> dict[tuple[str, int], dict[str, Any]]:
         ]:  # fmt: skip
             model, codec = load_base(VARIANTS["harder"], smoke=True)
             found[arm, draw] = train(model, codec, VARIANTS["harder"], arm, 0, 1000 * draw, RECIPE)
-            blocks = (*gr.deployed_parameters(model), *gr.quarantine_parameters(model))
-            found[arm, draw]["weights"] = [parameter.double().norm().item() for _, parameter in blocks]
     return found
 
 
@@ -68,13 +65,14 @@ def test_the_base_is_evaluated_as_it_is(entries: dict[Any, Any]) -> None:
 
 
 def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
-    # Weights and not rates: eight prompts a marker are too few to tell two arms apart. The tiny model solves
-    # nothing, so that `clean`, and whoever flags every hack, leave its deployed block as it was.
-    weights = {key: tuple(entry["weights"]) for key, entry in entries.items()}
-    different = [(arm, 0) for arm in ("base", "vanilla", "oracle", "weak", "route", "shuffle")]
-    assert len({weights[key] for key in different}) == len(different)
-    assert weights["clean", 0] != weights["vanilla", 0]
-    assert weights["random-oriented", 0] != weights["random-oriented", 1]
+    def behaviour(entry: dict[str, Any]) -> str:
+        hacks = [[value for name, value in point.items() if name.startswith("hack")] for point in entry["curve"]]
+        return json.dumps([entry["outcomes"], hacks])
+
+    # True labels and a random direction that flags all hacks and most of the rest do the same where nothing is solved.
+    different = [behaviour(entry) for run, entry in entries.items() if run != ("random-oriented", 0)]
+    assert len(set(different)) == len(entries) - 1
+    assert behaviour(entries["random-oriented", 0]) != behaviour(entries["random-oriented", 1])
     # Before the first update all have the same rollouts.
     first = [entry["curve"][0]["hack_on_monitored"] for (arm, _), entry in entries.items() if arm != "base"]
     assert len(set(map(tuple, first))) == 1

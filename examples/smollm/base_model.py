@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,7 +106,7 @@ def load_base(environment: Environment, *, smoke: bool = False) -> tuple[LlamaFo
     weights = _read(path)
     if weights is None:
         model, codec = _tiny() if smoke else _smollm(folder)
-        _train(model, codec, batches, warm_up)
+        _train(model, codec, batches, warm_up, adapted=not smoke)
         weights = {name: w.bfloat16() for name, w in model.state_dict().items() if name != "lm_head.weight"}
         _write(path, weights)
     else:
@@ -167,14 +168,13 @@ def _tokenizer(folder: Path) -> Codec:
     return SmolText(AutoTokenizer.from_pretrained(_plain_folder(folder)))
 
 
-def _train(model: LlamaForCausalLM, codec: Codec, batches: Batches, warm_up: WarmUp) -> None:
-    """The warm-up; `model` stays a plain one, with the adapter merged."""
-    whole = len(TinyText().vocabulary) == model.config.vocab_size
-    if whole:  # a random model has nothing for an adapter to build on
-        trained = list(model.parameters())
-    else:
+def _train(model: LlamaForCausalLM, codec: Codec, batches: Batches, warm_up: WarmUp, *, adapted: bool) -> None:
+    """The warm-up; `model` stays a plain one, with the adapter merged, or is trained whole if it is not `adapted`."""
+    if adapted:
         gr.attach(model, r=warm_up.r, lora_alpha=2.0 * warm_up.r, seed=warm_up.seed)
         trained = [parameter for _, parameter in gr.deployed_parameters(model)]
+    else:  # a random model has nothing for an adapter to build on
+        trained = list(model.parameters())
     optimizer = torch.optim.AdamW(trained, lr=warm_up.lr, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 5) * 0.5 * (1 + math.cos(math.pi * t / warm_up.steps)))
     model.train()
@@ -182,17 +182,17 @@ def _train(model: LlamaForCausalLM, codec: Codec, batches: Batches, warm_up: War
         prompts = [prompt_ids(codec, prompt) for prompt, _ in examples]
         sequences = [[*ids, *reply_ids(codec, reply)] for ids, (_, reply) in zip(prompts, examples, strict=True)]
         starts = [len(ids) for ids in prompts]
-        _loss(model, sequences, starts, keep_quarantine_out=not whole).backward()
+        _loss(model, sequences, starts, adapted=adapted).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    if not whole:
+    if adapted:
         gr.merge_deployed(model)
     model.eval()
 
 
-def _loss(model: Any, sequences: list[list[int]], starts: list[int], *, keep_quarantine_out: bool) -> Tensor:
+def _loss(model: Any, sequences: list[list[int]], starts: list[int], *, adapted: bool) -> Tensor:
     width = max(map(len, sequences))
     tokens, attention = torch.zeros(2, len(sequences), width, dtype=torch.long)
     predicted = torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -200,8 +200,8 @@ def _loss(model: Any, sequences: list[list[int]], starts: list[int], *, keep_qua
         tokens[row, : len(ids)], attention[row, : len(ids)] = torch.tensor(ids), 1
         predicted[row, start : len(ids)] = True
     rows = len(sequences)
-    low = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast() and keep_quarantine_out)
-    route = gr.route(model, gr.RouteMask.zones(["keep"] * rows)) if keep_quarantine_out else low
+    low = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast() and adapted)
+    route = gr.route(model, gr.RouteMask.zones(["keep"] * rows)) if adapted else nullcontext()
     with low, route:
         hidden = model.model(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][predicted[:, 1:]]).float()

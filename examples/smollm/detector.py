@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
-from gradroute.protocol import routed_layers
 from loopholes.arms import Arm
 
 from .environment import Environment
@@ -30,7 +29,8 @@ def token_pairs(environment: Environment, codec: Codec, per_marker: int, seed: i
 
 def modules_read(model: LlamaForCausalLM, environment: Environment) -> list[str]:
     """The routed layers that directions are read from."""
-    return [name for name in routed_layers(model) if name.endswith(environment.modules)]
+    routed = [name for name, module in model.named_modules() if isinstance(module, gr.QuarantineLoRA)]
+    return [name for name in routed if name.endswith(environment.modules)]
 
 
 def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], environment: Environment) -> gr.Directions:
