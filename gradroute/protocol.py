@@ -5,6 +5,7 @@
 `adapters` implements `RoutedLayer`; `directions` reads features from it without importing `adapters`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,13 @@ class Block(NamedTuple):
     A: Float[Tensor, "r d_in"]
     B: Float[Tensor, "d_out r"]
     scaling: float
+
+    def delta_norm(self) -> float:
+        """|s B A|_F = |s| sqrt(tr(B^T B A A^T)), of size r x r, in float64; exactly zero for split blocks too."""
+        A, B = (factor.detach().cpu().double() for factor in (self.A, self.B))
+        squared = float(((B.T @ B) * (A @ A.T)).sum())
+        # Rounding can leave a zero a hair below zero; nan stays nan.
+        return abs(self.scaling) * math.sqrt(squared) if not squared < 0 else 0.0
 
 
 BlockName = Literal["deployed", "quarantine"]

@@ -7,7 +7,13 @@ import pytest
 import torch
 from doc_pages import PAGES, ROOT, blocks, run_page
 
-RUNNING = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
+# Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
+RUN_ELSEWHERE = {
+    "directions-study.md": "test_directions_study.py",
+    "loops.md": "test_loops.py",
+    "trl.md": "test_trl_docs.py",
+}
+RUNNING = [p for p in PAGES if blocks(p.read_text(encoding="utf-8")) and p.name not in RUN_ELSEWHERE]
 
 
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
@@ -16,6 +22,15 @@ def test_every_block_runs_and_prints_what_is_shown(page: Path, tmp_path: Path, m
     run_page(page.read_text(encoding="utf-8"), page.name)
     # Handles on models that a page has left in place.
     gc.collect()
+
+
+def test_pages_that_are_run_elsewhere_are() -> None:
+    names = [page.name for page in PAGES]
+    for page, test in RUN_ELSEWHERE.items():
+        assert names.count(page) == 1
+        code = (ROOT / "tests" / test).read_text(encoding="utf-8")
+        assert f'"{page}"' in code
+        assert "exec(" in code
 
 
 def test_the_runner_sees_wrong_output_and_errors() -> None:

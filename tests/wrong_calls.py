@@ -52,6 +52,9 @@ FLAGS = torch.tensor([True, False, True, False])
 MASK = gr.RouteMask.classic(FLAGS)
 HACK = gr.extract_activation_directions(MODEL, PAIRS, forward_fn=ids_only)
 GRADIENT = gr.extract_gradient_directions(MODEL, PAIRS, forward_fn=ids_only, features="parameter")
+TRAINED = gr.attach(Tiny(), r=2, lora_alpha=4, target_modules=["q"])
+with torch.no_grad():
+    TRAINED.q.lora_B_quarantine.fill_(1.0)
 OPTIMIZER = torch.optim.AdamW([p for p in MODEL.parameters() if p.requires_grad], lr=1e-3)
 STRANGER = torch.optim.AdamW(PLAIN.parameters(), lr=1e-3)
 RECORD = gr.EvalRecord("file", False, 0, True, False)
@@ -423,6 +426,14 @@ TABLE: dict[str, list[tuple[str, Callable[[], Any]]]] = {
         ("`optimizer`", lambda: gr.skip_idle_blocks(MODEL, None)),
         ("`model`", lambda: gr.skip_idle_blocks(PLAIN, OPTIMIZER)),
         ("`optimizer`", lambda: gr.skip_idle_blocks(MODEL, STRANGER)),
+    ],
+    "assert_ablation_reaches": [
+        ("`model`", lambda: gr.assert_ablation_reaches(PLAIN, lambda _: ["text"])),
+        ("`model`", lambda: entered(
+            gr.ablate_quarantine(MODEL), lambda: gr.assert_ablation_reaches(MODEL, lambda _: ["text"]))),
+        ("quarantine", lambda: gr.assert_ablation_reaches(gr.attach(Tiny()), lambda _: ["text"])),
+        ("`generate_fn`", lambda: gr.assert_ablation_reaches(TRAINED, lambda _: ["text"])),
+        ("`generate_fn`", lambda: gr.assert_ablation_reaches(TRAINED, lambda _: "text")),
     ],
     "evaluate_on_off": [
         ("`eval_fn`", lambda: gr.evaluate_on_off(MODEL, lambda _: [])),

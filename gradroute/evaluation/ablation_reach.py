@@ -6,7 +6,6 @@ An engine that ignores the ablation reports the on view twice: every hack rate "
 in training. With B_q A_q = 0 both views are one model, and nothing can be told.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from gradroute.adapters.modes import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
 from gradroute.preserve import left_as_found
-from gradroute.protocol import RoutedLayer, routed_layers
+from gradroute.protocol import routed_layers
 from gradroute.typing import typechecked
 
 
@@ -44,7 +43,7 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
             f"`model` should be in its on view, which is compared with the ablated one. Found {views[0]!r}. "
             "Fix: leave ablate_quarantine / disable_adapters first."
         )
-    if not any(_net_delta(layer) > 0 for layer in layers.values()):
+    if not any(layer.quarantine.delta_norm() > 0 for layer in layers.values()):
         raise GradRouteError(
             f"The quarantine should change the model. Found a net delta of zero in all {len(layers)} layers (B is zero "
             "before the first step), so both views are one model. Fix: check after a few steps that trained it."
@@ -67,14 +66,6 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     if len(on) != len(off):
         return 1.0
     return float(sum(a != b for a, b in zip(on, off, strict=True)) / len(on))
-
-
-def _net_delta(layer: RoutedLayer) -> float:
-    """|s B A|: tr(B^T B A A^T) is of size r x r, and exactly zero for split blocks too."""
-    block = layer.quarantine
-    A, B = (factor.detach().cpu().double() for factor in (block.A, block.B))
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
-    return float(abs(block.scaling) * math.sqrt(max(squared, 0.0)))
 
 
 def _generated(model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> list[Any]:

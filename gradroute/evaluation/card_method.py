@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from gradroute.directions.container import Directions
@@ -90,16 +89,11 @@ def blocks_of(model: nn.Module) -> Blocks:
     )
 
 
-@torch.no_grad()
 def _norm(blocks: list[Block]) -> float:
-    squares = 0.0
-    for block in blocks:
-        A, B = block.A.double(), block.B.double()
-        squares += block.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
-    if not math.isfinite(squares):
+    norm = math.hypot(*(block.delta_norm() for block in blocks))
+    if not math.isfinite(norm):
         raise GradRouteError("The blocks of `model` should be finite. Found inf or nan. Fix: go back to a checkpoint.")
-    # Rounding can leave a zero a hair below zero.
-    return math.sqrt(max(squares, 0.0))
+    return norm
 
 
 def directions_of(routed_by: RoutedBy, refresher: Refresher | None) -> Directions | None:
