@@ -29,7 +29,7 @@ FLAG_BY = ("directions", "labels", "both")
 SMOKE: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_generations": 4,
     "gradient_accumulation_steps": 2, "max_completion_length": 16, "logging_steps": 1, "save_strategy": "no",
-    "bf16": False, "learning_rate": 1e-3, "pairs_per_mode": 2,
+    "bf16": False, "learning_rate": 1e-3, "pairs_per_mode": 2, "refresh_every": 1,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
 ]
 TEXT = (Path(__file__).parents[1] / "docs" / "trl.md").read_text(encoding="utf-8")
-(SCRIPT,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+(SCRIPT,) = re.findall(r"```py\n(.*?)```", TEXT, flags=re.DOTALL)
 (DIFF,) = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
@@ -56,8 +56,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(script: str) -> Any:
     names: dict[str, Any] = {}
     # TRL's default is bf16, for which it has to be told that there is no accelerator.
-    assert script.count("max_steps=2") == 1
-    script = script.replace("max_steps=2", "max_steps=2, use_cpu=True")
+    assert script.count("max_steps=4") == 1
+    script = script.replace("max_steps=4", "max_steps=4, use_cpu=True")
     with torch.random.fork_rng():
         exec(compile(script, "docs/trl.md", "exec"), names)
     return names["trainer"]
@@ -66,14 +66,15 @@ def run(script: str) -> Any:
 def test_five_lines_route_the_script(folder: Path) -> None:
     assert sum(line.startswith("+") for line in DIFF.splitlines()) <= 5
     plain = run(SCRIPT)
-    assert plain.state.global_step == 2
+    assert plain.state.global_step == 4
     with pytest.raises(gr.GradRouteError, match="routed layers"):
         list(gr.quarantine_parameters(plain.model))
 
     made = run(routed(SCRIPT, DIFF))
     assert type(made) is GradRouteGRPOTrainer
-    assert made.state.global_step == 2
-    assert made.routing.refresher.every == 5
+    assert made.state.global_step == 4
+    assert made.routing.refresher.every == 2
+    assert len(made.routing.refresher.reports) == 2
     assert isinstance(made.routing.gate, gr.BandGate)
     assert made.routing.clean_baseline
     moved = [name for name, p in gr.deployed_parameters(made.model) if "lora_B" in name and p.any()]

@@ -186,6 +186,11 @@ def test_directions_are_refreshed_by_optimizer_steps_and_not_by_micro_batches(tm
     assert overlaps[0] < 1
 
 
+def test_a_refresher_that_would_not_come_due_raises(tmp_path: Path) -> None:
+    with pytest.raises(gr.RefreshError, match="in the 2 optimizer steps of this run"):
+        trainer(tmp_path, directions=extract, refresher=3).train()
+
+
 def test_a_step_that_the_refresher_does_not_see_raises(tmp_path: Path) -> None:
     made = trainer(tmp_path, directions=extract, refresher=1)
     made.after_optimizer_step = lambda: None

@@ -8,6 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from gradroute.errors import RefreshError
+
 
 class AfterSteps(TrainerCallback):
     """Has the trainer refresh after each optimizer step, and the refresher count the optimizer's steps itself."""
@@ -17,9 +19,24 @@ class AfterSteps(TrainerCallback):
         self._watched: set[int] = set()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """A step of the optimizer that the refresher does not see raises from now on."""
+        """A step of the optimizer that the refresher does not see raises from now on.
+
+        Raises:
+            RefreshError: by its schedule, no refresh would come due in this run.
+        """
         refresher, optimizer = self._trainer.routing.refresher, innermost(self._trainer.optimizer)
-        if refresher is not None and isinstance(optimizer, Optimizer) and id(optimizer) not in self._watched:
+        if refresher is None:
+            return
+        state = self._trainer.state
+        if refresher.every is not None and refresher.min_overlap is None and not refresher.reports:
+            due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
+            left = state.max_steps - state.global_step
+            if due > left:
+                raise RefreshError(
+                    f"`refresher` should come due in the {left} optimizer steps of this run. Found the first refresh "
+                    f"after {due}. Fix: refresh more often, or leave it out for frozen directions."
+                )
+        if isinstance(optimizer, Optimizer) and id(optimizer) not in self._watched:
             refresher.watch(optimizer)
             self._watched.add(id(optimizer))
 
