@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-WRITTEN = (DOCS / "results.md", DOCS / "directions-study.md", DOCS.parent / "README.md")
+WRITTEN = (DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS.parent / "README.md")
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
