@@ -25,11 +25,27 @@ from test_peft_cases import (
     views,
 )
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 import gradroute as gr
 from gradroute.protocol import routed_layers
 
 pytestmark = unnamed_base
+
+
+def transformers_takes_this_peft() -> bool:
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
+# transformers 5.24 asks for peft 0.22, which is newer than the newest that is tested here.
+by_transformers = pytest.mark.skipif(
+    not transformers_takes_this_peft(), reason=f"transformers' own adapters need peft >= {MIN_PEFT_VERSION}"
+)
 CASES = [
     Case("llama"),
     Case("gpt2", options={"rank_pattern": {"c_attn": 5}, "use_rslora": True}),
@@ -51,7 +67,13 @@ def added(case: Case) -> nn.Module:
     return randomize_blocks(model, std=0.2).eval()
 
 
-each_road = pytest.mark.parametrize("road", [injected, added], ids=["inject_adapter_in_model", "add_adapter"])
+each_road = pytest.mark.parametrize(
+    "road",
+    [
+        pytest.param(injected, id="inject_adapter_in_model"),
+        pytest.param(added, id="add_adapter", marks=by_transformers),
+    ],
+)
 Road = Callable[[Case], nn.Module]
 
 
@@ -102,6 +124,7 @@ def test_from_pretrained_by_way_of_the_meta_device_restores_both_blocks(case: Ca
 # transformers' own methods
 
 
+@by_transformers
 def test_transformers_saves_both_blocks_and_loads_them_with_our_config(tmp_path: Path) -> None:
     case = CASES[0]
     added(case).save_pretrained(tmp_path)
@@ -116,6 +139,7 @@ def test_transformers_saves_both_blocks_and_loads_them_with_our_config(tmp_path:
         assert {p.requires_grad for _, p in both} == {is_trainable}
 
 
+@by_transformers
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
 def test_transformers_alone_loads_the_deployed_block(tmp_path: Path) -> None:
     case = CASES[0]
@@ -126,6 +150,7 @@ def test_transformers_alone_loads_the_deployed_block(tmp_path: Path) -> None:
     assert torch.equal(logits(model), case.views().ablated)
 
 
+@by_transformers
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_transformers_switches_keep_both_blocks() -> None:
     case = CASES[0]
