@@ -53,6 +53,8 @@ def _hooked(base: nn.Module) -> bool:
 def autocast_type(x: Tensor) -> torch.dtype | None:
     """The type that autocast would compute in now, if it is on."""
     device = x.device.type
+    if device == "cpu":
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -86,13 +86,15 @@ def add_lora_blocks(
     compute = autocast or A_d.dtype
     base_dtype = compute if weight is None or autocast is not None else weight.dtype
     M, G = (None, None) if A_q is None else gates.columns(A_d.shape[0], A_q.shape[0])
+    (m, m_zero), (g, g_zero) = M or (None, None), G or (None, None)
     with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
             return fused_forward(
-                x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, M, base_dtype, compute, keep_u=False
-            )[0]
+                x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, m, m_zero, base_dtype, compute,
+                without_graph=True,
+            )[0]  # fmt: skip
         y: Tensor = QuarantineLoraFunction.apply(  # type: ignore[no-untyped-call]
-            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, M, G, base_dtype, compute, branch, record,
-            None if record is None else record.state_id,
+            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, m, m_zero, g, g_zero, base_dtype, compute,
+            branch, record, None if record is None else record.state_id,
         )  # fmt: skip
     return y

@@ -13,14 +13,14 @@ Identity: with m = g_d = g_q = 1 this is LoRA of rank r + r_quarantine.
 Both blocks are one product with x and one that accumulates into W x, in place where W x was computed here, since
 nothing else can hold it then. So no tensor as wide as the output is made besides the output, and none as wide as x
 besides dx.
-Saved for backward: x, which every linear that shares it saves too, and u, as narrow as the ranks.
+Saved for backward: x, which every linear that shares it saves too, and [u_d, m u_q], as narrow as the ranks.
 """
 
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -45,19 +45,20 @@ def fused_forward(  # noqa: PLR0917
     B_q: Tensor | None,
     s_q: float,
     M: Float[Tensor, "rows ranks"] | None,
+    M_zero: Bool[Tensor, "rows ranks"] | None,
     base_dtype: torch.dtype,
     compute: torch.dtype,
     *,
-    keep_u: bool,
+    without_graph: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, what the blocks read): without gradients, or inside the autograd function.
+    """(y, [u_d, m u_q], what the blocks read): without gradients, or inside the autograd function.
 
     Args:
         x, dropped, output, weight, bias: see `add_lora_blocks`.
         A_d, B_d, s_d, A_q, B_q, s_q: the blocks.
-        M: [1, m] in the columns of the blocks; None for 1.
+        M, M_zero: [1, m] in the columns of the blocks, and where it is zero; None for 1.
         base_dtype, compute: the types that W x and the blocks are computed in.
-        keep_u: return u whole; else it may be that of the deployed block alone.
+        without_graph: [u_d, u_q] may be that of the deployed block alone; see `_plus` for half precision.
     """
     if output is None:
         assert weight is not None
@@ -73,8 +74,9 @@ def fused_forward(  # noqa: PLR0917
     else:
         parts = [(_joined_A(A_d, A_q, compute), *_joined_B(B_d, B_q, s_d, s_q, compute))]
     us = [linear(rows, A) for A, _, _ in parts]
-    u = torch.cat(us, dim=1) if len(us) > 1 and (keep_u or M is not None) else us[0]
-    zs = us if M is None else torch.split(_weigh(M, u), [len(A) for A, _, _ in parts], dim=1)
+    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M is None) else us[0]
+    u = _weigh(M, M_zero, u)
+    zs = us if M is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
     total = y.reshape(-1, y.shape[-1])
     if total.dtype != compute:
         # Two types are added in the wider one and rounded once, as PEFT does.
@@ -83,7 +85,7 @@ def fused_forward(  # noqa: PLR0917
     in_place = output is None or total.dtype != y.dtype
     for bottleneck, (_, B, scaling) in zip(zs, parts, strict=True):
         z, B = bottleneck.to(total.dtype), B.to(total.dtype)  # noqa: PLW2901
-        total = _plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and not keep_u)
+        total = _plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
         in_place = True
     # No view of something that was made in here: whoever gets it could not change it in place.
     return torch.ops.aten._unsafe_view(total.to(y.dtype), y.shape), u, entered
@@ -96,10 +98,12 @@ def plain_forward(
     y = linear(x, weight, bias)
     rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     A, B, scaling = deployed
-    _plus(total, linear(rows, A), B, scaling, in_place=True, stepwise=quarantine is None)
-    if quarantine is not None:
-        A, B, scaling = quarantine
-        _plus(total, linear(rows, A), B, scaling, in_place=True, stepwise=False)
+    if quarantine is None:
+        _plus(total, linear(rows, A), B, scaling, in_place=True, stepwise=True)
+        return y
+    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
+    A, B, scaling = quarantine
+    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
     return y
 
 
@@ -119,12 +123,12 @@ def few_rows(x: Float[Tensor, "*batch d_in"]) -> bool:
     return x.numel() < _FEW_ROWS * x.shape[-1]
 
 
-def _weigh(weights: Tensor | None, values: Tensor) -> Tensor:
+def _weigh(weights: Tensor | None, zero: Tensor | None, values: Tensor) -> Tensor:
     """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
-    if weights is None:
+    if weights is None or zero is None:
         return values
     # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
-    return torch.where(weights == 0, 0.0, weights * values).to(values.dtype)
+    return (weights * values).masked_fill_(zero, 0.0).to(values.dtype)
 
 
 def _joined_A(A_d: Tensor, A_q: Tensor, compute: torch.dtype) -> Tensor:
@@ -157,7 +161,9 @@ class QuarantineLoraFunction(torch.autograd.Function):
         B_q: Tensor | None,
         s_q: float,
         M: Tensor | None,
+        M_zero: Tensor | None,
         G: Tensor | None,
+        G_zero: Tensor | None,
         base_dtype: torch.dtype,
         compute: torch.dtype,
         branch: bool,
@@ -165,7 +171,22 @@ class QuarantineLoraFunction(torch.autograd.Function):
         state_id: Tensor | None,
     ) -> Tensor:
         y, u, entered = fused_forward(
-            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, M, base_dtype, compute, keep_u=True
+            x,
+            dropped,
+            output,
+            weight,
+            bias,
+            A_d,
+            B_d,
+            s_d,
+            A_q,
+            B_q,
+            s_q,
+            M,
+            M_zero,
+            base_dtype,
+            compute,
+            without_graph=False,
         )
         read = x if dropped is None else dropped
         # Of one tensor in two types the narrower is kept; a cast costs less than memory.
@@ -177,7 +198,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         ctx.save_for_backward(kept if needs_A else None, u if needs_B else None, weight, A_d, B_d, A_q, B_q, state_id)
         # Gates are kept apart from the saved tensors: those come back from a checkpoint recomputation, which may have
         # run under other gates; `check_backward` compares the two states and raises.
-        ctx.gates, ctx.scalings, ctx.branch, ctx.record = (M, G), (s_d, s_q), branch, record
+        ctx.gates, ctx.scalings, ctx.branch, ctx.record = (M, M_zero, G, G_zero), (s_d, s_q), branch, record
         ctx.types, ctx.shape, ctx.dtypes = (base_dtype, compute), x.shape, (x.dtype, read.dtype)
         ctx.is_dropped = dropped is not None
         return y
@@ -210,7 +231,7 @@ def _backward(  # noqa: PLR0917
     A_q: Tensor | None,
     B_q: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    (M, G), (s_d, s_q), (base_dtype, compute) = ctx.gates, ctx.scalings, ctx.types
+    (M, M_zero, G, G_zero), (s_d, s_q), (base_dtype, compute) = ctx.gates, ctx.scalings, ctx.types
     needs = ctx.needs_input_grad
     need_x, need_dropped, need_A, need_B = needs[0], needs[1], (needs[5], needs[8]), (needs[6], needs[9])
     rank = A_d.shape[0]
@@ -224,9 +245,9 @@ def _backward(  # noqa: PLR0917
         dx = dy_rows.to(base_dtype) @ weight.to(base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or any(need_A):
         B, scaling = (B_d.to(compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
-        du = _weigh(M, _scaled(dy_blocks @ B, scaling))
+        du = _weigh(M, M_zero, _scaled(dy_blocks @ B, scaling))
         # G weighs du, which already carries m: the quarantine's own derivative, times its gate.
-        gated = _weigh(G, du) if any(need_A) or ctx.branch else du
+        gated = _weigh(G, G_zero, du) if any(need_A) or ctx.branch else du
         if any(need_A):
             assert entered is not None
             both = gated.T @ entered.reshape(-1, entered.shape[-1]).to(compute)
@@ -240,7 +261,7 @@ def _backward(  # noqa: PLR0917
                 dx = du @ A if dx is None else _plus_product(dx, du, A)
     if any(need_B):
         assert u is not None
-        both = dy_blocks.T @ _weigh(G, _weigh(M, u))
+        both = dy_blocks.T @ _weigh(G, G_zero, u)
         dB = (s_d * both[:, :rank] if need_B[0] else None, s_q * both[:, rank:] if need_B[1] else None)
 
     x_dtype, read_dtype = ctx.dtypes
@@ -248,7 +269,7 @@ def _backward(  # noqa: PLR0917
         None if dx is None else dx.to(x_dtype).reshape(ctx.shape),
         None if d_dropped is None else d_dropped.to(read_dtype).reshape(ctx.shape),
         dy if needs[2] else None,
-        None, None, _as(dA[0], A_d), _as(dB[0], B_d), None, _as(dA[1], A_q), _as(dB[1], B_q), *[None] * 8,
+        None, None, _as(dA[0], A_d), _as(dB[0], B_d), None, _as(dA[1], A_q), _as(dB[1], B_q), *[None] * 10,
     )  # fmt: skip
 
 

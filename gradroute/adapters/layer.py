@@ -77,7 +77,8 @@ class RoutedLinear(RoutedLayer):
         if state.disabled:
             return (call or base_layer)(x)
         route = state.route
-        if self.ran_under is not route and (record is None or not record.recomputing):
+        # A compiled forward only writes: what it reads it is compiled for.
+        if record is None or (self.ran_under is not route and not record.recomputing):
             self.ran_under = route
         base = frozen_linear(base_layer, x) if call is None else None
         dropped = None if dropout is None or is_identity(dropout) else dropout(x)

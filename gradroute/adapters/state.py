@@ -9,16 +9,23 @@ nothing is written into parameters and an exception restores what was there.
 import re
 import uuid
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import RouteError
 
 Weights = Float[Tensor, "*batch"]
-Columns = Float[Tensor, "rows ranks"] | None
+
+
+class Columns(NamedTuple):
+    """Weights in the columns of both blocks' bottlenecks, and where they are zero."""
+
+    weights: Float[Tensor, "rows ranks"]
+    zero: Bool[Tensor, "rows ranks"]
 
 
 @dataclass(eq=False)
@@ -37,9 +44,9 @@ class Gates:
     m: Weights | None = None
     g_d: Weights | None = None
     g_q: Weights | None = None
-    _columns: dict[tuple[int, int], tuple[Columns, Columns]] = field(default_factory=dict, repr=False)
+    _columns: dict[tuple[int, int], tuple[Columns | None, Columns | None]] = field(default_factory=dict, repr=False)
 
-    def columns(self, r: int, r_quarantine: int) -> tuple[Columns, Columns]:
+    def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
         """[1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks (rows, r + r_quarantine); None for 1.
 
         Made once for all layers of one width: spread out in memory, they cost a tenth of what a broadcast along narrow
@@ -51,11 +58,11 @@ class Gates:
             self._columns[r, r_quarantine] = self._spread(r, r_quarantine)
         return self._columns[r, r_quarantine]
 
-    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns, Columns]:
+    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
         return _side_by_side(None, self.m, r, r_quarantine), _side_by_side(self.g_d, self.g_q, r, r_quarantine)
 
 
-def _side_by_side(left: Weights | None, right: Weights | None, r: int, r_quarantine: int) -> Columns:
+def _side_by_side(left: Weights | None, right: Weights | None, r: int, r_quarantine: int) -> Columns | None:
     if left is None and right is None:
         return None
     like = left if left is not None else right
@@ -63,7 +70,8 @@ def _side_by_side(left: Weights | None, right: Weights | None, r: int, r_quarant
     left, right = (torch.ones_like(like) if each is None else each for each in (left, right))
     dtype = torch.promote_types(left.dtype, right.dtype)
     columns = [each.reshape(-1, 1).to(dtype).expand(-1, width) for each, width in ((left, r), (right, r_quarantine))]
-    return torch.cat(columns, dim=1)
+    weights = torch.cat(columns, dim=1)
+    return Columns(weights, weights == 0)
 
 
 def _new_id() -> Tensor:

@@ -91,7 +91,10 @@ class RoutedLoraLayer(MergedLayer):
             return Block(A, B, scaling), None
         A_q = modules["lora_A_quarantine"]._modules[adapter].weight
         B_q = modules["lora_B_quarantine"]._modules[adapter].weight
-        return Block(A, B, scaling), Block(A_q, B_q, self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0]))
+        # Of equal ranks the scalings are equal, if they are numbers.
+        equal = type(scaling) is float and A.shape == A_q.shape
+        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
         yield from getattr(self, block)[:2]
@@ -125,30 +128,29 @@ class RoutedLoraLayer(MergedLayer):
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
         if peft_layer.disable_adapters and peft_layer.merged:
             self.unmerge()
-        active = self._active()
-        if self.state.route is None and self.state.view == "on" and not self._any_routed(active):
+        modules: Any = self._modules
+        active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
+        routed = len(active) == 1 and active[0] in with_quarantine
+        asked = self.state.route is not None or self.state.view != "on"
+        if not routed and not asked and not any(name in with_quarantine for name in active):
             # An adapter without a quarantine, and nobody asks for a route or a view.
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
-        base_layer: Any = self._modules["base_layer"]
+        base_layer = modules["base_layer"]
         if peft_layer.disable_adapters or peft_layer.merged or self.state.disabled:
             base_output: Tensor = base_layer(x, *args, **kwargs)
             if peft_layer.merged and not peft_layer.disable_adapters:
                 self._check_merged_view()
             return base_output
-        name = active[0] if len(active) == 1 and self._any_routed(active) else self.routed_adapter
+        name = active[0] if routed else self.routed_adapter
         call = (lambda t: base_layer(t, *args, **kwargs)) if args or kwargs else None
-        return self.with_blocks(x, base_layer, name, peft_layer.lora_dropout[name], call)
+        return self.with_blocks(x, base_layer, name, modules["lora_dropout"]._modules[name], call)
 
     def extra_repr(self) -> str:
         """Ranks of both blocks for each adapter that has them."""
         pairs = {name: (A.out_features, self.lora_A_quarantine[name].out_features) for name, A in self._routed_A()}
         ranks = ", ".join(f"{name}: r={r}, r_quarantine={r_q}" for name, (r, r_q) in pairs.items())
         return ranks if self.view == "on" else f"{ranks}, view={self.view}"
-
-    def _any_routed(self, adapters: list[str]) -> bool:
-        modules: Any = self._modules
-        return any(name in modules["lora_A_quarantine"]._modules for name in adapters)
 
     def _routed_A(self) -> list[tuple[str, nn.Linear]]:
         return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
