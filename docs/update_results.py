@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-WRITTEN = (DOCS / "results.md", DOCS.parent / "README.md")
+WRITTEN = (DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS.parent / "README.md")
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path.insert(0, str(DOCS.parent / "examples"))
+
+from directions_tables import left_out_table, read_study, transfer_table  # noqa: E402
 
 from loopholes.arms import ARMS  # noqa: E402
 from loopholes.environment import MODES  # noqa: E402
 from loopholes.staleness import difference_table, share_table, staleness_table  # noqa: E402
 from loopholes.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
+from smollm import report as smollm_report  # noqa: E402
+from smollm.screening import screen_table  # noqa: E402
 
 STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -111,9 +115,27 @@ def absorption() -> str:
     return _markdown(["scheme", "seeds", *(name.replace("_", ", ") for name in columns)], rows)
 
 
+def directions(file: str, *left_out: str) -> str:
+    """AUROC of left-out `pairs` or `categories`; without either, from one category to another."""
+    study = read_study(DOCS / "results" / file)
+    return _markdown(*(left_out_table(study, *left_out) if left_out else transfer_table(study)))
+
+
+def smollm(variant: str, part: str) -> str:
+    """A table of the study on SmolLM2: `rates`, `criteria`, `verdicts`, `gate`, `runs_table`."""
+    make: Callable[..., str] = getattr(smollm_report, part)
+    return make(smollm_report.read_report(DOCS / "results" / "smollm.json"), variant)
+
+
+def smollm_screening() -> str:
+    """Directions on the warmed-up models, before any training."""
+    return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
-    "split-digits": split_digits, "absorption": absorption,
+    "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
+    "smollm-screening": smollm_screening,
 }  # fmt: skip
 
 

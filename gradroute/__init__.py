@@ -41,10 +41,14 @@ from gradroute.evaluation import (
     OnOffReport,
     Rate,
     Verdict,
+    assert_ablation_reaches,
     compare,
     compare_all,
     evaluate_on_off,
 )
+from gradroute.evaluation.card import write_card
+from gradroute.evaluation.dose import DoseCurve, dose_curve
+from gradroute.evaluation.plotting import plot_training
 from gradroute.routing.advantages import clean_baseline_advantages
 from gradroute.routing.apply_filter import apply_filter
 from gradroute.routing.attach_filter import attach_filter
@@ -97,6 +101,7 @@ __all__ = [
     "DirectionCache",
     "Directions",
     "DirectionsSummary",
+    "DoseCurve",
     "Estimator",
     "EvalRecord",
     "FileFormatError",
@@ -131,6 +136,7 @@ __all__ = [
     "Verdict",
     "ablate_quarantine",
     "apply_filter",
+    "assert_ablation_reaches",
     "attach",
     "attach_filter",
     "audit_updates",
@@ -146,6 +152,7 @@ __all__ = [
     "detach",
     "detach_mix_mask",
     "disable_adapters",
+    "dose_curve",
     "evaluate_on_off",
     "expand_route_ablate_mask",
     "export_deployed",
@@ -158,6 +165,7 @@ __all__ = [
     "load_quarantined",
     "merge_deployed",
     "parameter_summary",
+    "plot_training",
     "project_updates",
     "purge_moments",
     "quarantine_lora",
@@ -167,4 +175,5 @@ __all__ = [
     "sgtm_mask",
     "shuffled_flags",
     "skip_idle_blocks",
+    "write_card",
 ]

@@ -5,6 +5,7 @@
 `adapters` implements `RoutedLayer`; `directions` reads features from it without importing `adapters`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,13 @@ class Block(NamedTuple):
     A: Float[Tensor, "r d_in"]
     B: Float[Tensor, "d_out r"]
     scaling: float
+
+    def delta_norm(self) -> float:
+        """|s B A|_F = |s| sqrt(tr(B^T B A A^T)), of size r x r, in float64; exactly zero for split blocks too."""
+        A, B = (factor.detach().cpu().double() for factor in (self.A, self.B))
+        squared = float(((B.T @ B) * (A @ A.T)).sum())
+        # Rounding can leave a zero a hair below zero; nan stays nan.
+        return abs(self.scaling) * math.sqrt(squared) if not squared < 0 else 0.0
 
 
 BlockName = Literal["deployed", "quarantine"]
@@ -76,6 +84,7 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         GradRouteError: there is none.
         TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
     """
+    check_module(model)
     modules = list(model.named_modules())
     layers = {name: module for name, module in modules if isinstance(module, RoutedLayer)}
     injected = [(name, module) for name, module in modules if "peft_config" in module.__dict__]
@@ -89,6 +98,14 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
             "Fix: call gradroute.attach(model, ...), or get_peft_model(model, QuarantineLoraConfig(...)), first."
         )
     return layers
+
+
+def check_module(model: object) -> None:
+    """Raise unless `model` is a module at all."""
+    if not isinstance(model, nn.Module):
+        raise GradRouteError(
+            f"`model` should be an nn.Module. Found {type(model).__name__}. Fix: pass the model itself."
+        )
 
 
 def _check_injected(

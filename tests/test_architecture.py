@@ -14,12 +14,13 @@ PACKAGE = Path(gradroute.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import from the rest of the package.
-BASE = {"typing", "errors", "protocol", "preserve"}
+BASE = {"typing", "errors", "protocol", "preserve", "logs", "progress", "figure"}
 ALLOWED = {
     "adapters": BASE | {"adapters"},
     "directions": BASE | {"directions"},
     "routing": BASE | {"adapters", "directions", "routing"},
     "evaluation": BASE | {"adapters", "directions", "routing", "evaluation"},
+    "integrations": BASE | {"adapters", "directions", "routing", "evaluation", "integrations"},
     **dict.fromkeys(BASE, BASE),
 }
 

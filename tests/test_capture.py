@@ -198,7 +198,7 @@ def test_a_pool_of_another_shape_raises(shape: tuple[int, int]) -> None:
 def test_a_row_without_a_pooled_token_raises() -> None:
     pool = POOL.clone()
     pool[1] = 0
-    with pytest.raises(gr.GradRouteError, match="`pool` should keep a token in every row. Row 1 has none"):
+    with pytest.raises(gr.GradRouteError, match="`pool` should keep a token in every row. Found none in row 1"):
         with gr.capture_activations(routed_mixer(), pool=pool):
             pass
 

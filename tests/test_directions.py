@@ -267,7 +267,7 @@ def test_real_directions_take_no_rows_from_a_random_control() -> None:
 
 def test_update_from_itself_raises() -> None:
     made = random_directions()
-    with pytest.raises(gr.RefreshError, match="`fresh` is the very object"):
+    with pytest.raises(gr.RefreshError, match="`fresh` should be extracted anew. Found the very object"):
         made.update_(made, step=1)
 
 

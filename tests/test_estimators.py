@@ -368,7 +368,7 @@ def test_too_few_pairs_raise(estimator: object, n_heldout: int, found: str) -> N
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"axis_floor": 1.5}, {"noise_floor": 1.0}, {"noise_floor": -0.1}])
 def test_svd_settings_out_of_range_raise(settings: dict[str, float]) -> None:
-    with pytest.raises(gr.GradRouteError, match="`svd` should have k >= 1"):
+    with pytest.raises(gr.GradRouteError, match="`k` should be at least 1, `axis_floor` in"):
         Svd(**settings)
 
 

@@ -252,7 +252,7 @@ def test_a_report_of_what_lies_there_needs_no_list_of_arms(tmp_path: Path, capsy
         stray.unlink()
 
 
-def drifting(arm: str, ablated: list[float], overlap: float, **share: float) -> dict[Job, dict[str, Any]]:
+def drifting(arm: str, ablated: list[float], overlap: float, **share: float | None) -> dict[Job, dict[str, Any]]:
     start = {name: value for name, value in entry()["curve"][0].items() if name != "step"}
     curve = [{"step": step, "overlap_first": overlap**step, **share, **start} for step in (0, 1, 2, 3)]
     return {
@@ -277,6 +277,16 @@ def test_frozen_directions_are_compared_with_refreshed_ones_run_by_run(tmp_path:
     assert "| arm | runs | student, step 1 | teacher, step 1 |" in text
     assert "| route | 3 | 0.25 | 0.75 | 0.25 | 0.75 | 0.25 | 0.75 |" in text
     assert (tmp_path / "staleness-C.png").exists()
+
+
+def test_an_auroc_without_hacks_is_left_out_of_the_mean(tmp_path: Path) -> None:
+    found = drifting("route", [0.0], 0.5, auroc_held_out=None) | drifting("route-frozen", [0.1], 0.25)
+    for job, entry in drifting("route", [0.0, 0.0, 0.0], 0.5, auroc_held_out=0.75).items():
+        found.setdefault(job, entry)
+    write_report(tmp_path, found, {"steps": 3})
+    write_staleness(tmp_path, read_report(tmp_path / "report.json"))
+    row = next(line for line in (tmp_path / "staleness.md").read_text().splitlines() if line.startswith("| route | 3"))
+    assert row.endswith("| 0.75 | 0.75 | 0.75 |")
 
 
 def test_random_draws_are_shown_one_by_one_with_their_auroc(tmp_path: Path) -> None:

@@ -14,25 +14,25 @@ from .sampling import sample
 
 def evaluate(model: nn.Module, environment: Environment, n_per_mode: int, seed: int) -> gr.OnOffReport:
     """`n_per_mode` rollouts of each mode and as many without a hint, on and ablated, always on the same prompts."""
+    return gr.evaluate_on_off(model, lambda view: records(view, environment, n_per_mode, seed))
 
-    def records(model: nn.Module) -> list[gr.EvalRecord]:
-        # Training draws from `seed` itself; this stream is another one.
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
-        hinted = [environment.sample_prompts(n_per_mode, generator, no_hint=0.0, mode=mode)[0] for mode in MODES]
-        unhinted, _ = environment.sample_prompts(n_per_mode, generator, no_hint=1.0)
-        prompts = torch.cat([*hinted, unhinted])
-        graded = environment.grade(prompts, sample(model, prompts, generator, environment.completion_length))
-        modes = [MODES[i] if i >= 0 else None for i in hint_modes(prompts).tolist()]
-        return [
-            gr.EvalRecord(
-                mode or "no loophole", None if mode is None else mode in environment.monitored, row, hacked, solved
-            )
-            for row, (mode, hacked, solved) in enumerate(
-                zip(modes, graded.hacked.tolist(), graded.solved.tolist(), strict=True)
-            )
-        ]
 
-    return gr.evaluate_on_off(model, records)
+def records(model: nn.Module, environment: Environment, n_per_mode: int, seed: int) -> list[gr.EvalRecord]:
+    """What the model, in the view it is in, does on prompts that are always the same."""
+    # Training draws from `seed` itself; this stream is another one.
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
+    hinted = [environment.sample_prompts(n_per_mode, generator, no_hint=0.0, mode=mode)[0] for mode in MODES]
+    unhinted, _ = environment.sample_prompts(n_per_mode, generator, no_hint=1.0)
+    prompts = torch.cat([*hinted, unhinted])
+    graded = environment.grade(prompts, sample(model, prompts, generator, environment.completion_length))
+    modes = [MODES[i] if i >= 0 else None for i in hint_modes(prompts).tolist()]
+    rollouts = zip(modes, graded.hacked.tolist(), graded.solved.tolist(), strict=True)
+    return [
+        gr.EvalRecord(
+            mode or "no loophole", None if mode is None else mode in environment.monitored, row, hacked, solved
+        )
+        for row, (mode, hacked, solved) in enumerate(rollouts)
+    ]
 
 
 def view_rates(view: Any) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def plot_curves(path: Path, runs: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(max(4.5, 2.7 * len(arms)), 5.2), layout="constrained")
     axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
     lines = (
-        (axes[0], (("hack_monitored", "monitored", "tab:blue"), ("hack_held_out", "held out", "tab:red"))),
-        (axes[1], (("solve_hinted", "hinted", "tab:green"), ("solve_no_hint", "no hint", "0.35"))),
+        (axes[0], (("hack_monitored", "monitored", "0.6"), ("hack_held_out", "held out", "0"))),
+        (axes[1], (("solve_hinted", "hinted", "0"), ("solve_no_hint", "no hint", "0.6"))),
     )
     for column, (arm, found) in enumerate(arms.items()):
         for row, groups in lines:

@@ -1,5 +1,7 @@
 """Sampling completions at temperature 1, and the log-probabilities of sampled ones."""
 
+import inspect
+
 import torch
 from torch import Generator, Tensor, nn
 from transformers import DynamicCache
@@ -13,10 +15,12 @@ from .language import EOS, PAD, PROMPT_LENGTH
 def sample(model: nn.Module, prompts: Tensor, generator: Generator, length: int) -> Tensor:
     """(n, length) completions of (n, 8) prompts, padded after <eos>."""
     cache, tokens = DynamicCache(config=model.config), prompts
+    # transformers 5.24 renamed the argument.
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     completions = torch.full((len(prompts), length), PAD)
     running = torch.ones(len(prompts), dtype=torch.bool)
     for t in range(length):
-        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(tokens, use_cache=True, logits_to_keep=1, **{named: cache}).logits[:, -1]
         tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         completions[running, t] = tokens[running, 0]
         running = running & (tokens[:, 0] != EOS)

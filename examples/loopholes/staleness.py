@@ -131,5 +131,7 @@ def _any_at(results: Results, env: str, step: int, name: str) -> bool:
 
 
 def _mean_at(runs: list[Mapping[str, Any]], step: int, name: str) -> str:
-    values = [point[name] for run in runs for point in run["drift"] if point["step"] == step and name in point]
+    # None: measured, but there was nothing to tell apart, as where no rollout was a hack.
+    points = (point for run in runs for point in run["drift"] if point["step"] == step)
+    values = [value for point in points if (value := point.get(name)) is not None]
     return f"{fmean(values):.2f}" if values else "-"

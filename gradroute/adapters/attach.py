@@ -12,7 +12,7 @@ from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.errors import RouteError, TargetError
-from gradroute.protocol import BlockName, RoutedLayer, routed_layers
+from gradroute.protocol import BlockName, RoutedLayer, check_module, routed_layers
 
 Parametrization = Literal["lora", "svd_gain"]
 
@@ -49,6 +49,7 @@ def attach(
         raise TargetError(f'`parametrization` should be "lora" or "svd_gain". Found {parametrization!r}.')
     if rotate and parametrization != "svd_gain":
         raise TargetError('`rotate=True` rotates singular directions. Fix: parametrization="svd_gain".')
+    check_module(model)
     _check_no_peft(model)
     if any(isinstance(module, RoutedLayer) for module in model.modules()):
         raise TargetError("`model` has routed layers already. Fix: detach(model) first.")
@@ -90,10 +91,14 @@ def attach(
 def detach(model: nn.Module) -> nn.Module:
     """Put the original linears back and restore their `requires_grad`; both blocks are dropped. Returns `model`.
 
+    Args:
+        model: that was given to `attach`; changed in place.
+
     Raises:
         TargetError: `model` was not given blocks by `attach`, or holds only a part of what was.
         RouteError: inside a route or view, whose end would find no layers.
     """
+    check_module(model)
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -121,12 +126,26 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def deployed_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every deployed block, named as in `model.named_parameters()`."""
+    """(name, parameter) of every deployed block, named as in `model.named_parameters()`.
+
+    Args:
+        model: with routed layers.
+
+    Raises:
+        GradRouteError: `model` has none.
+    """
     return _block_parameters(model, "deployed")
 
 
 def quarantine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every quarantine block, named as in `model.named_parameters()`."""
+    """(name, parameter) of every quarantine block, named as in `model.named_parameters()`.
+
+    Args:
+        model: with routed layers.
+
+    Raises:
+        GradRouteError: `model` has none.
+    """
     return _block_parameters(model, "quarantine")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
-from gradroute.protocol import routed_layers
+from gradroute.protocol import check_module, routed_layers
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,14 @@ def check_model(model: nn.Module) -> list[Finding]:
     Before adapting: parts that cannot be targeted. After: parameters that are trained past every mask, frozen blocks,
     adapters without a quarantine, merged or sharded layers, routes left open, checkpointing that cannot be followed.
     Nothing is run or changed.
+
+    Args:
+        model: any module. What would raise elsewhere is a `Finding` here.
+
+    Raises:
+        GradRouteError: `model` is no module at all.
     """
+    check_module(model)
     findings = [finding for name, module in model.named_modules() for finding in _untargetable(name, module)]
     findings += _tied_head(model)
     findings += _checkpointing(model)
@@ -156,7 +163,14 @@ def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:
 
 @dataclass(frozen=True, repr=False)
 class ParameterSummary:
-    """Numbers of parameters: trainable ones per block, all, and the names of what is trained besides the blocks."""
+    """Numbers of parameters; `print` it.
+
+    Args:
+        layers: number of routed layers.
+        deployed, quarantine: trainable parameters of each block.
+        total: parameters of the whole model, frozen ones included.
+        trained_besides: name -> number, of what is trained outside of the blocks, past every mask.
+    """
 
     layers: int
     deployed: int
@@ -178,6 +192,9 @@ class ParameterSummary:
 
 def parameter_summary(model: nn.Module) -> ParameterSummary:
     """How many parameters of each block are trainable, out of how many; `print` it.
+
+    Args:
+        model: with routed layers.
 
     Raises:
         GradRouteError: `model` has no routed layers.

@@ -185,7 +185,10 @@ def _flags(flags: Sequence[bool] | Tensor) -> Tensor:
 
 
 def _float_tensor(name: str, values: Floats) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.get_default_dtype())
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RouteError(f"`{name}` should hold floats, one per row or token. Found {_describe(values)}.") from error
     if not tensor.is_floating_point():
         raise RouteError(f"`{name}` should hold floats. Found {_describe(cast(Any, values))}.")
     return tensor

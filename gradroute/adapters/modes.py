@@ -50,6 +50,12 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
 
     A routed layer that runs in this view does not count as having run under an open route. Unlike PEFT's
     `model.disable_adapter()` it leaves every `requires_grad` alone.
+
+    Args:
+        model: with routed layers.
+
+    Raises:
+        GradRouteError: `model` has no routed layers.
     """
     return _disabled(model, routed_linears(model))
 

@@ -23,6 +23,10 @@ def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask
     Nests: an inner route replaces the outer one for its duration. On leaving without an exception, raises `RouteError`
     if a routed layer of `model` did not run: its mask would have been asked for and not applied.
 
+    Args:
+        model: with routed layers.
+        mask: a row per sequence of the batches that run inside, or an entry per token.
+
     Raises:
         RouteError: `mask` is no `RouteMask`, its rows do not fit a batch, or a routed layer did not run.
     """
@@ -45,6 +49,9 @@ def _routed(layers: dict[str, RoutedLinear], active: ActiveRoute) -> Iterator[Ro
 def set_route(model: nn.Module, mask: RouteMask) -> None:
     """Put `mask` in force until `clear_route(model)` or the next `set_route`; for loops that own no `with` block.
 
+    Args:
+        model, mask: as for `route`.
+
     Raises:
         RouteError: a `route()` block is open, or the mask set before was never used by some layer.
     """
@@ -56,6 +63,9 @@ def set_route(model: nn.Module, mask: RouteMask) -> None:
 
 def clear_route(model: nn.Module) -> None:
     """End the route of `set_route`.
+
+    Args:
+        model: that was given to `set_route`.
 
     Raises:
         RouteError: no sticky route is set, a `route()` block is open, or some layer never ran under the mask. The

@@ -56,7 +56,11 @@ class Scorer(Protocol):
 
 
 class Capture(Mapping[str, Tensor]):
-    """Features by module name, each (rows, d_feature) in float32 or wider; several forwards concatenate in order."""
+    """Features by module name, each (rows, d_feature) in float32 or wider; several forwards concatenate in order.
+
+    Made by `capture_activations` and `capture_gradients`, whose `source`, `feature`, `reduction`, `modules` and
+    `directions` it remembers. Raises GradRouteError on reading where a module did not run or is not finite.
+    """
 
     def __init__(
         self,
@@ -94,7 +98,10 @@ class Capture(Mapping[str, Tensor]):
         """
         found = (self.source, self.feature, self.reduction)
         if found != settings:
-            raise GradRouteError(f"`features` should be captured as {settings}, like the pairs. Found {found}.")
+            raise GradRouteError(
+                f"`features` should be captured as {settings}, like the pairs. Found {found}. Fix: capture with the "
+                "settings that the directions were extracted with."
+            )
         if self.directions is None:
             return False
         if self.directions is not directions or self.version != directions.version:
@@ -210,7 +217,7 @@ def capture_gradients(
         GradRouteError: gradients are off, or on leaving: a module without a backward, or features not finite.
     """
     if directions is not None and (features != "parameter" or modules is not None):
-        raise GradRouteError('`directions` goes with `features="parameter"` and brings its own modules.')
+        raise GradRouteError('`directions` needs `features="parameter"` and no `modules`. Found others.')
     V = None if directions is None else directions.weights()
     layers = read_modules(model, modules if V is None else list(V), features)
     capture = Capture("gradient", features, "sum", list(layers), directions)

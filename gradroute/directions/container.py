@@ -22,7 +22,7 @@ from gradroute.directions.controls import RANDOM, Control, Draw, Sides, sides
 from gradroute.directions.diagnostics import DirectionsSummary, Validation
 from gradroute.directions.estimator import Estimate, Estimator, unit
 from gradroute.directions.estimators import estimator_of
-from gradroute.directions.identity import model_identity
+from gradroute.directions.identity import model_identity, rows_hash
 from gradroute.directions.plotting import plot_summary
 from gradroute.directions.provenance import Provenance
 from gradroute.directions.storage import incomplete, read_directions, write_directions
@@ -40,11 +40,12 @@ class Directions:
         rows: module name -> (k, d_feature), in module order; modules without rows do not count in the score.
         hack, clean: module name -> (pairs, d_feature).
         provenance: how they were made.
-        version: raised by one at each `update_`.
-        step: optimizer step at which they were last extracted.
+        version, step: raised by one at each `update_`; optimizer step at which they were last extracted.
         centre, scale: module name -> (d_feature,), for rows that are taken with standardised features.
         heldout: the pairs that the rows were estimated without.
         estimator: what made the rows; None reads it from the provenance.
+
+    Raises GradRouteError where these do not fit each other or are not finite.
     """
 
     rows: Mapping[str, Float[Tensor, "_ _"]]
@@ -91,6 +92,11 @@ class Directions:
             f"{d}, {self.n_pairs} pairs{heldout} {made.pair_hash[:8]}, {made.view} view, step {self.step}, "
             f"version {self.version})"
         )
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of what scores depend on: rows, centre and scale."""
+        return rows_hash({"rows": self.rows, "centre": self.centre, "scale": self.scale})
 
     @property
     def n_pairs(self) -> int:
@@ -184,8 +190,7 @@ class Directions:
     ) -> Validation:
         """AUROC on labelled rollouts, with an interval; warns where it is below 1/2.
 
-        Pairs of another distribution than the rollouts give inverted scores that look like a working gate. Fifty
-        labelled rollouts tell.
+        Pairs of another distribution than the rollouts give inverted scores, which look like a working gate.
 
         Args:
             rollouts: their scores, or their features.
@@ -219,7 +224,7 @@ class Directions:
             RefreshError: `fresh` is this very object, or was made from other pairs, settings, modules or another base.
         """
         if fresh is self:
-            raise RefreshError("`fresh` is the very object to be updated, so nothing was extracted.")
+            raise RefreshError("`fresh` should be extracted anew. Found the very object to be updated.")
         self._check_same_features(fresh)
         self.provenance.check_refreshed_by(fresh.provenance)
         control, view = self.provenance.control, fresh.provenance.view

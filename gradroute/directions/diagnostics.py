@@ -12,7 +12,6 @@ null, grpo_proj2; interval of the AUROC, Newcombe 2006, Statistics in Medicine 2
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from gradroute.directions.controls import haar_rows
 from gradroute.directions.estimator import Estimate, Estimator, Features, unit
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 
 _SPLITS = 10
 
@@ -100,6 +100,10 @@ class Validation:
     n_hack: int
     n_clean: int
 
+    def __repr__(self) -> str:
+        interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        return f"Validation(AUROC {self.auroc:.2f} {interval}, {self.n_hack} hacks, {self.n_clean} others)"
+
     @property
     def inverted(self) -> bool:
         """Whether clean rollouts score above hacks more often than not."""
@@ -125,10 +129,9 @@ def validate_scores(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"
     value = auroc(hack, clean)
     found = Validation(value, *auroc_interval(value, len(hack), len(clean)), len(hack), len(clean))
     if found.inverted:
-        warnings.warn(
+        warn(
             f"The scores are inverted on the labelled rollouts: AUROC {value:.2f} [{found.low:.2f}, {found.high:.2f}]. "
             "Gates would route the clean ones. Fix: take pairs from the distribution of the rollouts.",
-            GradRouteWarning,
             stacklevel=3,
         )
     return found

@@ -104,7 +104,7 @@ class Estimator(ABC):
         if self.n_heldout < 0 or left < self.least_pairs:
             raise GradRouteError(
                 f"`{self.name}` should have {self.least_pairs} or more pairs to estimate from. Found {pairs} pairs, "
-                f"{self.n_heldout} of them held out."
+                f"{self.n_heldout} of them held out. Fix: more pairs, or a smaller `n_heldout`."
             )
         order = torch.randperm(pairs, generator=torch.Generator().manual_seed(self.seed))
         heldout = tuple(sorted(order[: self.n_heldout].tolist()))

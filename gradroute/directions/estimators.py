@@ -29,6 +29,7 @@ class MeanDifference(Estimator):
     Args:
         standardise: centre and scale every coordinate over the pairs' features first: v = mean D / s, for scores of
             (f - c) / s. A coordinate that is the same in all pairs gets the module's own size as its scale.
+        n_heldout, seed, orthogonal_to: see `Estimator`.
     """
 
     name: ClassVar[str] = "mean_difference"
@@ -46,11 +47,23 @@ class MeanDifference(Estimator):
 
 @dataclass(frozen=True, kw_only=True)
 class TStatistic(Estimator):
-    """v = clamp(mean D / (std D / sqrt P), -clamp, clamp), per coordinate: what is small and reliable counts."""
+    """v = clamp(mean D / (std D / sqrt P), -clamp, clamp), per coordinate: what is small and reliable counts.
+
+    Args:
+        clamp: largest t that counts.
+        n_heldout, seed, orthogonal_to: see `Estimator`.
+
+    Raises:
+        GradRouteError: a clamp that is not positive.
+    """
 
     name: ClassVar[str] = "t_statistic"
     least_pairs: ClassVar[int] = 2
     clamp: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clamp < float("inf"):
+            raise GradRouteError(f"`clamp` should be a positive number. Found {self.clamp!r}.")
 
     def estimate(self, hack: Features, clean: Features) -> Unnormalised:
         rows = {}
@@ -72,6 +85,10 @@ class Svd(Estimator):
         axis_floor: drop rows with S_i / S_0 below it; the first one stays.
         noise_floor: drop rows whose S_i is below this quantile of all singular values of all modules; a module without
             rows left drops out of the score.
+        n_heldout, seed, orthogonal_to: see `Estimator`.
+
+    Raises:
+        GradRouteError: a number out of range; when called, more rows than pairs or coordinates.
     """
 
     name: ClassVar[str] = "svd"
@@ -82,7 +99,8 @@ class Svd(Estimator):
     def __post_init__(self) -> None:
         if self.k < 1 or not 0 <= self.axis_floor <= 1 or not 0 <= self.noise_floor < 1:
             raise GradRouteError(
-                f"`svd` should have k >= 1, axis_floor in [0, 1], noise_floor in [0, 1). Found {self}."
+                "`k` should be at least 1, `axis_floor` in [0, 1] and `noise_floor` in [0, 1). Found "
+                f"{self.k!r}, {self.axis_floor!r} and {self.noise_floor!r}."
             )
 
     def estimate(self, hack: Features, clean: Features) -> Unnormalised:

@@ -9,6 +9,7 @@ random numbers are left as found.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from gradroute.directions.provenance import Provenance
 from gradroute.directions.reading import Feature, Reduction
 from gradroute.errors import DeadDirectionError, GradRouteError
 from gradroute.preserve import left_as_found
+from gradroute.progress import progressed
 from gradroute.protocol import RoutedLayer, routed_layers
 from gradroute.typing import typechecked
 
@@ -62,6 +64,7 @@ def extract_activation_directions(
     batch_size: int = 32,
     forward_fn: ForwardFn | None = None,
     estimator: str | Estimator = "mean_difference",
+    progress: bool = True,
 ) -> Directions:
     """v = unit(mean over pairs of (f_hack - f_clean)), f pooled activations over the completion's tokens.
 
@@ -73,6 +76,7 @@ def extract_activation_directions(
         batch_size: rollouts per forward.
         forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
         estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
+        progress: show a bar if it takes longer than two seconds and stderr is a terminal.
 
     Returns:
         `Directions` with unit rows (k, d_feature) per module.
@@ -94,7 +98,9 @@ def extract_activation_directions(
             _forward(model, batch, forward_fn, **few_logits)
         return capture
 
-    return _extract(model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator)
+    return _extract(
+        model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator, progress=progress
+    )
 
 
 @typechecked
@@ -109,6 +115,7 @@ def extract_gradient_directions(
     forward_fn: ForwardFn | None = None,
     loss_fn: LossFn | None = None,
     estimator: str | Estimator = "mean_difference",
+    progress: bool = True,
 ) -> Directions:
     """v = unit(mean over pairs of (c_hack - c_clean)), c the gradient features of each completion's mean NLL.
 
@@ -120,7 +127,7 @@ def extract_gradient_directions(
     gradient is computed in any other case.
 
     Args:
-        model, pairs, tokenizer, batch_size, estimator: as in `extract_activation_directions`.
+        model, pairs, tokenizer, batch_size, estimator, progress: as in `extract_activation_directions`.
         features, modules: see `capture_gradients`.
         forward_fn: (model, input_ids, attention_mask) -> logits (batch, seq, vocab) or an object with `.logits`.
         loss_fn: (what the forward returned, batch) -> loss of each rollout (batch,); None is the completion's mean NLL.
@@ -148,7 +155,10 @@ def extract_gradient_directions(
             losses.sum().backward()  # type: ignore[no-untyped-call]
         return capture
 
-    return _extract(model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator, frozen=True)
+    return _extract(
+        model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run,
+        estimator=estimator, progress=progress, frozen=True,
+    )  # fmt: skip
 
 
 def _extract(
@@ -159,6 +169,7 @@ def _extract(
     run: Callable[[PaddedBatch], Capture],
     *,
     estimator: Estimator,
+    progress: bool,
     frozen: bool = False,
 ) -> Directions:
     layers = routed_layers(model)
@@ -171,7 +182,8 @@ def _extract(
     with left_as_found(model):
         if frozen:
             model.requires_grad_(False)
-        for batch in padded_batches(rollouts, batch_size, device):
+        batches, total = padded_batches(rollouts, batch_size, device), math.ceil(len(rollouts) / max(batch_size, 1))
+        for batch in progressed(batches, total=total, description="extracting directions", progress=progress):
             capture = run(batch)
             for name, rows in capture.items():
                 home = torch.device("cpu") if capture.feature == "parameter" else rows.device

@@ -1,9 +1,10 @@
-"""Which base model is this? A fingerprint of frozen weights, so that directions are not used on another model."""
+"""Which base model is this, and which directions? Hashes by which a card, a cache and a file know them."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradroute.protocol import RoutedLayer
 
@@ -31,6 +32,16 @@ def model_identity(model: nn.Module) -> str:
         index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
         values = flat[index].double().cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+    return digest.hexdigest()
+
+
+def rows_hash(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:
+    """SHA-256 over name, shape and float64 values of tensors by kind ("rows", "scale") and module."""
+    digest = hashlib.sha256()
+    for kind, group in groups.items():
+        for name, values in (group or {}).items():
+            wide = values.detach().to("cpu", torch.float64).contiguous()
+            digest.update(f"{kind} {name} {tuple(wide.shape)} ".encode() + wide.numpy().tobytes())
     return digest.hexdigest()
 
 

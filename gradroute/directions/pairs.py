@@ -36,6 +36,9 @@ class ContrastivePair:
         hack: the exploiting completion.
         clean: the honest completion.
         clean_prompt: the clean side's own prompt; None means `prompt`.
+
+    Raises:
+        GradRouteError: neither texts nor token ids, an empty completion, or the same on both sides.
     """
 
     prompt: Text
@@ -62,6 +65,9 @@ class ContrastivePair:
 
 def load_pairs(path: str | Path) -> list[ContrastivePair]:
     """Read pairs from a `.json` array or a `.jsonl` file of objects with keys prompt, hack, clean[, clean_prompt].
+
+    Args:
+        path: the file; texts, or lists of token ids.
 
     Raises:
         FileFormatError: naming the entry, if the file is no JSON, holds no pairs, or a pair lacks a key or has one

@@ -48,5 +48,5 @@ class Provenance:
             if getattr(self, name) != getattr(fresh, name):
                 raise RefreshError(
                     f"`fresh` should have the {name} of the directions it refreshes, {getattr(self, name)!r}. "
-                    f"Found {getattr(fresh, name)!r}."
+                    f"Found {getattr(fresh, name)!r}. Fix: extract from the same pairs and model, as before."
                 )

@@ -123,7 +123,7 @@ def _token_weights(pool: Tensor, reduction: Reduction) -> Float[Tensor, "batch s
         raise GradRouteError("`pool` should hold finite weights >= 0.")
     empty = (weights == 0).all(1)
     if empty.any():
-        raise GradRouteError(f"`pool` should keep a token in every row. Row {int(empty.nonzero()[0])} has none.")
+        raise GradRouteError(f"`pool` should keep a token in every row. Found none in row {int(empty.nonzero()[0])}.")
     if reduction == "sum":
         return weights
     if reduction == "mean":

@@ -1,5 +1,6 @@
 """On and ablated evaluation, intervals, and verdicts against controls."""
 
+from gradroute.evaluation.ablation_reach import assert_ablation_reaches
 from gradroute.evaluation.arm_runs import ArmRuns, ModeOutcomes
 from gradroute.evaluation.compare import compare, compare_all
 from gradroute.evaluation.controls import Controls
@@ -19,6 +20,7 @@ __all__ = [
     "Records",
     "Verdict",
     "ViewRates",
+    "assert_ablation_reaches",
     "compare",
     "compare_all",
     "evaluate_on_off",

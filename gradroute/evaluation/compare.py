@@ -68,7 +68,8 @@ def compare_all(
     """The verdict on each of several treatments, at levels that keep the chance of any false "effective" at `level`.
 
     Args:
-        contests: (treatment, controls) of each, with arguments as in `compare`.
+        contests: (treatment, controls) of each.
+        modes, criteria, resamples, seed: as in `compare`.
 
     Raises:
         GradRouteError: as `compare`; no contests, or one treatment twice.

@@ -16,6 +16,9 @@ class Controls:
         random: one arm per random direction, oriented on the treatment's pairs
             (`Directions.random_like(seed, oriented=True)`), each with some or all of the treatment's seeds. Without
             any, no verdict is "directional".
+
+    Raises:
+        GradRouteError: something other than `ArmRuns`.
     """
 
     shuffled: ArmRuns

@@ -75,6 +75,13 @@ class OnOffReport:
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the table, with intervals; returns (figure, axes). Needs matplotlib."""
+        # Imported on use: plotting draws reports.
+        from gradroute.evaluation.plotting import plot_report  # noqa: PLC0415
+
+        return plot_report(self, ax)
+
 
 GROUPS = ("monitored", "held-out", "no loophole")
 _GROUP_OF = {True: "monitored", False: "held-out", None: "no loophole"}
@@ -98,31 +105,41 @@ def evaluate_on_off(model: nn.Module, eval_fn: Callable[[nn.Module], Iterable[Ev
             "Fix: leave ablate_quarantine / disable_adapters first."
         )
     with without_route(model), left_as_found(model):
-        on = _records(eval_fn(model))
+        on = checked_records(eval_fn(model), "in the on view")
     with without_route(model), left_as_found(model), ablate_quarantine(model):
-        ablated = _records(eval_fn(model))
-    for view, records in (("on", on), ("ablated", ablated)):
-        if not records:
-            raise GradRouteError(f"`eval_fn` should return at least one record. Found none in the {view} view.")
-        wrong = [record for record in records if not isinstance(record, EvalRecord)]
-        if wrong:
-            raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(wrong[0]).__name__}.")
-    keys = [sorted((str(r.mode), str(r.prompt_id), str(r.monitored)) for r in records) for records in (on, ablated)]
-    if keys[0] != keys[1]:
+        ablated = checked_records(eval_fn(model), "in the ablated view")
+    if prompts_of(on) != prompts_of(ablated):
         raise GradRouteError(
             "`eval_fn` should evaluate the same prompts in both views. Found different modes, prompt ids or "
             "monitored flags. Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
         )
-    return OnOffReport(_rates(on), _rates(ablated), Records(tuple(on), tuple(ablated)))
+    return OnOffReport(rates_by_group(on), rates_by_group(ablated), Records(tuple(on), tuple(ablated)))
 
 
-def _records(returned: object) -> list[Any]:
+def checked_records(returned: object, where: str) -> list[EvalRecord]:
+    """What `eval_fn` returned, if that is one record or more."""
     if not isinstance(returned, Iterable):
         raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(returned).__name__}.")
-    return list(returned)
+    records = list(returned)
+    if not records:
+        raise GradRouteError(f"`eval_fn` should return at least one record. Found none {where}.")
+    wrong = [record for record in records if not isinstance(record, EvalRecord)]
+    if wrong:
+        raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(wrong[0]).__name__}.")
+    return records
 
 
-def _rates(records: Sequence[EvalRecord]) -> ViewRates:
+def prompts_of(records: Sequence[EvalRecord]) -> list[tuple[str, str, str]]:
+    """(mode, prompt id, monitored) of every rollout, sorted: what two views have to have in common."""
+    return sorted((str(r.mode), str(r.prompt_id), str(r.monitored)) for r in records)
+
+
+def rates_by_group(records: Sequence[EvalRecord]) -> ViewRates:
+    """Rates of the three groups, then of every mode.
+
+    Raises:
+        GradRouteError: a mode named like a group that it is not.
+    """
     by_group: dict[str, list[EvalRecord]] = {group: [] for group in GROUPS}
     for record in records:
         if record.mode in GROUPS and _GROUP_OF[record.monitored] != record.mode:

@@ -11,7 +11,14 @@ from gradroute.errors import GradRouteError
 
 @dataclass(frozen=True)
 class Rate:
-    """k of n, with its 95 % Wilson interval; n = 0 has no rate."""
+    """k of n, with its 95 % Wilson interval; n = 0 has no rate.
+
+    Args:
+        k, n: counts, 0 <= k <= n.
+
+    Raises:
+        GradRouteError: anything else.
+    """
 
     k: int
     n: int

@@ -45,6 +45,9 @@ def clean_baseline_advantages(
         `GroupAdvantages(full=a, clean=b)`. A group with all rows flagged, or with a single unflagged row, has b = 0; a
         group whose rewards are all equal has a = b = 0.
 
+    Raises:
+        GradRouteError: rewards that are not whole groups, or not finite.
+
     Source: the "balanced" advantages of GRPO with two adapters (GRAFT, in shawnghu/small-rl).
     """
     if group_size < 2:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute.errors import GradRouteError
-from gradroute.protocol import routed_layers
+from gradroute.protocol import check_module, routed_layers
 from gradroute.routing.apply_filter import GradientFilter, apply_filter
 from gradroute.routing.filter_stats import FilterStats
 
@@ -139,6 +139,8 @@ def attach_filter(
     """
     if not isinstance(f, GradientFilter):
         raise GradRouteError(f"`f` should be a ProjectionFilter or a RolloutFilter. Found {type(f).__name__}.")
+    check_module(model)
+    innermost: object = optimizer
     for layer_of_wrapping in _unwrapped(optimizer):
         found = getattr(layer_of_wrapping, "scaler", None)
         scaler = found if scaler is None else scaler

@@ -3,7 +3,6 @@
 svd_gain: width r, bottleneck directions          LoRA: A then B, width r (d_in + d_out), parameter-shaped directions
 """
 
-import warnings
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute.directions.container import Directions
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 from gradroute.protocol import routed_layers
 from gradroute.routing.deployed_gradient import as_row, check_directions, check_layout, whole
 from gradroute.routing.filters import orthonormal_rows
@@ -36,12 +36,13 @@ class DeployedRows:
     def __init__(self, model: nn.Module, directions: Directions, side: Side) -> None:
         if side not in get_args(Side):
             raise GradRouteError(f'`side` should be "one" or "two". Found {side!r}.')
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
         made = directions.provenance
         if side == "one" and made.source != "gradient" and made.estimator != "random":
-            warnings.warn(
+            warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what passes for hack-ward may be "
                 'the opposite. Fix: extract_gradient_directions, or side="two".',
-                GradRouteWarning,
                 stacklevel=4,
             )
         self.directions, self.side = directions, side

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from gradroute.directions.container import Directions
 from gradroute.directions.identity import model_identity
 from gradroute.directions.pairs import ContrastivePair, pair_hash, tokenize_pairs
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 from gradroute.protocol import routed_layers
 from gradroute.routing.fingerprint import trained_hash
 
@@ -33,10 +33,12 @@ class DirectionCache:
     """A folder of directions; `cache.extract(extract_activation_directions, model, pairs, tokenizer=tok, ...)`.
 
     Args:
-        folder: made if it is not there. Files are named by their key.
+        folder: made if it is not there. Files are named by their key. Errors are those of `extract`.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise GradRouteError(f"`folder` should be a path. Found {type(folder).__name__}.")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits, self.misses = 0, 0
@@ -69,7 +71,7 @@ class DirectionCache:
                 directions = Directions.load(path, model=model)
                 _check_made_of(directions, model, pairs)
             except GradRouteError as error:
-                warnings.warn(f"{path} is of no use and is made again: {error}", GradRouteWarning, stacklevel=2)
+                warn(f"{path} is of no use and is made again: {error}", stacklevel=2)
             else:
                 self.hits += 1
                 return directions
@@ -92,7 +94,9 @@ class DirectionCache:
         """The name of the file for this call, for the values that the blocks have now."""
         bound = inspect.signature(extractor).bind(model, pairs, **settings)
         bound.apply_defaults()
-        given = {name: value for name, value in list(bound.arguments.items())[2:] if name != "tokenizer"}
+        # The tokenizer is told by what it made of the pairs; a bar changes nothing.
+        unread = ("tokenizer", "progress")
+        given = {name: value for name, value in list(bound.arguments.items())[2:] if name not in unread}
         rollouts = tokenize_pairs(pairs, bound.arguments.get("tokenizer"))
         content = {
             "format": _FORMAT,

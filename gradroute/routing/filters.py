@@ -20,7 +20,6 @@ Source: grpo_proj2 (wassname), "erase" and "route v1".
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.container import Directions, unit
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 from gradroute.protocol import BlockName, RoutedLayer
 from gradroute.routing.apply_filter import FilteredGradients, GradientFilter
 from gradroute.routing.deployed_gradient import (
@@ -105,10 +105,9 @@ class ProjectionFilter(GradientFilter):
                 "live where a gradient does."
             )
         if made.source != "gradient" and side != "two" and made.estimator != "random":
-            warnings.warn(
+            warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what side={side!r} takes for "
                 'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".',
-                GradRouteWarning,
                 stacklevel=2,
             )
 

@@ -6,7 +6,6 @@ A gate that never routes is a gate that is off; one that always routes starves t
 that works.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.container import Directions
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
+from gradroute.routing.plotting import Marked, plot_marked
 from gradroute.routing.state import State, check_state, directions_in_force, format_of
 
 Below = Literal["absorb", "keep"]
@@ -42,6 +43,32 @@ class Gate(ABC):
     @abstractmethod
     def settings(self) -> State:
         """What the gate was built with, as JSON values."""
+
+    def plot(
+        self, scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"] | None = None, ax: Any = None
+    ) -> tuple[Any, Any]:
+        """A histogram of scores with the gate's thresholds; returns (figure, axes). Needs matplotlib.
+
+        Args:
+            scores: of rollouts, as this gate is called with; a `QuantileGate`: as `directions.score` gives them.
+            labels: True for hacks, drawn apart.
+            ax: matplotlib axes to draw on; None makes a figure.
+
+        Raises:
+            GradRouteError: a gate that reads no scores, scores that are not finite, or labels of another shape.
+        """
+        if not isinstance(scores, Tensor) or scores.ndim != 1 or not len(scores):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise GradRouteError(f"`scores` should be a tensor with one score per rollout (rows,). Found {found}.")
+        if labels is not None and (labels.shape != scores.shape or labels.dtype != torch.bool):
+            raise GradRouteError(
+                f"`labels` should be booleans of shape {tuple(scores.shape)}. Found {labels.dtype}, "
+                f"{tuple(labels.shape)}."
+            )
+        return plot_marked(self._marked(finite_scores(scores)), labels, ax)
+
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:  # noqa: ARG002  (read by the gates that can)
+        raise GradRouteError(f"{type(self).__name__} should read scores to have a histogram. Found that it reads none.")
 
     def check_before_calls(self, check: Callable[[], None]) -> None:
         """Have `check` called at the start of each call; it raises where the gate must not be used."""
@@ -80,7 +107,7 @@ class Gate(ABC):
             for complaint in complaints:
                 if self.strict:
                     raise GradRouteError(complaint)
-                warnings.warn(complaint, GradRouteWarning, stacklevel=3)
+                warn(complaint, stacklevel=3)
         return mask
 
     def _open_window(self) -> None:
@@ -105,6 +132,9 @@ def positive_integer(argument: str, value: Any) -> int:
 
 def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """`scores`, if they are numbers: what is not would be on neither side of a threshold."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise GradRouteError(f"`scores` should be a floating point tensor, one score per row. Found {found}.")
     if not torch.isfinite(scores).all():
         where = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")

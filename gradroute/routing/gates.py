@@ -8,7 +8,6 @@ soft        f = clamp(z, 0, 1):  m = 1, g_d = 1 - f, g_q = f
 """
 
 import math
-import warnings
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.container import Directions
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
+from gradroute.logs import warn
 from gradroute.routing.gate_window import Below, Gate, below_mask, checked_below, finite_scores
+from gradroute.routing.plotting import Marked
 from gradroute.routing.state import State
 from gradroute.typing import typechecked
 
@@ -59,10 +60,9 @@ class LabelGate(Gate):
         self._generator = torch.Generator().manual_seed(seed)
         super().__init__(window=window, strict=strict)
         if self.false_positive_rate >= 0.1:
-            warnings.warn(
+            warn(
                 f"`false_positive_rate` is {self.false_positive_rate:g}: routing a tenth of the clean rollouts has "
                 "collapsed the deployed block in published runs. Recall matters less: prefer a stricter monitor.",
-                GradRouteWarning,
                 stacklevel=2,
             )
 
@@ -150,6 +150,9 @@ class ThresholdGate(Gate):
 
     def settings(self) -> State:
         return {"threshold": self.threshold, "below": self.below}
+
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:
+        return Marked(scores, "score", [(self.threshold, "threshold")], scores >= self.threshold)
 
     def __repr__(self) -> str:
         return f"ThresholdGate({self.threshold:g}, below={self.below!r})"
@@ -254,6 +257,12 @@ class BandGate(Gate):
         turned = ", reversed" if self.reversed else ""
         return f"BandGate(z=0 at {lo:.4g}, z=1 at {hi:.4g}{turned}, {kind}, version {self._version})"
 
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:
+        z, ends = self.z(scores), [(0.0, "clean pairs"), (1.0, "hack pairs")]
+        if self.soft:
+            return Marked(z, "z", ends, None)
+        return Marked(z, "z", [(self.threshold, "threshold"), *ends], z >= self.threshold)
+
     def _read_ends(self) -> None:
         if self._version == self.directions.version:
             return
@@ -266,9 +275,8 @@ class BandGate(Gate):
                 "this direction does not see them apart. Fix: use other pairs or features."
             )
         if hi < lo and self.directions.provenance.estimator != "random":
-            warnings.warn(
+            warn(
                 f"The hack pairs score below the clean ones ({hi:.4g} < {lo:.4g}); the gate routes low scores.",
-                GradRouteWarning,
                 stacklevel=3,
             )
         self._lo, self._hi, self._version = lo, hi, self.directions.version

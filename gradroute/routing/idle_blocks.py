@@ -18,7 +18,7 @@ from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.adapters.state import ForwardState
 from gradroute.errors import GradRouteError
 from gradroute.protocol import BlockName
-from gradroute.routing.step_hooks import StepHooks
+from gradroute.routing.step_hooks import StepHooks, torch_optimizer
 
 _BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
 
@@ -50,7 +50,7 @@ class IdleBlockSkip(StepHooks):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         layers = routed_linears(model)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
         self._parameters = {
             block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]
             for block in _BLOCKS

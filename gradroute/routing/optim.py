@@ -55,7 +55,7 @@ class UpdateProjection(StepHooks):
     def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions, side: Side) -> None:
         self.removed_share: float | None = None
         self._blocks = DeployedRows(model, directions, side)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
         for name, parameters in self._blocks.parameters.items():
             if not all(id(p) in held for p in parameters):
                 raise GradRouteError(f"`optimizer` should hold the deployed parameters of `{name}`. Some are missing.")
@@ -156,7 +156,7 @@ class DecayTowardStart(StepHooks):
         blocks = {**dict(deployed_parameters(model)), **dict(quarantine_parameters(model))}
         self._start: dict[str, Tensor] = {}
         self._names = {id(p): name for name, p in blocks.items()}
-        for group in optimizer.param_groups:
+        for group in torch_optimizer(optimizer).param_groups:
             for p in group["params"]:
                 if id(p) in self._names:
                     self._start[self._names[id(p)]] = p.detach().clone()

@@ -20,6 +20,7 @@ from gradroute.directions.capture import Capture
 from gradroute.directions.container import Directions
 from gradroute.errors import GradRouteError
 from gradroute.routing.gate_window import Gate, finite_scores, positive_integer
+from gradroute.routing.plotting import Marked
 from gradroute.routing.state import State
 
 
@@ -148,6 +149,12 @@ class QuantileGate(Gate):
         if self._filled >= self.warm_up:
             ends = "keep up to {:.4g}, route from {:.4g}, {} rollouts".format(*self.thresholds or (), len(self))
         return f"QuantileGate(tails {self.tails[0]:g} and {self.tails[1]:g}: {ends}, version {self.directions.version})"
+
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:
+        if self.thresholds is None:
+            return Marked(scores, "score", [], None)
+        low, high = self.thresholds
+        return Marked(scores, "score", [(high, "route from"), (low, "keep up to")], scores.to(self._scores) >= high)
 
     def _feature(self, features: Mapping[str, Float[Tensor, "_ _"]], name: str) -> Float[Tensor, "_ _"]:
         # Of modules without rows as well: a refresh may give them some, and then old rollouts are scored on them.

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gradroute.adapters.modes import ablate_quarantine, without_route
 from gradroute.directions.container import Directions
 from gradroute.errors import RefreshError
+from gradroute.logs import logger
 from gradroute.preserve import left_as_found
 from gradroute.routing.fingerprint import deployed_fingerprint
 from gradroute.routing.gate_window import Gate
@@ -129,8 +130,8 @@ class Refresher:
         """
         for each in watched:
             if isinstance(each, Gate):
+                self._check_gate(each)
                 self._gates.append(each)
-                self._check_gates()
                 each.check_before_calls(self._check)
             elif isinstance(each, Optimizer):
                 self._counts.append(StepCount(each, self._check, start=self.steps))
@@ -174,6 +175,7 @@ class Refresher:
         self._extracted_at, self._fingerprint, self._version = self.steps, fingerprint, self.directions.version
         self._probed = probed
         self.reports.append(report)
+        logger.info("%r", report)
         return report
 
     def state_dict(self) -> State:
@@ -257,18 +259,18 @@ class Refresher:
         return fresh
 
     def _check(self) -> None:
-        self._check_gates()
+        for gate in self._gates:
+            self._check_gate(gate)
         for count in self._counts:
             count.compare(self.steps)
 
-    def _check_gates(self) -> None:
-        for gate in self._gates:
-            if gate.directions is not self.directions:
-                held = "no directions" if gate.directions is None else f"others: {gate.directions!r}"
-                raise RefreshError(
-                    f"A watched gate should hold the directions that are refreshed. Found {held} in a "
-                    f"{type(gate).__name__}, so no refresh reaches it. Fix: build gate and Refresher on one object."
-                )
+    def _check_gate(self, gate: Gate) -> None:
+        if gate.directions is not self.directions:
+            held = "no directions" if gate.directions is None else f"others: {gate.directions!r}"
+            raise RefreshError(
+                f"A watched gate should hold the directions that are refreshed. Found {held} in a "
+                f"{type(gate).__name__}, so no refresh reaches it. Fix: build gate and Refresher on one object."
+            )
 
 
 def _check_overlap_schedule(

@@ -227,5 +227,10 @@ class RolloutFilter(GradientFilter):
         return shares
 
     def __repr__(self) -> str:
-        gate = f"{self.score} > {self.gate:g}" if not callable(self.gate) else f"{self.score} by {self.gate!r}"
+        gate = f"{self.score} > {self.gate:g}" if not callable(self.gate) else f"{self.score} by {_name(self.gate)}"
         return f"RolloutFilter({gate}, {self.directions!r})"
+
+
+def _name(gate: Any) -> str:
+    """A function by its name, without its address; a gate as it shows itself."""
+    return str(getattr(gate, "__name__", None) or repr(gate))

@@ -9,6 +9,7 @@
 | detach mix            | (1, m_d, m_q)                   | (1, m_d, m_q)                   | arXiv:2410.04332     |
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -41,6 +42,9 @@ def graft_mask(
     The quarantine stays in the forward of all rows, as in the published runs. A weight that is negative, or above 1,
     needs a loss of plain log-probabilities: a clipped ratio would not see it.
 
+    Raises:
+        GradRouteError: flags that are not boolean, or a number out of range.
+
     With the two advantages of `clean_baseline_advantages` as further weights:
 
     >>> rewards, flagged = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([True, False, False, False])
@@ -59,22 +63,34 @@ def graft_mask(
         raise GradRouteError(f"`sizes` should be two positive numbers. Found {sizes!r}.")
     if not 1 <= cap < float("inf"):
         raise GradRouteError(f"`cap` should be a number >= 1. Found {cap!r}.")
+    _flags("flagged", flagged)
     kappa_d, kappa_q = (min(sum(sizes) / size, cap) for size in sizes)
     less, more_d, more_q = 1 - strength, 1 + strength * (kappa_d - 1), 1 + strength * (kappa_q - 1)
     if scheme == "classic":
-        return RouteMask.weights(1.0, torch.where(_flags(flagged), less, 1.0), torch.where(flagged, more_q, 1.0))
-    return RouteMask.weights(1.0, torch.where(_flags(flagged), less, more_d), torch.where(flagged, more_q, less))
+        return RouteMask.weights(1.0, torch.where(flagged, less, 1.0), torch.where(flagged, more_q, 1.0))
+    return RouteMask.weights(1.0, torch.where(flagged, less, more_d), torch.where(flagged, more_q, less))
 
 
 def sgtm_mask(forget: Bool[Tensor, "*rows"], unlabelled: Bool[Tensor, "*rows"] | None = None) -> RouteMask:
     """forget -> route (no gradient to retain), retain -> keep (forget activations zero), unlabelled -> absorb.
 
+    Args:
+        forget: True where a row is forget data.
+        unlabelled: True where it is not known; None if all of it is.
+
+    Raises:
+        GradRouteError: flags that are not boolean, or a row with both.
+
     >>> sgtm_mask(torch.tensor([True, False, False]), unlabelled=torch.tensor([False, False, True]))
     RouteMask((3,), rows: 1 keep, 1 absorb, 1 route)
     """
-    zones = 2 * _flags(forget).long()
+    zones = 2 * _flags("forget", forget).long()
     if unlabelled is None:
         return RouteMask.zones(zones)
+    if _flags("unlabelled", unlabelled).shape != forget.shape:
+        raise GradRouteError(
+            f"`unlabelled` should have the shape of `forget`, {tuple(forget.shape)}. Found {tuple(unlabelled.shape)}."
+        )
     if (forget & unlabelled).any():
         raise GradRouteError("`forget` and `unlabelled` should exclude each other. Found a row with both.")
     return RouteMask.zones(zones + unlabelled.long())
@@ -87,10 +103,15 @@ def expand_route_ablate_mask(forget: Bool[Tensor, "*rows"], *, old_rate: float =
         forget: True where a row is to be learnt by the quarantine (the added dimensions) only.
         old_rate: learning rate of the deployed block there, relative to its own; published with 0 and -0.75.
 
+    Raises:
+        GradRouteError: flags that are not boolean.
+
     >>> expand_route_ablate_mask(torch.tensor([True, False]), old_rate=-0.75).g_d.tolist()
     [-0.75, 1.0]
     """
-    return RouteMask.weights(1.0, torch.where(_flags(forget), old_rate, 1.0), 1.0)
+    if not math.isfinite(old_rate):
+        raise GradRouteError(f"`old_rate` should be a finite number. Found {old_rate!r}.")
+    return RouteMask.weights(1.0, torch.where(_flags("forget", forget), old_rate, 1.0), 1.0)
 
 
 def detach_mix_mask(deployed: Float[Tensor, "*rows"], quarantine: Float[Tensor, "*rows"]) -> RouteMask:
@@ -98,14 +119,20 @@ def detach_mix_mask(deployed: Float[Tensor, "*rows"], quarantine: Float[Tensor, 
 
     For layers made with `stop_gradient="branch"`: detaching cuts the gradient to lower layers as well.
 
+    Args:
+        deployed, quarantine: m of each block, per row or token.
+
+    Raises:
+        RouteError: weights that are not finite, or of other shapes.
+
     >>> detach_mix_mask(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
     RouteMask((2,), rows: 0 keep, 1 absorb, 1 route)
     """
     return RouteMask.weights(1.0, deployed, quarantine)
 
 
-def _flags(flags: Bool[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
+def _flags(argument: str, flags: Bool[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
     if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
         found = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
-        raise GradRouteError(f"Flags should be a boolean tensor. Found {found}. Fix: pass flags.bool().")
+        raise GradRouteError(f"`{argument}` should be a boolean tensor. Found {found}. Fix: pass flags.bool().")
     return flags

@@ -4,6 +4,8 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
+from gradroute.errors import GradRouteError
+
 # beartype checks `typing.Self` only where it decorates the whole class.
 Hooks = TypeVar("Hooks", bound="StepHooks")
 
@@ -12,6 +14,10 @@ def torch_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that takes the steps: accelerate and others wrap it, and hooks on the wrapper would never run."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise GradRouteError(
+            f"`optimizer` should be a torch optimizer, or accelerate's around one. Found {type(optimizer).__name__}."
+        )
     return optimizer
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
+from gradroute.adapters.peft.export import checked_folder
 from gradroute.errors import FileFormatError, TargetError
-from gradroute.protocol import RoutedLayer
+from gradroute.protocol import RoutedLayer, check_module
 
 _PREFIX = "base_model.model."
 
@@ -39,12 +40,13 @@ def load_quarantined(
             then as it was.
         TargetError: `model` has adapters already.
     """
+    check_module(model)
     if any(isinstance(module, BaseTunerLayer | RoutedLayer) for module in model.modules()):
         raise TargetError(
             f"`model` should be a base model. Found adapters in a {type(model).__name__}. "
             "Fix: load the base model anew, or model.load_adapter(path, adapter_name) into the adapter that is there."
         )
-    folder = Path(path)
+    folder = checked_folder(path)
     config = read_config(folder)
     tensors = _read_tensors(folder / "adapter_model.safetensors")
     _check_tensors(model, config, tensors, folder)

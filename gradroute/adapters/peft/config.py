@@ -183,7 +183,9 @@ def check_options(config: QuarantineLoraConfig) -> None:
         )
     for name, why in _REFUSED.items():
         if getattr(config, name, None) and getattr(config, name) != "none":
-            raise TargetError(f"`{name}={getattr(config, name)!r}` cannot be used with a quarantine: {why}.")
+            raise TargetError(
+                f"`{name}={getattr(config, name)!r}` cannot be used with a quarantine: {why}. Fix: leave it out."
+            )
     variants = [
         f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)
     ]

@@ -8,6 +8,7 @@ Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to on
 """
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,67 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gradroute.adapters.digest import deployed_hash, hash_in_card
 from gradroute.errors import GradRouteError
-from gradroute.protocol import Block, RoutedLayer, routed_layers
+from gradroute.protocol import Block, RoutedLayer, check_module, routed_layers
 
 _PREFIX = "base_model.model."
 
 
-def export_deployed(model: nn.Module, path: str | Path) -> None:
+def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | None = None) -> None:
     """Write the deployed block alone, rank r, as a plain LoRA checkpoint that stock `peft` loads.
 
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
         path: a folder; it is created, and files of an earlier export in it are overwritten.
+        card: what `write_card` returned for these weights; it is put beside them as `README.md`.
 
     Raises:
-        GradRouteError: a block is not finite.
+        GradRouteError: a block is not finite; a card of other weights, given or left in `path`.
     """
-    _export(model, Path(path), lambda layer: [layer.deployed])
+    folder = checked_folder(path)
+    readme = folder / "README.md"
+    text = _card_of(model, readme if card is None else Path(card), given=card is not None)
+    _export(model, folder, lambda layer: [layer.deployed])
+    if text is not None:
+        readme.write_text(text, encoding="utf-8")
 
 
 def export_full(model: nn.Module, path: str | Path) -> None:
     """Write both blocks, rank r + r_quarantine, as one plain LoRA: the policy that is trained, for sampling.
 
-    Arguments and errors as for `export_deployed`.
+    Args:
+        model, path: as for `export_deployed`.
+
+    Raises:
+        GradRouteError: a block is not finite.
     """
-    _export(model, Path(path), lambda layer: [layer.deployed, layer.quarantine])
+    _export(model, checked_folder(path), lambda layer: [layer.deployed, layer.quarantine])
+
+
+def checked_folder(path: object) -> Path:
+    """`path`, if it is a folder or can become one."""
+    if not isinstance(path, str | PathLike) or Path(path).is_file():
+        found = f"the file {path}" if isinstance(path, str | PathLike) else type(path).__name__
+        raise GradRouteError(f"`path` should be a folder, there or to be made. Found {found}.")
+    return Path(path)
+
+
+def _card_of(model: nn.Module, file: Path, *, given: bool) -> str | None:
+    """The text of a card that speaks of these weights; None where there is no card and none was given."""
+    found = hash_in_card(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if found is None and given:
+        raise GradRouteError(f"`card` should be a file that write_card wrote. Found none at {file}.")
+    if found is not None and found != deployed_hash(model):
+        where = "`card`" if given else "The card in `path`"
+        raise GradRouteError(
+            f"{where} should be of the weights that are exported. Found one of others: {file}. Fix: write_card anew."
+        )
+    return None if found is None else file.read_text(encoding="utf-8")
 
 
 def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
+    check_module(model)
     model = _unwrapped(model)
     layers = {_base_name(model, name): layer for name, layer in routed_layers(model).items()}
     factors = {name: _folded(name, blocks_of(layer)) for name, layer in layers.items()}

@@ -1,0 +1,82 @@
+"""Directions from pairs of the monitored markers, the gate on them, and their scores of rollouts."""
+
+from random import Random
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import gradroute as gr
+from loopholes.arms import Arm
+
+from .environment import Environment
+from .rollouts import Prefixes, Rollouts, captured, computing
+from .text import Codec, prompt_ids, reply_ids
+
+
+def token_pairs(environment: Environment, codec: Codec, per_marker: int, seed: int) -> list[gr.ContrastivePair]:
+    """The environment's pairs as token ids; both replies with their end, as rollouts have it."""
+    return [
+        gr.ContrastivePair(
+            prompt_ids(codec, hacked.text),
+            reply_ids(codec, hack),
+            reply_ids(codec, clean),
+            clean_prompt=prompt_ids(codec, solved.text),
+        )
+        for hacked, hack, solved, clean in environment.pairs(Random(seed), per_marker)
+    ]
+
+
+def modules_read(model: LlamaForCausalLM, environment: Environment) -> list[str]:
+    """The routed layers that directions are read from."""
+    routed = [name for name, module in model.named_modules() if isinstance(module, gr.QuarantineLoRA)]
+    return [name for name in routed if name.endswith(environment.modules)]
+
+
+def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], environment: Environment) -> gr.Directions:
+    """Mean differences, in the view that is in force; without the head, which nothing is read from."""
+
+    def body(_: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        with computing(model):
+            return model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    modules = modules_read(model, environment)
+    return gr.extract_activation_directions(
+        model, pairs, features=environment.features, modules=modules, forward_fn=body
+    )
+
+
+class Detector:
+    """What an arm with a gate has instead of labels.
+
+    Args:
+        seed: of the pairs.
+        draw: of a random direction's rows, in arms that have one.
+        threshold: of the gate; z = 0 is where clean pairs lie, z = 1 where hack pairs lie.
+        every: optimizer steps between refreshes.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        pairs: list[gr.ContrastivePair],
+        environment: Environment,
+        arm: Arm,
+        draw: int,
+        *,
+        threshold: float,
+        every: int,
+    ) -> None:
+        self.model, self.environment, self.directions = model, environment, extract(model, pairs, environment)
+        if arm.random_direction != "no":
+            self.directions = self.directions.random_like(draw, oriented=arm.random_direction == "oriented")
+        self.gate = gr.BandGate.calibrate(self.directions, threshold=threshold)
+        self.refresher = gr.Refresher(
+            self.directions, lambda: extract(model, pairs, environment), model=model, every=every
+        )
+
+    def scores(self, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
+        """Score of each rollout as the model is deployed; `rollouts.prefix` has to be of ablated prefixes."""
+        with gr.ablate_quarantine(self.model):
+            modules = modules_read(self.model, self.environment)
+            return self.directions.score(captured(self.model, prefixes, rollouts, self.environment.features, modules))

@@ -1,0 +1,1 @@
+"""gradroute inside other people's trainers. Imported by name only: `from gradroute.integrations.trl import ...`."""

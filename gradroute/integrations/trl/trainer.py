@@ -1,0 +1,259 @@
+"""GRPO with routed gradients: TRL's own trainer, in which every rollout carries the mask that it is trained under.
+
+    sample        some rows of each group with the quarantine ablated (`ablated_fraction`), the others with it
+    score, flag   quarantine ablated; gate(scores) and detector -> RouteMask -> the rollout dictionary
+    loss          under the micro-batch's own mask, open until its backward has ended
+    step          grad_filter after the last micro-batch, before clipping; refresher after the optimizer
+    evaluate      every data set twice: `eval_on_*`, `eval_ablated_*`
+
+TRL shuffles, splits and reuses the dictionary, so that masks stay with their rows.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from gradroute.adapters.modes import ablate_quarantine
+from gradroute.adapters.route import route
+from gradroute.errors import RouteError
+from gradroute.integrations.trl import checkpoint
+from gradroute.integrations.trl.flagging import Flagging, rollout_table
+from gradroute.integrations.trl.options import resolve
+from gradroute.integrations.trl.requirements import check_attributes, check_run, check_trl, group_share
+from gradroute.integrations.trl.rollouts import MicroBatch, put_route, sampled_ablated
+from gradroute.integrations.trl.scoring import InSampledState
+from gradroute.integrations.trl.steps import AfterSteps, Nowhere, own_table
+from gradroute.routing.apply_filter import apply_filter
+
+_Trainer: Any = object
+
+
+class GradRouteMixin(_Trainer):  # type: ignore[misc]
+    """Put it before a subclass of TRL's GRPOTrainer: `class Mine(GradRouteMixin, MyGRPOTrainer)`.
+
+    Args:
+        gate: from scores or flags to masks: a `BandGate`, `QuantileGate`, `ThresholdGate` or `LabelGate`, or a function
+            that makes one of the directions. None: `BandGate.calibrate(directions)` if there are directions and no
+            filter, `LabelGate()` if there is a detector.
+        directions: `Directions`, or a function of the model that extracts them; called once the model has its blocks.
+        refresher: a `Refresher`, or the optimizer steps between two calls of the function given as `directions`.
+        grad_filter: a `ProjectionFilter` or `RolloutFilter`, or a function that makes one of the directions.
+        ablated_fraction: of the rollouts of a group; these are sampled without the quarantine, and train the deployed
+            block only.
+        detector: called like a reward function; returns a flag per rollout, or with a `ThresholdGate` a score. With a
+            gate on directions, a rollout is routed if either says so.
+        clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
+            `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
+        args, kwargs: TRL's own.
+
+    Raises:
+        GradRouteError: a TRL that is not as expected, options that cannot be routed, or arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        gate: Any = None,
+        directions: Any = None,
+        refresher: Any = None,
+        grad_filter: Any = None,
+        ablated_fraction: float = 0.0,
+        detector: Any = None,
+        clean_baseline: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_trl(super())
+        super().__init__(*args, **kwargs)
+        check_attributes(self)
+        check_run(self, ablated_fraction=ablated_fraction, filters=grad_filter is not None)
+        self.routing = resolve(
+            self.model,
+            gate=gate,
+            directions=directions,
+            refresher=refresher,
+            grad_filter=grad_filter,
+            detector=detector,
+            clean_baseline=clean_baseline,
+            ablated_per_group=group_share(ablated_fraction, self.num_generations),
+            autocast=self.accelerator.autocast,
+        )
+        self._flagging = Flagging(self, self.routing)
+        self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
+        self._open: ExitStack | None = None  # what a training step closes after its backward
+        self._view: str | None = None  # of an evaluation
+        self._evaluated: str | None = None  # prefix of the metrics of the data set that is evaluated
+        self.add_callback(AfterSteps(self))
+
+    # Making rollouts
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        training = self.model.training
+        first = self.accelerator.process_index * len(inputs)
+        share = self.routing.ablated_per_group if training else 0
+        ablated = sampled_ablated(len(inputs), first, self.num_generations, share)
+        self._flagging.begin()
+        self._sampled_ablated = ablated
+        try:
+            rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if not training:
+                self._log_rows(rollout_table(len(inputs), self._view or "on"))
+                return rollouts
+            made = self._flagging.route(rollouts, ablated)
+            put_route(rollouts, made.mask, made.scores)
+            rollouts |= made.entries
+            self._log_rows(rollout_table(len(inputs), "on", made, ablated))
+            for name, value in made.figures.items():
+                self._metrics["train"][name].append(value)
+        finally:
+            self._sampled_ablated = None
+        return rollouts
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._rows_ablated():
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sampled_ablated is not None and self._sampled_ablated.any():
+            model = InSampledState(model, self.model, self._sampled_ablated)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._flagging.see_rewards(rewards)
+        rate = self._flagging.detect(inputs, prompts, completions, completion_ids_list)
+        if rate is not None:
+            self._metrics["train" if self.model.training else "eval"]["routing/detector_rate"].append(rate)
+        return rewards
+
+    def _rows_ablated(self) -> AbstractContextManager[Any]:
+        rows = self._sampled_ablated
+        if rows is None or not rows.any():
+            return nullcontext()
+        return ablate_quarantine(self.model, rows=rows.to(self.accelerator.device))
+
+    def _log_rows(self, table: Mapping[str, list[Any]]) -> None:
+        # TRL's table of completions has a list per column, of all processes' rows.
+        if "extra" in self._logs:
+            for column, values in table.items():
+                self._logs["extra"][column].extend(self._flagging.gathered_list(values))
+
+    # Training on them
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of one micro-batch under its own mask; filters gradients after the last of a step."""
+        with ExitStack() as self._open:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._open = None
+        if self.routing.grad_filter is not None and self.accelerator.sync_gradients:
+            stats = apply_filter(self.model, self.routing.grad_filter)
+            figures = {"cin": stats.cin, "cout": stats.cout, "null": stats.null, "fired": stats.fired}
+            for name, value in figures.items():
+                self._metrics["train"][f"filter/{name}"].append(value)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; while training, under the route that the rollouts carry."""
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._open is None:
+            raise RouteError(
+                "compute_loss should run inside training_step, which keeps the route open until backward has ended. "
+                "Fix: override training_step by calling super()."
+            )
+        batch = MicroBatch.of(inputs, self.loss_type, always_again=self._some_rank_splits(inputs))
+        if self.routing.by_rollout is not None:
+            self._open.enter_context(self.routing.by_rollout.record(self.model))
+        self._open.enter_context(route(self.model, batch.mask))
+        loss = super().compute_loss(model, batch.inputs, return_outputs, num_items_in_batch)
+        if batch.again is not None and batch.again_mask is not None:
+            self._open.enter_context(route(self.model, batch.again_mask))
+            with self._unlogged():
+                again = super().compute_loss(model, batch.again, return_outputs, num_items_in_batch)
+            loss = loss + batch.again_share * again
+        return loss
+
+    def _some_rank_splits(self, inputs: Mapping[str, Any]) -> bool:
+        if self.accelerator.num_processes == 1 or not self._flagging.may_split:
+            return False
+        return bool(self.accelerator.gather(MicroBatch.splits(inputs, self.accelerator.device)).any())
+
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """A second forward of some rows is no second observation of them."""
+        metrics: Any = self._metrics
+        try:
+            self._metrics: Any = {mode: Nowhere() for mode in metrics}
+            yield
+        finally:
+            self._metrics = metrics
+
+    def after_optimizer_step(self) -> None:
+        """Refresh if it is due."""
+        refresher = self.routing.refresher
+        if refresher is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        report = refresher.step()
+        figures = {"directions/age": float(refresher.age)}
+        if report is not None:
+            figures |= {"directions/overlap": report.overlap, "directions/angle": report.largest_angle}
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    # Evaluation and logs
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on and ablated; metrics `<prefix>_on_*` and `<prefix>_ablated_*`."""
+        if self._view is None:
+            metrics: dict[str, float] = {}
+            for view in ("on", "ablated"):
+                try:
+                    self._view = view
+                    with ablate_quarantine(self.model) if view == "ablated" else nullcontext():
+                        metrics |= self.evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{view}")
+                finally:
+                    self._view = None
+            return metrics
+        outer, self._evaluated = self._evaluated, metric_key_prefix
+        try:
+            return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+        finally:
+            self._evaluated = outer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, but that metrics of an evaluation go under the prefix of their view and data set."""
+        if self._evaluated is not None and not self.model.training:
+            # TRL would call those of both views, and of all data sets, eval_*.
+            for name, values in self._metrics["eval"].items():
+                valid = [value for value in values if not math.isnan(value)]
+                logs[f"{self._evaluated}_{name}"] = sum(valid) / len(valid) if valid else None  # type: ignore[assignment]
+            self._metrics["eval"].clear()
+        writes = self.log_completions and self.accelerator.is_main_process
+        with own_table(self, self._evaluated) if self._evaluated is not None and writes else nullcontext():
+            super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoint.save(folder, self, self.routing)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is not None:
+            checkpoint.load(Path(checkpoint_folder), self, self.routing)
+
+
+class GradRouteGRPOTrainer(GradRouteMixin, GRPOTrainer):
+    """TRL's `GRPOTrainer` with the keywords of `GradRouteMixin`."""

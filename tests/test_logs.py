@@ -1,0 +1,93 @@
+"""One logger, quiet by default: a line per refresh and per warning. Bars only where somebody looks at them."""
+
+import io
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from language_models import IMPORT_HOOK, PAIRS, ids_only, routed_mixer, scoring_directions
+
+import gradroute as gr
+from gradroute import progress
+
+
+def test_a_refresh_is_one_line_at_info(caplog: pytest.LogCaptureFixture) -> None:
+    model = routed_mixer()
+
+    def extract() -> gr.Directions:
+        return gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only)
+
+    refresher = gr.Refresher(extract(), extract, model=model, every=1)
+    for _, parameter in gr.deployed_parameters(model):
+        parameter.data += 0.01
+    with caplog.at_level(logging.INFO, logger="gradroute"):
+        report = refresher.step()
+    assert [(r.name, r.levelno, r.getMessage()) for r in caplog.records] == [("gradroute", logging.INFO, repr(report))]
+    assert "\n" not in repr(report)
+
+
+def test_a_warning_is_raised_and_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(gr.GradRouteWarning, match="score below the clean") as found:
+        gr.BandGate(scoring_directions([0.0, 0.0], [2.0, 2.0]))
+    assert [(r.name, r.levelno) for r in caplog.records] == [("gradroute", logging.WARNING)]
+    assert caplog.records[0].getMessage() == str(found[0].message)
+    with pytest.warns(gr.GradRouteWarning, match="false_positive_rate") as found:
+        gr.LabelGate(false_positive_rate=0.2)
+    # At the line of the caller, where it can be filtered and found; the import hook puts itself in between.
+    assert IMPORT_HOOK or found[0].filename == __file__
+
+
+def test_the_logger_prints_nothing_unless_asked() -> None:
+    warn = "import warnings, gradroute as gr; warnings.simplefilter('ignore'); gr.LabelGate(false_positive_rate=.5)"
+    for setup, lines in (("", 0), ("import logging; logging.basicConfig(); ", 1)):
+        said = subprocess.run([sys.executable, "-c", setup + warn], capture_output=True, text=True, check=True)
+        assert said.stdout == ""
+        assert len(said.stderr.splitlines()) == lines, said.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def extracted(model: Any, **options: Any) -> gr.Directions:
+    return gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only, batch_size=2, **options)
+
+
+def dosed(model: Any, **options: Any) -> gr.DoseCurve:
+    return gr.dose_curve(model, lambda _: [gr.EvalRecord("file", False, 0, True, False)], **options)
+
+
+@pytest.mark.parametrize("measure", [extracted, dosed])
+def test_bars_are_shown_on_a_terminal_and_can_be_turned_off(
+    measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = routed_mixer()
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    shown = []
+    for stream, options in ((Terminal(), {}), (Terminal(), {"progress": False}), (io.StringIO(), {})):
+        monkeypatch.setattr(sys, "stderr", stream)
+        measure(model, **options)
+        shown.append("it/s" in stream.getvalue() or "0/" in stream.getvalue())
+    assert shown == [True, False, False]
+
+
+def test_what_is_quick_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    extracted(routed_mixer())
+    assert terminal.getvalue() == ""
+
+
+def test_a_bar_changes_no_result_and_no_key_of_a_cache(tmp_path: Any) -> None:
+    model = routed_mixer()
+    assert torch.equal(extracted(model, progress=False).rows["q"], extracted(model).rows["q"])
+    cache = gr.DirectionCache(tmp_path)
+    settings = {"forward_fn": ids_only}
+    cache.extract(gr.extract_activation_directions, model, PAIRS, **settings)
+    cache.extract(gr.extract_activation_directions, model, PAIRS, progress=False, **settings)
+    assert (cache.hits, cache.misses) == (1, 1)
