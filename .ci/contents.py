@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 # What the sdist leaves out: the gate, and files of the repository host and of editors.
-LEFT_OUT = (".ci/", ".github/", ".pre-commit-config.yaml", "benchmarks/")
+LEFT_OUT = (".ci/", ".github/", ".pre-commit-config.yaml")
 METADATA = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
 
 

@@ -8,7 +8,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,10 +85,13 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
     """
     check_module(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
-    for module in model.modules():
-        if "peft_config" in module.__dict__:
-            _check_injected(module, layers)
+    modules = list(model.named_modules())
+    layers = {name: module for name, module in modules if isinstance(module, RoutedLayer)}
+    injected = [(name, module) for name, module in modules if "peft_config" in module.__dict__]
+    for name, module in injected:
+        _check_injected(module, modules if name == "" else list(module.named_modules()), layers)
+    if injected:
+        _check_encoders(modules, layers)
     if not layers:
         raise GradRouteError(
             f"`model` should contain routed layers. Found none in a {type(model).__name__}. "
@@ -105,13 +108,15 @@ def check_module(model: object) -> None:
         )
 
 
-def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None:
+def _check_injected(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]
+) -> None:
     """PEFT injects an adapter without a last word for its config: what it left out is found here, before it is used."""
     configs = {
         name: config for name, config in model.__dict__["peft_config"].items() if hasattr(config, "r_quarantine")
     }
     for adapter, config in configs.items():
-        for name, module in model.named_modules():
+        for name, module in modules:
             if _has_adapter(module, adapter) and not isinstance(module, RoutedLayer):
                 raise TargetError(
                     f"Adapter {adapter!r} should have a quarantine in `{name}`. Found plain LoRA: the layer was made "
@@ -127,7 +132,7 @@ def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None
         for index in () if chosen is None else [chosen] if isinstance(chosen, int) else chosen:
             if not any(f".{index}." in f".{name}." for name in names):
                 idle.append(str(index))
-        saved = [name for name, module in model.named_modules() if "modules_to_save" in module._modules]
+        saved = [name for name, module in modules if "modules_to_save" in module._modules]
         idle += [t for t in config.modules_to_save or () if not any(f".{name}".endswith(f".{t}") for name in saved)]
         if idle:
             raise TargetError(
@@ -135,8 +140,11 @@ def _check_injected(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> None
                 f"`alpha_pattern` should match a layer. Found {idle} matching none for adapter {adapter!r}. "
                 "Fix: see model.named_modules()."
             )
-    encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    for name in layers:
+
+
+def _check_encoders(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]) -> None:
+    encoders = [name for name, module in modules if isinstance(module, nn.TransformerEncoderLayer)]
+    for name in layers if encoders else ():
         if any(f".{name.rpartition('.')[0]}".endswith(f".{encoder}") for encoder in encoders):
             raise TargetError(
                 f"`{name}` is inside an nn.TransformerEncoderLayer, which in eval mode reads the weights of its "

@@ -1,29 +1,25 @@
-"""The fused operation of a routed layer.
+"""The operation of a routed layer, checked and prepared; `fused.py` computes it.
 
-    y   = base + s_d B_d u_d + m s_q B_q u_q,      u_d = A_d x,  u_q = A_q x
-    dz  = [s_d B_d, s_q B_q]^T dy                  (gradient at the rank-r bottleneck)
-    dx  = A_d^T dz_d + A_q^T (m dz_q)              (the true derivative: the gates g do not enter)
-    dA_d = (g_d dz_d)^T x,    dA_q = (g_q m dz_q)^T x
-    dB_d = s_d dy^T (g_d u_d),  dB_q = s_q dy^T (g_q m u_q)
-
-Gates act on *parameter* gradients. With `stop_gradient="branch"` they act on dx as well, which is what detaching a
-branch's output computes; lower layers then train on a wrong derivative. Kept for replication only.
-Identity: with m = g_d = g_q = 1 this is LoRA of rank r + r_quarantine.
+y = base + s_d B_d A_d x + m s_q B_q A_q x,      parameter gradients weighted by g_d and g_q
 """
 
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute.adapters.base import autocast_type
+from gradroute.adapters.fused import QuarantineLoraFunction, fused_forward
 from gradroute.adapters.recompute import ForwardRecord
 from gradroute.adapters.state import Gates
 from gradroute.errors import RouteError
 from gradroute.protocol import Block
 
 StopGradient = Literal["parameters", "branch"]
+Linear = tuple[Tensor, Tensor | None]
+"""(weight, bias) of a frozen nn.Linear."""
 
 
 def quarantine_lora(
@@ -57,119 +53,48 @@ def quarantine_lora(
                 f"`{name}` should be floating point, of shape {tuple(x.shape[:-1])}, and not require a gradient. Found "
                 f"{gate.dtype}, {tuple(gate.shape)}, requires_grad={gate.requires_grad}."
             )
-    return add_lora_blocks(x, base_output, deployed, quarantine, Gates(m, g_d, g_q), stop_gradient == "branch", None)
+    branch = stop_gradient == "branch"
+    return add_lora_blocks(x, base_output, deployed, quarantine, gates=Gates(m, g_d, g_q), branch=branch)
 
 
-def add_lora_blocks(  # noqa: PLR0917
+def add_lora_blocks(
     x: Float[Tensor, "*batch d_in"],
-    base_output: Float[Tensor, "*batch d_out"],
+    base: Float[Tensor, "*batch d_out"] | Linear,
     deployed: Block,
-    quarantine: Block,
+    quarantine: Block | None,
+    *,
     gates: Gates,
-    branch: bool,
-    record: ForwardRecord | None,
+    branch: bool = False,
+    dropped: Float[Tensor, "*batch d_in"] | None = None,
+    record: ForwardRecord | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """`quarantine_lora` with gates that are known to fit.
 
-    `record` ties the backward to the state of its forward, so that a checkpoint recomputation in another one raises.
+    Args:
+        x: input of the layer.
+        base: output of the frozen layer, which is not written to; or its weight and bias: W x + b is then computed
+            here and accumulated into.
+        deployed, quarantine: the blocks; a quarantine of None adds nothing, and there are no gates then.
+        gates, branch: see `quarantine_lora`.
+        dropped: what the blocks read in the place of x, if not x.
+        record: ties the backward to the state of its forward, so that a recomputation in another one raises.
     """
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    compute = torch.get_autocast_dtype(device) if autocast else deployed.A.dtype
-    # Casts stay outside the Function, where autograd differentiates them.
-    x, A_d, B_d, A_q, B_q = (t.to(compute) for t in (x, deployed.A, deployed.B, quarantine.A, quarantine.B))
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        y: Tensor = _QuarantineLora.apply(  # type: ignore[no-untyped-call]
-            x, base_output, A_d, B_d, A_q, B_q, deployed.scaling, quarantine.scaling,
-            _column(gates.m), _column(gates.g_d), _column(gates.g_q), branch, record,
-            None if record is None else record.state_id,
+    output, weight, bias = (base, None, None) if isinstance(base, Tensor) else (None, *base)
+    A_d, B_d, s_d = deployed
+    A_q, B_q, s_q = quarantine or (None, None, 0.0)
+    autocast = autocast_type(x)
+    compute = autocast or A_d.dtype
+    base_dtype = compute if weight is None or autocast is not None else weight.dtype
+    M, G = (None, None) if A_q is None else gates.columns(A_d.shape[0], A_q.shape[0])
+    (m, m_zero), (g, g_zero) = M or (None, None), G or (None, None)
+    with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return fused_forward(
+                x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, m, m_zero, base_dtype, compute,
+                without_graph=True,
+            )[0]  # fmt: skip
+        y: Tensor = QuarantineLoraFunction.apply(  # type: ignore[no-untyped-call]
+            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, m, m_zero, g, g_zero, base_dtype, compute,
+            branch, record, None if record is None else record.state_id,
         )  # fmt: skip
     return y
-
-
-def _column(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.reshape(-1, 1)
-
-
-def _weigh(weights: Tensor | None, values: Tensor) -> Tensor:
-    """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
-    if weights is None:
-        return values
-    # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
-    return torch.where(weights == 0, 0.0, weights * values).to(values.dtype)
-
-
-class _QuarantineLora(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any,
-        x: Tensor,
-        base_output: Tensor,
-        A_d: Tensor,
-        B_d: Tensor,
-        A_q: Tensor,
-        B_q: Tensor,
-        s_d: float,
-        s_q: float,
-        m: Tensor | None,
-        g_d: Tensor | None,
-        g_q: Tensor | None,
-        branch: bool,
-        record: ForwardRecord | None,
-        state_id: Tensor | None,
-    ) -> Tensor:
-        rank = A_d.shape[0]
-        x_rows = x.reshape(-1, x.shape[-1])
-        u = x_rows @ torch.cat([A_d, A_q]).T
-        z = u if m is None else torch.cat([u[:, :rank], _weigh(m, u[:, rank:])], dim=1)
-        B = torch.cat([s_d * B_d, s_q * B_q], dim=1)
-        base_rows = base_output.reshape(-1, base_output.shape[-1])
-        same = base_rows.dtype == z.dtype
-        # Two types are added in the wider one and rounded once, as PEFT does.
-        y = torch.addmm(base_rows, z, B.T) if same else (base_rows + z @ B.T).to(base_rows.dtype)
-        ctx.save_for_backward(x, u, A_d, B_d, A_q, B_q, state_id)
-        # Gates are kept apart from the saved tensors: those come back from a checkpoint recomputation, which may have
-        # run under other gates; `check_backward` compares the two states and raises.
-        ctx.gates, ctx.scalings, ctx.branch, ctx.record = (m, g_d, g_q), (s_d, s_q), branch, record
-        return y.reshape(base_output.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: that lets a gradient through as a constant where dy is one, as under a linear loss.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RouteError(
-                "A routed layer cannot be differentiated twice. Found a double backward (create_graph=True). "
-                "Fix: create_graph=False."
-            )
-        x, u, A_d, B_d, A_q, B_q, state_id = ctx.saved_tensors
-        m, g_d, g_q = ctx.gates
-        if ctx.record is not None:
-            ctx.record.check_backward(state_id)
-        (s_d, s_q), rank = ctx.scalings, A_d.shape[0]
-        need_x, need_base, need_A_d, need_B_d, need_A_q, need_B_q = ctx.needs_input_grad[:6]
-        dy_rows = dy.reshape(-1, dy.shape[-1]).to(u.dtype)
-        dx = dA = dB = None
-
-        if need_x or need_A_d or need_A_q:
-            dz = dy_rows @ torch.cat([s_d * B_d, s_q * B_q], dim=1)
-            du_d, du_q = dz[:, :rank], _weigh(m, dz[:, rank:])
-            # g_q weighs du_q, which already carries m: the quarantine's own derivative, times its gate.
-            gated = torch.cat([_weigh(g_d, du_d), _weigh(g_q, du_q)], dim=1)
-            if need_x:
-                du = gated if ctx.branch else torch.cat([du_d, du_q], dim=1)
-                dx = (du @ torch.cat([A_d, A_q])).reshape(x.shape)
-            if need_A_d or need_A_q:
-                dA = gated.T @ x.reshape(-1, x.shape[-1])
-        if need_B_d or need_B_q:
-            kept = torch.cat([_weigh(g_d, u[:, :rank]), _weigh(g_q, _weigh(m, u[:, rank:]))], dim=1)
-            dB = dy_rows.T @ kept
-
-        return (
-            dx,
-            dy if need_base else None,
-            dA[:rank] if dA is not None and need_A_d else None,
-            s_d * dB[:, :rank] if dB is not None and need_B_d else None,
-            dA[rank:] if dA is not None and need_A_q else None,
-            s_q * dB[:, rank:] if dB is not None and need_B_q else None,
-            *[None] * 8,
-        )

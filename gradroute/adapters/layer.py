@@ -6,7 +6,7 @@ A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute.adapters.base import autocast_type, frozen_linear, is_identity
 from gradroute.adapters.functional import StopGradient, add_lora_blocks
+from gradroute.adapters.fused import few_rows, plain_forward
 from gradroute.adapters.recompute import record_forward
-from gradroute.adapters.state import INITIAL, ActiveRoute, ForwardState
+from gradroute.adapters.state import INITIAL, NO_GATES, ActiveRoute, ForwardState
 from gradroute.errors import TargetError
 from gradroute.protocol import Block, BlockName, RoutedLayer, routed_layers
 
@@ -50,25 +52,62 @@ class RoutedLinear(RoutedLayer):
     def view(self) -> str:
         return self.state.view
 
-    def add_blocks(
-        self, x: Float[Tensor, "*batch d_in"], base_output: Float[Tensor, "*batch d_out"]
+    def with_blocks(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        base_layer: nn.Module,
+        adapter: str = "",
+        dropout: nn.Module | None = None,
+        call: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "*batch d_out"]:
-        """base_output + s_d B_d A_d x + m s_q B_q A_q x, under the route and ablation in force."""
+        """base_layer(x) + s_d B_d A_d D(x) + m s_q B_q A_q D(x), under the route and ablation in force.
+
+        Args:
+            x: the input.
+            base_layer: the frozen layer.
+            adapter: whose blocks, where a layer holds several.
+            dropout: D; None for none.
+            call: what to call in the place of `base_layer`, if it takes more arguments than x.
+        """
         state, record = self.state, None
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             record = record_forward(self.name, id(self), state)
             state = record.state
         if state.disabled:
-            return base_output
-        if record is None or not record.recomputing:
-            self.ran_under = state.route
-        gates = state.gates(x, self.name)
-        if state.quarantine_is_off and not torch.is_grad_enabled():
-            A, B, scaling = self.deployed
-            delta = (x.to(A.dtype) @ A.T) @ (scaling * B).T
-            return (base_output + delta).to(base_output.dtype)
-        branch = self.stop_gradient == "branch"
-        return add_lora_blocks(x, base_output, self.deployed, self.quarantine, gates, branch, record)
+            return (call or base_layer)(x)
+        route = state.route
+        # A compiled forward only writes: what it reads it is compiled for.
+        if record is None or (self.ran_under is not route and not record.recomputing):
+            self.ran_under = route
+        base = frozen_linear(base_layer, x) if call is None else None
+        dropped = None if dropout is None or is_identity(dropout) else dropout(x)
+        grad, off = torch.is_grad_enabled(), state.quarantine_is_off
+        alone = off and (not grad or (route is None and not self._trains_quarantine()))
+        gates = NO_GATES if alone and route is None else state.gates(x, self.name)
+        deployed, quarantine = self._blocks(adapter, alone)
+        if base is not None and dropped is None and not grad and not compiling:
+            one_by_one = quarantine is None or (gates is NO_GATES and few_rows(x) and quarantine.A.dtype == x.dtype)
+            if one_by_one and deployed.A.dtype == x.dtype and autocast_type(x) is None:
+                return plain_forward(x, *base, deployed, quarantine)
+        return add_lora_blocks(
+            x,
+            (call or base_layer)(x) if base is None else base,
+            deployed,
+            quarantine,
+            gates=gates,
+            branch=self.stop_gradient == "branch",
+            dropped=dropped,
+            record=record,
+        )
+
+    def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:  # noqa: ARG002
+        """(deployed, quarantine); `alone`, without the latter."""
+        return self.deployed, None if alone else self.quarantine
+
+    def _trains_quarantine(self) -> bool:
+        # Then it takes part in the graph also where it is ablated: a parameter without a gradient would hang DDP.
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.block_parameters("quarantine"))
 
 
 class WrappedLinear(RoutedLinear):
@@ -124,7 +163,7 @@ class WrappedLinear(RoutedLinear):
         return self.base_layer.out_features
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        return self.add_blocks(x, self.base_layer(x))
+        return self.with_blocks(x, self.base_layer)
 
     def extra_repr(self) -> str:
         text = f"r={self.r}, r_quarantine={self.r_quarantine}, lora_alpha={self.lora_alpha:g}"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -22,9 +22,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradroute.adapters.state import ForwardState
 from gradroute.errors import RouteError
 
+_FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
 
-@dataclass(frozen=True)
-class ForwardRecord:
+
+class ForwardRecord(NamedTuple):
     """One eager forward of one layer: the state it runs in, and whether it runs inside backward."""
 
     layer: str
@@ -78,7 +79,7 @@ def record_forward(layer: str, key: int, state: ForwardState) -> ForwardRecord:
     first, source = _non_reentrant_checkpoint()
     enclosing = [] if first is None else [first]
     compared_in_backward = source is not None
-    if recomputing or not torch.is_grad_enabled():
+    if recomputing or not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
         forwards, reentrant_source = _reentrant_checkpoints()
         enclosing += forwards
         source = source or reentrant_source
@@ -91,7 +92,7 @@ def record_forward(layer: str, key: int, state: ForwardState) -> ForwardRecord:
             raise RouteError(_CHANGED.format(layer=layer))
     for checkpoint in enclosing:
         _forwards(checkpoint).setdefault(key, _FirstForwards()).states.append(state)
-    return ForwardRecord(layer, state, recomputing, unverified=recomputing and source is None)
+    return ForwardRecord(layer, state, recomputing, recomputing and source is None)
 
 
 def _forwards(checkpoint: Any) -> dict[int, _FirstForwards]:
@@ -106,11 +107,13 @@ def _reentrant_checkpoints() -> tuple[list[Any], Any]:
     the same object in both; it has to be found on the stack.
     """
     forwards = []
+    forward, backward = _FORWARD, _BACKWARD  # decoding walks the stack once per layer and token
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        code = frame.f_code
+        if code is forward:
             forwards.append(frame.f_locals["ctx"])
-        elif frame.f_code is CheckpointFunction.backward.__code__:
+        elif code is backward:
             return forwards, frame.f_locals["ctx"]
         frame = frame.f_back
     return forwards, None

@@ -226,4 +226,5 @@ def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> RolloutMatrices:
 
 def sum_of_squares(per_row: list[Tensor]) -> Float[Tensor, " rows"]:
     """|G_i|^2 over all tensors, in float32 or wider."""
-    return torch.stack([wide(tensor).flatten(1).square().sum(1) for tensor in per_row]).sum(0)
+    norms = [torch.linalg.vector_norm(wide(tensor).flatten(1), dim=1) for tensor in per_row]
+    return torch.stack(norms).square().sum(0)

@@ -74,14 +74,27 @@ class RoutedLoraLayer(MergedLayer):
 
     @property
     def deployed(self) -> Block:
-        name, peft_layer = self.routed_adapter, self._peft_layer()
-        return Block(peft_layer.lora_A[name].weight, peft_layer.lora_B[name].weight, peft_layer.scaling[name])
+        return self._blocks(self.routed_adapter, alone=True)[0]
 
     @property
     def quarantine(self) -> Block:
-        name = self.routed_adapter
-        A, B = self.lora_A_quarantine[name].weight, self.lora_B_quarantine[name].weight
-        return Block(A, B, self.quarantine_scaling(name))
+        quarantine = self._blocks(self.routed_adapter, alone=False)[1]
+        assert quarantine is not None
+        return quarantine
+
+    def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:
+        # Past nn.Module's look-up of attributes, which costs as much as a small product: decoding comes here often.
+        modules: Any = self._modules
+        A, B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
+        scaling = self._peft_layer().scaling[adapter]
+        if alone:
+            return Block(A, B, scaling), None
+        A_q = modules["lora_A_quarantine"]._modules[adapter].weight
+        B_q = modules["lora_B_quarantine"]._modules[adapter].weight
+        # Of equal ranks the scalings are equal, if they are numbers.
+        equal = type(scaling) is float and A.shape == A_q.shape
+        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
         yield from getattr(self, block)[:2]
@@ -110,24 +123,28 @@ class RoutedLoraLayer(MergedLayer):
 
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         peft_layer = self._peft_layer()
-        for unsupported in ("adapter_names", "alora_offsets"):
+        for unsupported in ("adapter_names", "alora_offsets") if kwargs else ():
             if kwargs.pop(unsupported, None) is not None:
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
         if peft_layer.disable_adapters and peft_layer.merged:
             self.unmerge()
-        asked = self.has_open_route or self.state.view != "on"
-        if not asked and not self.lora_A_quarantine.keys() & set(self._active()):
+        modules: Any = self._modules
+        active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
+        routed = len(active) == 1 and active[0] in with_quarantine
+        asked = self.state.route is not None or self.state.view != "on"
+        if not routed and not asked and not any(name in with_quarantine for name in active):
             # An adapter without a quarantine, and nobody asks for a route or a view.
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
-        base_output: Tensor = peft_layer.base_layer(x, *args, **kwargs)
-        if peft_layer.disable_adapters or (self.state.disabled and not peft_layer.merged):
+        base_layer = modules["base_layer"]
+        if peft_layer.disable_adapters or peft_layer.merged or self.state.disabled:
+            base_output: Tensor = base_layer(x, *args, **kwargs)
+            if peft_layer.merged and not peft_layer.disable_adapters:
+                self._check_merged_view()
             return base_output
-        if peft_layer.merged:
-            self._check_merged_view()
-            return base_output
-        dropout = peft_layer.lora_dropout[self.routed_adapter]
-        return self.add_blocks(dropout(x), base_output)
+        name = active[0] if routed else self.routed_adapter
+        call = (lambda t: base_layer(t, *args, **kwargs)) if args or kwargs else None
+        return self.with_blocks(x, base_layer, name, modules["lora_dropout"]._modules[name], call)
 
     def extra_repr(self) -> str:
         """Ranks of both blocks for each adapter that has them."""

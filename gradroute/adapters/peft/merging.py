@@ -91,8 +91,11 @@ class MergedLayer(RoutedLinear):
 
     def quarantine_scaling(self, adapter: str) -> float:
         """s_q as a multiple of s_d: so whatever rescales an adapter in PEFT rescales both blocks."""
+        A, A_q = self._peft_layer().lora_A[adapter].weight, self.lora_A_quarantine[adapter].weight
+        return self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+
+    def _quarantine_scaling(self, adapter: str, ratio: float) -> float:
         peft_layer = self._peft_layer()
-        ratio = peft_layer.lora_A[adapter].weight.shape[0] / self.lora_A_quarantine[adapter].weight.shape[0]
         scaling = peft_layer.scaling[adapter]
         if isinstance(scaling, Tensor):
             raise RouteError(
@@ -130,7 +133,8 @@ class MergedLayer(RoutedLinear):
         return state.scale
 
     def _active(self) -> list[str]:
-        return [name for name in self._peft_layer().active_adapters if name in self._peft_layer().lora_A]
+        modules: Any = self._modules
+        return [name for name in self._peft_layer().active_adapters if name in modules["lora_A"]._modules]
 
     def _several_active(self, names: list[str]) -> str:
         return (

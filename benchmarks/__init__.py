@@ -1,0 +1,1 @@
+"""What gradroute costs, as ratios to what one would use instead; `python -m benchmarks --help`."""
