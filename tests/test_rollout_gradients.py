@@ -305,7 +305,7 @@ def test_parameters_have_no_activation() -> None:
 def test_directions_go_with_parameter_features_alone(settings: dict) -> None:
     model = routed_mixer()
     with pytest.raises(
-        gr.GradRouteError, match="`directions` needs .features=.parameter.. and no .modules.. Found features="
+        gr.GradRouteError, match="`directions` needs features=.parameter. and no .modules.. Found features="
     ):
         with gr.capture_gradients(model, directions=parameter_directions(model), **settings):
             pass

@@ -218,7 +218,7 @@ def capture_gradients(
     """
     if directions is not None and (features != "parameter" or modules is not None):
         raise GradRouteError(
-            f'`directions` needs `features="parameter"` and no `modules`. Found {features=}, {modules=}.'
+            f'`directions` needs features="parameter" and no `modules`. Found {features=}, {modules=}.'
         )
     V = None if directions is None else directions.weights()
     layers = read_modules(model, modules if V is None else list(V), features)
