@@ -217,9 +217,7 @@ def capture_gradients(
         GradRouteError: gradients are off, or on leaving: a module without a backward, or features not finite.
     """
     if directions is not None and (features != "parameter" or modules is not None):
-        raise GradRouteError(
-            f'`directions` needs features="parameter" and no `modules`. Found {features=}, {modules=}.'
-        )
+        raise GradRouteError(f'`directions` needs features="parameter", all modules. Found {features}, {modules}.')
     V = None if directions is None else directions.weights()
     layers = read_modules(model, modules if V is None else list(V), features)
     capture = Capture("gradient", features, "sum", list(layers), directions)
