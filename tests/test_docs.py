@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from doc_pages import PAGES, ROOT, blocks, run_page
+from test_peft_cases import unnamed_base
 
 # Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
 RUN_ELSEWHERE = {
@@ -16,6 +17,7 @@ RUN_ELSEWHERE = {
 RUNNING = [p for p in PAGES if blocks(p.read_text(encoding="utf-8")) and p.name not in RUN_ELSEWHERE]
 
 
+@unnamed_base
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_runs_and_prints_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
