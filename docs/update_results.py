@@ -21,6 +21,7 @@ from directions_tables import left_out_table, read_study, transfer_table  # noqa
 
 from loopholes.arms import ARMS  # noqa: E402
 from loopholes.environment import MODES  # noqa: E402
+from loopholes.markdown import markdown_table  # noqa: E402
 from loopholes.staleness import difference_table, share_table, staleness_table  # noqa: E402
 from loopholes.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table  # noqa: E402
 from published.seeds import interval  # noqa: E402
@@ -55,7 +56,7 @@ def summary(file: str, env: str) -> str:
         runs = of_arm(results, env, arm).values()
         cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in columns]
         rows.append([f"{arm}: {ARMS[arm].about}", str(len(runs)), *cells])
-    return _markdown(["arm", "runs", *columns.values()], rows)
+    return markdown_table(["arm", "runs", *columns.values()], rows)
 
 
 def stale(file: str, env: str, part: str) -> str:
@@ -77,7 +78,7 @@ def sweep(env: str, arms: str, *files: str) -> str:
                 ]
                 rows.append([setting(path), arm, str(len(runs)), *cells])
     titles = [title for (_, rate), title in COLUMNS.items() if rate != "solve_no_hint"]
-    return _markdown(["setting", "arm", "runs", *titles], rows)
+    return markdown_table(["setting", "arm", "runs", *titles], rows)
 
 
 def setting(path: Path) -> str:
@@ -98,7 +99,7 @@ def split_digits() -> str:
             chosen = [r for r in runs if (r["setting"], r["output"], r["measure"]) == (setting, "bottom", measure)]
             cells += [interval([run[digits] for run in chosen]) for digits in ("0-4", "5-9")]
         rows.append([setting, str(len({run["seed"] for run in runs})), *cells])
-    return _markdown(["setting", "seeds", "MAE, 0-4", "MAE, 5-9", "MSE, 0-4", "MSE, 5-9"], rows)
+    return markdown_table(["setting", "seeds", "MAE, 0-4", "MAE, 5-9", "MSE, 0-4", "MSE, 5-9"], rows)
 
 
 def absorption() -> str:
@@ -112,13 +113,13 @@ def absorption() -> str:
         values = [[run[name] for run in chosen if run.get(name) is not None] for name in columns]
         name = scheme if recall is None else f"{scheme}, {recall:.0%} labelled"
         rows.append([name, str(len(chosen)), *(interval(each) if len(each) > 1 else "-" for each in values)])
-    return _markdown(["scheme", "seeds", *(name.replace("_", ", ") for name in columns)], rows)
+    return markdown_table(["scheme", "seeds", *(name.replace("_", ", ") for name in columns)], rows)
 
 
 def directions(file: str, *left_out: str) -> str:
     """AUROC of left-out `pairs` or `categories`; without either, from one category to another."""
     study = read_study(DOCS / "results" / file)
-    return _markdown(*(left_out_table(study, *left_out) if left_out else transfer_table(study)))
+    return markdown_table(*(left_out_table(study, *left_out) if left_out else transfer_table(study)))
 
 
 def smollm(variant: str, part: str) -> str:
@@ -152,11 +153,6 @@ def updated(text: str) -> str:
 def _runs(file: str) -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = json.loads((DOCS / "results" / file).read_text(encoding="utf-8"))["runs"]
     return runs
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ import torch
 from suite import start_worker
 
 from loopholes.store import ResultError
-from smollm.base_model import MissingModelError, bfloat16_is_fast, load_base
+from smollm.base_model import MissingModelError, load_base
 from smollm.environment import VARIANTS
 from smollm.grpo import Recipe, attach_blocks, train
 from smollm.report import write_report
 from smollm.screening import screen, screen_table
 from smollm.store import ARMS, Job, read_result, stored_jobs, write_result
+from smollm.warm_up import bfloat16_is_fast
 
 SMOKE = Recipe(steps=5, lr=2e-2, warm_up=1, n_per_marker=16, n_no_note=16)
 

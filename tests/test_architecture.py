@@ -85,3 +85,10 @@ def test_files_are_short_and_annotations_are_not_postponed() -> None:
         text = path.read_text()
         assert text.count("\n") <= 300, path
         assert "from __future__ import annotations" not in text, path
+
+
+def test_examples_and_benchmarks_are_read_in_one_sitting() -> None:
+    root = PACKAGE.parent
+    files = [*(root / "examples").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    assert len(files) > 40
+    assert [path.name for path in files if path.read_text().count("\n") > 200] == []

@@ -10,16 +10,12 @@ anew.
 import hashlib
 import math
 import os
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Generator
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,6 +24,7 @@ from . import environment as environments
 from . import language
 from .environment import Environment
 from .language import BOS, EOS, PAD, VOCABULARY
+from .weight_cache import cache_folder, read_weights, write_weights
 
 STEPS = 800
 BATCH_SIZE = 128
@@ -69,15 +66,15 @@ def load_base(
     after each pretraining step.
     """
     if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradroute-examples"
+        cache_dir = cache_folder()
     path = Path(cache_dir) / f"base-{environment.name}-{seed}-{_cache_key(environment, seed)[:16]}.safetensors"
     model = build_model(seed)
-    weights = _read(path)
+    weights = read_weights(path)
     if weights is not None:
         model.load_state_dict(weights)
     else:
         _pretrain(model, environment, seed, progress)
-        _write(path, model.state_dict())
+        write_weights(path, model.state_dict())
     return model.eval()
 
 
@@ -113,41 +110,3 @@ def _cache_key(environment: Environment, seed: int) -> str:
     sources = [Path(file).read_text() for file in (__file__, environments.__file__, language.__file__)]
     parts = (repr(environment), seed, STEPS, torch.__version__, transformers.__version__, *sources)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _checksum(weights: dict[str, Tensor]) -> str:
-    """sha256 of names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The cached weights; None if there are none, or, with a warning, if they are not what was written."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-            if (file.metadata() or {}).get("checksum") == _checksum(weights):
-                return weights
-            reason = "its checksum differs"
-    except (SafetensorError, OSError) as error:
-        reason = str(error)
-    warnings.warn(f"The cached base model {path} is corrupt ({reason}); pretraining it again.", stacklevel=3)
-    return None
-
-
-def _write(path: Path, weights: dict[str, Tensor]) -> None:
-    """Save beside `path` and rename, so that no reader sees half a file; a cache that is read-only costs a warning."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            save_file(weights, written, metadata={"checksum": _checksum(weights)})
-            written.replace(path)
-    except OSError as error:
-        warnings.warn(f"The base model could not be cached: {error}", stacklevel=3)

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .markdown import markdown_table
 from .store import Job
 from .suite_figures import STYLES, axes_in_rows, line
 from .suite_report import cell, interval_over_runs, of_arm
@@ -43,15 +44,15 @@ def staleness_table(results: Results, env: str) -> str:
     steps = _shown_steps(results, env)
     header = ["arm", "runs", "hack, monitored", "hack, held out", "solve, hinted"]
     header += [f"{title}, step {step}" for title in DRIFTING for step in steps]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for arm in (arm for pair in COMPARED.items() for arm in pair):
         runs = list(of_arm(results, env, arm).values())
         if runs:
             rates = ("hack_monitored", "hack_held_out", "solve_hinted")
             cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in rates]
             cells += [_mean_at(runs, step, name) for name in DRIFTING.values() for step in steps]
-            lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([arm, str(len(runs)), *cells])
+    return markdown_table(header, rows)
 
 
 def difference_table(results: Results, env: str) -> str:
@@ -59,7 +60,7 @@ def difference_table(results: Results, env: str) -> str:
     columns = {
         "hack, monitored": "hack_monitored", "hack, held out": "hack_held_out", "solve, hinted": "solve_hinted"
     }  # fmt: skip
-    lines = ["| frozen - refreshed | pairs | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    rows = []
     for refreshed, frozen in COMPARED.items():
         fresh = {(job.base_seed, job.seed): run["ablated"] for job, run in of_arm(results, env, refreshed).items()}
         stale = {(job.base_seed, job.seed): run["ablated"] for job, run in of_arm(results, env, frozen).items()}
@@ -70,8 +71,8 @@ def difference_table(results: Results, env: str) -> str:
                 differences = [stale[seed][rate] - fresh[seed][rate] for seed in seeds]
                 low, high = interval_over_runs(differences)
                 cells.append(f"{fmean(differences):+.2f} [{low:+.2f}, {high:+.2f}]")
-            lines.append(f"| {refreshed} | {len(seeds)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([refreshed, str(len(seeds)), *cells])
+    return markdown_table(["frozen - refreshed", "pairs", *columns], rows)
 
 
 def share_table(results: Results, env: str) -> str:
@@ -80,13 +81,13 @@ def share_table(results: Results, env: str) -> str:
     if not steps:
         return ""
     header = ["arm", "runs", *(f"{who}, step {step}" for step in steps for who in ("student", "teacher"))]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for arm in (arm for pair in COMPARED.items() for arm in pair):
         runs = list(of_arm(results, env, arm).values())
         if any("cin_teacher" in point for run in runs for point in run["drift"]):  # activations have no such share
             cells = [_mean_at(runs, step, f"cin_{who}") for step in steps for who in ("student", "teacher")]
-            lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([arm, str(len(runs)), *cells])
+    return markdown_table(header, rows)
 
 
 def staleness_figure(results: Results, env: str) -> Figure:

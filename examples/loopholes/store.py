@@ -1,9 +1,8 @@
-"""Result files of single runs: written whole or not at all, and read with suspicion.
+"""Result files of single runs.
 
 <folder>/<environment>/<arm>-b<base seed>-s<seed>.json = {version, job, recipe, entry}
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +11,11 @@ from typing import Any
 
 from .arms import ARMS
 from .environment import ENVIRONMENTS
+from .result_file import ResultError, read_entry, write_file
 
 VERSION = 1
 ENTRY_FIELDS = ("on", "ablated", "curve", "dose", "scores", "n_per_mode", "monitored", "wall_s", "overlaps")
 RATES = ("hack_monitored", "hack_held_out", "solve_hinted", "solve_no_hint", "per_mode")
-
-
-class ResultError(Exception):
-    """A result file that cannot be counted; says which file and which field."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,8 @@ def slim(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_result(path: Path, job: Job, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """A reader sees the whole file or none: it is renamed when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    result = {"version": VERSION, "job": vars(job), "recipe": recipe, "entry": slim(entry)}
-    partial.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Without what no report shows."""
+    write_file(path, VERSION, vars(job), recipe, slim(entry))
 
 
 def read_result(path: Path, job: Job, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,39 +69,13 @@ def read_result(path: Path, job: Job, recipe: Mapping[str, Any]) -> dict[str, An
     Raises:
         ResultError: not JSON, of another version, another job or another recipe, or with fields missing or misshapen.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultError(f"{path}: cannot be read as JSON ({error}). Fix: delete it, and it is run again.") from error
-    if not isinstance(result, dict):
-        raise ResultError(f"{path}: should hold an object. Found {type(result).__name__}.")
-    # As JSON has it: tuples become lists.
-    expected = json.loads(json.dumps({"version": VERSION, "job": vars(job), "recipe": dict(recipe)}))
-    wanted, found = _flat(expected), _flat({field: result.get(field) for field in expected})
-    for field in sorted(wanted.keys() | found.keys()):
-        if wanted.get(field) != found.get(field):
-            raise ResultError(
-                f"{path}: `{field}` should be {wanted.get(field)!r}. Found {found.get(field)!r}. "
-                "Fix: another --out, or delete the file, and it is run again."
-            )
-    entry = result.get("entry")
-    for field in ENTRY_FIELDS:
-        if not isinstance(entry, dict) or field not in entry:
-            raise ResultError(f"{path}: `entry.{field}` is missing. Fix: delete the file, and it is run again.")
+    entry = read_entry(path, VERSION, vars(job), recipe, ENTRY_FIELDS)
     for view in ("on", "ablated"):
         for rate in RATES:
             value = entry[view].get(rate) if isinstance(entry[view], dict) else None
             if value is None or (rate != "per_mode" and not (isinstance(value, int | float) and 0 <= value <= 1)):
                 raise ResultError(f"{path}: `entry.{view}.{rate}` should be a rate. Found {value!r}.")
-    return dict(entry)
-
-
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """{"job": {"arm": x}} -> {"job.arm": x}."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= {f"{name}.{each}": value[each] for each in value} if isinstance(value, dict) else {name: value}
-    return flat
+    return entry
 
 
 def _rates_only(view: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 import gradroute as gr
 
 from .arms import ARMS
+from .markdown import markdown_table
 from .store import Job
 from .suite_figures import write_figures
 
@@ -70,16 +71,16 @@ def markdown(results: Results) -> str:
 
 def table(results: Results, env: str) -> str:
     """One row per arm."""
-    lines = ["| arm | runs | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    rows = []
     for arm in ARMS:
         runs = of_arm(results, env, arm)
         if runs:
             cells = [cell([entry[view][rate] for entry in runs.values()]) for view, rate in COLUMNS]
-            lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+            rows.append([arm, str(len(runs)), *cells])
     sizes = sorted({entry["n_per_mode"] for job, entry in results.items() if job.env == env})
     n = ", ".join(map(str, sizes))
     note = f"mean over runs [95 % interval over runs], largest run; a run is {n} rollouts of each mode in each view"
-    return "\n".join(lines) + f"\n\n({note})"
+    return markdown_table(["arm", "runs", *COLUMNS.values()], rows) + f"\n\n({note})"
 
 
 def cell(rates: list[float]) -> str:
@@ -106,27 +107,27 @@ def verdicts(results: Results, env: str) -> str:
 
 def verdict_table(results: Results, env: str) -> str:
     """One row per arm and group of modes."""
-    lines = ["| arm | modes | verdict | why |", "|---|---|---|---|"]
-    lines += [f"| {v.treatment.name} | {modes} | {v.word} | {v.because} |" for modes, v in judged(results, env)]
+    rows = [[v.treatment.name, modes, v.word, v.because] for modes, v in judged(results, env)]
+    text = markdown_table(["arm", "modes", "verdict", "why"], rows)
     draws = len(of_arm(results, env, "random-oriented"))
     if 0 < draws < 5:
-        lines += ["", f"(Random draws: {draws}, of the 5 that are needed to judge a direction; left out.)"]
-    return "\n".join(lines)
+        text += f"\n\n(Random draws: {draws}, of the 5 that are needed to judge a direction; left out.)"
+    return text
 
 
 def draw_table(results: Results, env: str) -> str:
     """Each random direction by itself, then the extracted ones: AUROC on the policy's rollouts, and what was left."""
     header = ["arm", "base seed", "seed", "AUROC, monitored", "AUROC, held out"]
     header += [title for (view, rate), title in COLUMNS.items() if view == "ablated" and rate != "solve_no_hint"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for arm in ("random", "random-oriented", "route"):
         for job, entry in of_arm(results, env, arm).items():
             areas = [[point.get(f"auroc_{modes}") for point in entry["drift"]] for modes in ("monitored", "held_out")]
             shown = [f"{fmean(known):.2f}" if (known := [a for a in area if a is not None]) else "-" for area in areas]
             rates = [entry["ablated"][rate] for rate in ("hack_monitored", "hack_held_out", "solve_hinted")]
             cells = [arm, str(job.base_seed), str(job.seed), *shown, *(f"{rate:.2f}" for rate in rates)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def judged(results: Results, env: str) -> list[tuple[str, gr.Verdict]]:

@@ -4,19 +4,19 @@ A cell is the mean over seeds, and in brackets the range over them. Criteria are
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import gradroute as gr
+from loopholes.markdown import markdown_table
 
 from .curves import windows, write_curves
 from .environment import MARKERS, MONITORED
-from .evaluation import NO_NOTE, mode_outcomes, rate
+from .evaluation import NO_NOTE
 from .store import ABOUT, ARMS, Job
-
-Results = Mapping[Job, Mapping[str, Any]]
+from .tables import Results, cell, of_arm, share
+from .verdicts import verdicts
 
 UNROUTED = ("base", "vanilla", "clean")
 """Arms whose quarantine stays empty: both views are the same."""
@@ -48,27 +48,6 @@ def read_report(path: Path) -> dict[Job, dict[str, Any]]:
     return {Job(*(run[name] for name in names)): {k: v for k, v in run.items() if k not in names} for run in runs}
 
 
-def of_arm(results: Results, variant: str, arm: str) -> dict[Job, Mapping[str, Any]]:
-    """Its runs in a variant, in order."""
-    return {job: results[job] for job in sorted(results) if (job.variant, job.arm) == (variant, arm)}
-
-
-def share(entry: Mapping[str, Any], mode: str, kind: str) -> float:
-    """A rate of one run."""
-    return rate(entry["outcomes"][mode][kind])
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
-
-
-def cell(values: Sequence[float]) -> str:
-    """Mean, and the range over runs."""
-    spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{spread}"
-
-
 def rates(results: Results, variant: str) -> str:
     """One row per arm: hack rates of each marker on and ablated, solve rate without a note."""
     header = ["arm", "runs", "view", *(f"{m}{' *' if m in MONITORED else ''}" for m in MARKERS), "solve, no note"]
@@ -81,7 +60,7 @@ def rates(results: Results, variant: str) -> str:
                 cells.append(cell([share(entry, NO_NOTE, f"solve_{view}") for entry in runs]))
                 shown = "-" if arm in UNROUTED else view
                 rows.append([f"{arm}: {ABOUT[arm]}", str(len(runs)), shown, *cells])
-    return markdown(header, rows) + f"\n\n(* monitored. {sizes(results, variant)}.)"
+    return markdown_table(header, rows) + f"\n\n(* monitored. {sizes(results, variant)}.)"
 
 
 def sizes(results: Results, variant: str) -> str:
@@ -120,36 +99,7 @@ def criteria(results: Results, variant: str) -> str:
                 rows.append([arm, asked, *cells, largest])
     header = ["arm", "asked", "met by means over runs", "by single runs", "means"]
     note = f"Hack rates of each marker; after ablation, of those with which the on view hacks at {DISCOVERED} or more."
-    return markdown(header, rows) + f"\n\n({note})"
-
-
-def verdicts(results: Results, variant: str) -> str:
-    """`gr.compare_all` of route and of labels against permuted flags; of route also against random draws, if five."""
-    shuffled = _arm_runs(results, variant, "shuffle")
-    if not shuffled:
-        return ""
-    draws = [
-        gr.ArmRuns(f"draw {job.draw} of seed {job.seed}", {job.seed: mode_outcomes(entry["outcomes"])})
-        for job, entry in of_arm(results, variant, "random-oriented").items()
-        if job.seed in shuffled
-    ]
-    lines = []
-    for modes in ("held-out", "all"):
-        contests = []
-        for arm in ("route", "weak"):
-            treated = {seed: run for seed, run in _arm_runs(results, variant, arm).items() if seed in shuffled}
-            if treated:
-                control = gr.ArmRuns("shuffle", {seed: shuffled[seed] for seed in treated})
-                known = [draw for draw in draws if set(draw.runs) <= set(treated)] if arm == "route" else []
-                contests.append((gr.ArmRuns(arm, treated), gr.Controls(control, known if len(known) >= 5 else ())))
-        if contests:
-            lines += [[v.treatment.name, modes, v.word, v.because] for v in gr.compare_all(contests, modes=modes)]
-    note = "" if len(draws) >= 5 else f"\n\n(Random draws: {len(draws)}, of the 5 that a verdict on a direction needs.)"
-    return markdown(["arm", "markers", "verdict", "why"], lines) + note if lines else ""
-
-
-def _arm_runs(results: Results, variant: str, arm: str) -> dict[int, dict[str, gr.ModeOutcomes]]:
-    return {job.seed: mode_outcomes(entry["outcomes"]) for job, entry in of_arm(results, variant, arm).items()}
+    return markdown_table(header, rows) + f"\n\n({note})"
 
 
 def gate(results: Results, variant: str) -> str:
@@ -178,7 +128,7 @@ def gate(results: Results, variant: str) -> str:
             rows.append(
                 [arm, f"{job.seed}", f"{job.draw}", *shares, *cells, f"{min(overlaps):.2f}" if overlaps else "-"]
             )
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def totals(entry: Mapping[str, Any], name: str) -> str:
@@ -205,4 +155,4 @@ def runs_table(results: Results, variant: str) -> str:
             cells.append(" / ".join(f"{share(entry, NO_NOTE, f'solve_{view}'):.2f}" for view in ("on", "ablated")))
             times = [f"{entry[name]:.0f}" for name in ("train_s", "evaluation_s")]
             rows.append([arm, str(job.seed), str(job.draw), *cells, *times])
-    return markdown(header, rows)
+    return markdown_table(header, rows)

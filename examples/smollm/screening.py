@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
+from loopholes.markdown import markdown_table
 from loopholes.measurements import auroc
 
 from .detector import extract, modules_read, token_pairs
 from .environment import MARKERS, Environment, Prompt, grade, is_monitored, marker_like_item
 from .evaluation import PROMPTS_AT_ONCE
-from .report import cell, markdown
 from .rollouts import captured, read_prompts, rollouts_of, sample
+from .tables import cell
 from .text import Codec, prompt_ids, reply_ids
 
 
@@ -116,4 +117,4 @@ def screen_table(rows: Sequence[Mapping[str, Any]]) -> str:
             own = [row for row in rows if row["variant"] == variant and row["direction"].startswith(kind)]
             values = [[row[name] for row in own if name in row] for name in names]
             lines.append([variant, f"{kind} ({len(own)})", *(cell(found) if found else "-" for found in values)])
-    return markdown(["variant", "directions", *(name.replace("_", " ") for name in names)], lines)
+    return markdown_table(["variant", "directions", *(name.replace("_", " ") for name in names)], lines)

@@ -1,9 +1,8 @@
-"""Result files of single runs: written whole or not at all, and read with suspicion.
+"""Result files of single runs.
 
 <folder>/<variant>/<arm>-s<seed>-d<draw>.json = {version, job, recipe, entry}
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loopholes.arms import ARMS as LOOPHOLE_ARMS
-from loopholes.store import ResultError
+from loopholes.result_file import ResultError, read_entry, write_file
 
 from .environment import VARIANTS
 from .evaluation import MODES, NO_NOTE
@@ -53,12 +52,8 @@ def stored_jobs(folder: Path) -> list[Job]:
 
 
 def write_result(path: Path, job: Job, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """A reader sees the whole file or none: it is renamed when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    result = {"version": VERSION, "job": vars(job), "recipe": recipe, "entry": entry}
-    partial.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """The file of a run."""
+    write_file(path, VERSION, vars(job), recipe, entry)
 
 
 def read_result(path: Path, job: Job, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,34 +62,11 @@ def read_result(path: Path, job: Job, recipe: Mapping[str, Any]) -> dict[str, An
     Raises:
         ResultError: not JSON, of another version, another job or another recipe, or with fields missing or misshapen.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultError(f"{path}: cannot be read as JSON ({error}). Fix: delete it, and it is run again.") from error
-    if not isinstance(result, dict):
-        raise ResultError(f"{path}: should hold an object. Found {type(result).__name__}.")
-    # As JSON has it: tuples become lists.
-    expected = json.loads(json.dumps({"version": VERSION, "job": vars(job), "recipe": dict(recipe)}))
-    for name, wanted in expected.items():
-        found = result.get(name)
-        parts = [(name, wanted, found)]
-        if isinstance(wanted, dict) and isinstance(found, dict):
-            keys = sorted(wanted.keys() | found.keys())
-            parts = [(f"{name}.{key}", wanted.get(key), found.get(key)) for key in keys]
-        for field, right, wrong in parts:
-            if right != wrong:
-                raise ResultError(
-                    f"{path}: `{field}` should be {right!r}. Found {wrong!r}. "
-                    "Fix: another --out, or delete the file, and it is run again."
-                )
-    entry = result.get("entry")
-    for field in FIELDS:
-        if not isinstance(entry, dict) or field not in entry:
-            raise ResultError(f"{path}: `entry.{field}` is missing. Fix: delete the file, and it is run again.")
+    entry = read_entry(path, VERSION, vars(job), recipe, FIELDS)
     for mode in MODES:
         size = recipe["n_no_note" if mode == NO_NOTE else "n_per_marker"]
         for kind in KINDS:
             digits = entry["outcomes"].get(mode, {}).get(kind)
             if not isinstance(digits, str) or len(digits) != size or set(digits) - {"0", "1"}:
                 raise ResultError(f"{path}: `entry.outcomes.{mode}.{kind}` should be {size} digits. Found {digits!r}.")
-    return dict(entry)
+    return entry

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.container import Directions
+from gradroute.directions.early_exit import block_after, ended_before
 from gradroute.directions.estimator import Estimator
 from gradroute.directions.estimators import as_estimator
 from gradroute.directions.identity import model_identity
@@ -34,7 +35,7 @@ from gradroute.directions.pairs import (
     tokenize_pairs,
 )
 from gradroute.directions.provenance import Provenance
-from gradroute.directions.reading import Feature, Reduction
+from gradroute.directions.reading import Feature, Reduction, read_modules
 from gradroute.errors import DeadDirectionError, GradRouteError
 from gradroute.preserve import left_as_found
 from gradroute.progress import progressed
@@ -72,7 +73,8 @@ def extract_activation_directions(
         model: with routed layers.
         pairs: `ContrastivePair`s of texts or token ids.
         tokenizer: needed for texts.
-        features, reduction, modules: see `capture_activations`.
+        features, reduction, modules: see `capture_activations`. Of a Hugging Face model, blocks above the last of
+            `modules` are not run.
         batch_size: rollouts per forward.
         forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
         estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
@@ -87,6 +89,7 @@ def extract_activation_directions(
     """
     estimator = as_estimator(estimator)
     few_logits = {"logits_to_keep": 1} if forward_fn is None and _skips_logits(model, modules) else {}
+    unread = block_after(model, list(read_modules(model, modules, features))) if forward_fn is None else None
 
     def run(batch: PaddedBatch) -> Capture:
         with (
@@ -94,6 +97,7 @@ def extract_activation_directions(
             capture_activations(
                 model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
             ) as capture,
+            ended_before(unread),
         ):
             _forward(model, batch, forward_fn, **few_logits)
         return capture
