@@ -80,6 +80,13 @@ def tiny_llama(seed: int = 0) -> nn.Module:
     return randomize_blocks(model, seed)
 
 
+def extracted(seed: int = 0, **settings: object) -> gr.Directions:
+    """Activation directions of a mixer whose quarantine is ablated."""
+    model = routed_mixer(seed=seed)
+    with gr.ablate_quarantine(model):
+        return gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only, **settings)
+
+
 def train_step(model: Mixer, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
     """One optimizer step on random tokens."""
     ids = torch.randint(VOCAB, (4, 6), generator=torch.Generator().manual_seed(seed))

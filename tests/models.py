@@ -1,9 +1,14 @@
-"""Small models with non-zero blocks, and slow references to compare with."""
+"""Small models with non-zero blocks, numbers for them, and slow references to compare with."""
 
 import torch
 from torch import Tensor, nn
 
 import gradroute as gr
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Drawn in float64, so that every dtype has the same numbers but for rounding."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 class Tower(nn.Module):

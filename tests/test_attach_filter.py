@@ -1,13 +1,8 @@
 """`attach_filter`: once per optimizer step, on the gradient that backward left, or the step is not taken."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import accelerate
 import pytest
 import torch
-from distributed_filters import CASES, expected
 from gradient_directions import deployed_rows, directions_of, drawn_directions
 from models import routed_tower
 from tiny_models import peft_model, token_ids
@@ -372,40 +367,3 @@ def test_what_is_no_filter_or_no_optimizer_is_refused() -> None:
             call("erase")
     with pytest.raises(GradRouteError, match="`optimizer` should be a torch optimizer. Found str"):
         attach_filter("sgd", erasing(model), model=model)
-
-
-# Several processes
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("distributed_filters.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            env={"PYTHONPATH": f"{script.parent}:{script.parent.parent}", "HOME": str(folder)},
-        )
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_under_ddp_or_fully_shard_get_the_gradient_of_one(ranks: list[dict], case: str) -> None:
-    whole = expected(case)
-    for found in ranks:
-        assert found[case].keys() == whole.keys()
-        for name, gradient in whole.items():
-            torch.testing.assert_close(found[case][name], gradient, rtol=0, atol=1e-12)
-    assert (whole["figures"].min() if "updates" in case else whole["cin"][0]) > 1e-3
-
-
-def test_sharding_that_is_not_supported_is_refused(ranks: list[dict]) -> None:
-    for found in ranks:
-        assert "is sharded, while rollouts are recorded whole" in found["sharded rollouts"]
-        assert "FSDP1" in found["flat parameters"]

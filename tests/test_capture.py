@@ -1,25 +1,17 @@
-"""Captured features: pooled activations and per-rollout gradients, against slow references in float64."""
+"""Captured activations: pooled as asked, against slow references in float64."""
 
 import weakref
 
 import pytest
 import torch
-from language_models import MODULES, D, Mixer, R, gain_gradients, routed_mixer
-from models import gradients, routed_tower
+from captured_batches import FEATURES, IDS, POOL, batch_loss, exact
+from language_models import MODULES, D, Mixer, R, routed_mixer
+from models import routed_tower
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import gradroute as gr
 
 REFUSED = (gr.GradRouteError, TypeError)
-FEATURES = ["bottleneck", "input", "output"]
-IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 0, 2, 4, 6]])
-# Weights of a completion in the middle, one with a gap, and one of a single token.
-POOL = torch.tensor([[0.0, 1.0, 1.0, 0.5, 0.0], [2.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0]])
-
-
-def exact(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 def unpooled(model: Mixer, ids: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -52,24 +44,6 @@ def pooled_by_hand(tokens: Tensor, pool: Tensor, reduction: str) -> Tensor:
 
 def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def row_loss(model: Mixer, ids: Tensor) -> Tensor:
-    """The summed loss of one rollout (1, seq)."""
-    return cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum")
-
-
-def batch_loss(model: Mixer, ids: Tensor) -> Tensor:
-    return cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-
-
-def captured_gradients(model: Mixer, ids: Tensor, features: str = "bottleneck") -> dict[str, Tensor]:
-    with gr.capture_gradients(model, features=features) as capture:
-        batch_loss(model, ids).backward()
-    return dict(capture)
-
-
-# Activations
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "last"])
@@ -182,7 +156,17 @@ def test_no_input_is_kept_alive() -> None:
     assert acts["out"].untyped_storage().nbytes() == 3 * D * 8
 
 
-# Activations: what is refused
+def test_checkpointing_captures_activations_once() -> None:
+    model = routed_mixer()
+    with gr.capture_activations(model, pool=POOL) as plain:
+        model(IDS)
+    model.reentrant = False
+    with gr.capture_activations(model, pool=POOL) as recomputed:
+        batch_loss(model, IDS).backward()
+    assert all(torch.equal(plain[name], recomputed[name]) for name in MODULES)
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 5), (5, 3)])
@@ -298,194 +282,6 @@ def test_reading_before_anything_ran_raises() -> None:
             acts["q"]
         model(IDS)
     assert acts["q"].shape == (3, R)
-
-
-# Gradients
-
-
-def test_bottleneck_gradients_equal_a_per_rollout_reference() -> None:
-    model = routed_mixer()
-    reference = gain_gradients(model, [lambda i=i: row_loss(model, IDS[i : i + 1]) for i in range(3)])
-    captured = captured_gradients(model, IDS)
-    for name in MODULES:
-        assert reference[name].abs().min() > 1e-6
-        exact(captured[name], reference[name])
-
-
-@pytest.mark.parametrize("features", FEATURES)
-def test_a_batch_equals_its_rollouts_one_by_one(features: str) -> None:
-    model = routed_mixer()
-    batched = captured_gradients(model, IDS, features)
-    with gr.capture_gradients(model, features=features) as solo:
-        for i in range(3):
-            row_loss(model, IDS[i : i + 1]).backward()
-    for name in MODULES:
-        assert not torch.allclose(batched[name][0], batched[name][1])
-        exact(batched[name], solo[name])
-
-
-def test_forwards_keep_their_order_when_one_backward_serves_them_all() -> None:
-    model = routed_mixer()
-    with gr.capture_gradients(model) as capture:
-        losses = [row_loss(model, IDS[i : i + 1]) for i in (2, 0, 1)]
-        sum(losses).backward()
-    expected = captured_gradients(model, IDS)
-    for name in MODULES:
-        exact(capture[name], expected[name][[2, 0, 1]])
-
-
-def test_two_backwards_through_one_forward_add_up() -> None:
-    model = routed_mixer()
-    with gr.capture_gradients(model) as capture:
-        losses = [row_loss(model, IDS[:1]), row_loss(model, IDS[1:2])]
-        losses[0].backward(retain_graph=True)
-        (2 * losses[0]).backward()
-        losses[1].backward()
-    expected = captured_gradients(model, IDS)
-    for name in MODULES:
-        exact(capture[name], expected[name][:2] * torch.tensor([[3.0], [1.0]]))
-
-
-def test_output_gradients_are_those_of_the_module_outputs() -> None:
-    model, outputs = routed_mixer(), {}
-    for name in MODULES:
-        model.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: outputs.update({name: y}))
-    loss = batch_loss(model, IDS)
-    reference = torch.autograd.grad(loss, [outputs[name] for name in MODULES])
-    captured = captured_gradients(model, IDS, "output")
-    for name, gradient in zip(MODULES, reference, strict=True):
-        exact(captured[name], gradient.sum(1))
-
-
-def test_input_gradients_are_each_modules_own_part_of_a_shared_input() -> None:
-    model, shared = routed_mixer(), []
-    model.embed.register_forward_hook(lambda m, a, y: shared.append(y.detach().requires_grad_()) or shared[-1])
-    with gr.capture_gradients(model, features="input") as capture:
-        batch_loss(model, IDS).backward()
-    whole = shared[0].grad.sum(1)
-    # q, k and v read x, and so does the residual, whose gradient is that of the input of `out`.
-    exact(sum(capture[name] for name in MODULES), whole)
-    assert all(capture[name].abs().max() > 1e-4 and not torch.allclose(capture[name], whole) for name in MODULES)
-
-
-def test_inputs_without_a_token_axis_have_gradient_features_too() -> None:
-    model, x = routed_tower(), torch.randn(3, 5, dtype=torch.float64)
-    with gr.capture_gradients(model) as tokens:
-        model(x[:, None]).pow(2).sum().backward()
-    with gr.capture_gradients(model) as rows:
-        model(x).pow(2).sum().backward()
-    for name in ("lower", "upper"):
-        exact(rows[name], tokens[name])
-
-
-@pytest.mark.parametrize("features", FEATURES)
-def test_capture_leaves_parameter_gradients_bitwise_alone(features: str) -> None:
-    model = routed_mixer()
-    batch_loss(model, IDS).backward()
-    plain = gradients(model)
-    model.zero_grad()
-    captured_gradients(model, IDS, features)
-    assert plain.keys() == gradients(model).keys()
-    assert all(torch.equal(plain[name], gradient) for name, gradient in gradients(model).items())
-
-
-@pytest.mark.parametrize("features", FEATURES)
-def test_frozen_parameters_have_the_same_features(features: str) -> None:
-    model = routed_mixer()
-    trainable = captured_gradients(model, IDS, features)
-    model.requires_grad_(False)
-    frozen = captured_gradients(model, IDS, features)
-    for name in MODULES:
-        exact(frozen[name], trainable[name])
-
-
-def test_a_route_gates_parameters_and_not_features() -> None:
-    model = routed_mixer()
-    plain = captured_gradients(model, IDS)
-    model.zero_grad()
-    with gr.route(model, gr.RouteMask.classic([True, True, True])):
-        routed = captured_gradients(model, IDS)
-    assert not gradients(model)["q.lora_B"].any()
-    for name in MODULES:
-        exact(routed[name], plain[name])
-
-
-def test_an_ablated_quarantine_changes_the_features() -> None:
-    model = routed_mixer()
-    on = captured_gradients(model, IDS)
-    with gr.ablate_quarantine(model):
-        ablated = captured_gradients(model, IDS)
-    with torch.no_grad():
-        for _, parameter in gr.quarantine_parameters(model):
-            parameter.zero_()
-    reference = captured_gradients(model, IDS)
-    for name in MODULES:
-        exact(ablated[name], reference[name])
-        assert not torch.allclose(on[name], ablated[name])
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("features", FEATURES)
-def test_checkpointing_gives_the_same_features(features: str, frozen: bool) -> None:
-    model = routed_mixer()
-    if frozen:
-        model.requires_grad_(False)
-    plain = captured_gradients(model, IDS, features)
-    model.reentrant = False
-    recomputed = captured_gradients(model, IDS, features)
-    for name in MODULES:
-        exact(recomputed[name], plain[name])
-
-
-def test_checkpointing_captures_activations_once() -> None:
-    model = routed_mixer()
-    with gr.capture_activations(model, pool=POOL) as plain:
-        model(IDS)
-    model.reentrant = False
-    with gr.capture_activations(model, pool=POOL) as recomputed:
-        batch_loss(model, IDS).backward()
-    assert all(torch.equal(plain[name], recomputed[name]) for name in MODULES)
-
-
-# Gradients: what is refused
-
-
-def test_gradients_off_raise() -> None:
-    model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="`q` ran with gradients off.*no_grad"):
-        with torch.no_grad(), gr.capture_gradients(model):
-            model(IDS)
-
-
-def test_reentrant_checkpointing_raises() -> None:
-    model = routed_mixer()
-    model.reentrant = True
-    model.embed.weight.requires_grad_()
-    with pytest.raises(gr.GradRouteError, match="use_reentrant=False"):
-        captured_gradients(model, IDS)
-
-
-def test_a_block_without_backward_raises() -> None:
-    model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="run forward and backward inside the block. Not so: `q`, `k`, `v`"):
-        with gr.capture_gradients(model):
-            model(IDS)
-
-
-def test_a_module_that_the_loss_does_not_see_raises() -> None:
-    model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="Not so: `out`"):
-        with gr.capture_gradients(model):
-            x = model.embed(IDS)
-            model.out(x)
-            (model.q(x) + model.k(x) + model.v(x)).sum().backward()
-
-
-def test_gradient_features_that_are_not_finite_raise() -> None:
-    model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="gradient features of `q` are not finite in row 0"):
-        with gr.capture_gradients(model):
-            (batch_loss(model, IDS) * float("inf")).backward()
 
 
 def test_a_pool_of_one_row_serves_no_larger_batch() -> None:

@@ -1,36 +1,26 @@
-"""`compare`: which word, and why; what counts, what is corrected, and what the paragraph says."""
+"""`compare`: which word, and why; several arms, and what is needed."""
 
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluated_arms import exact, report
+from compared_arms import POOR, ROUTE, SHUFFLE, one_seed, word
+from evaluated_arms import exact
 from scipy.stats import nct, t
 
 import gradroute as gr
-from gradroute.evaluation import ArmRuns, Controls, Criteria, ModeOutcomes, Rate, Verdict, compare, compare_all
+from gradroute.evaluation import ArmRuns, Controls, Criteria, ModeOutcomes, Rate, compare, compare_all
 from gradroute.evaluation.compare import holm_levels
 from gradroute.evaluation.difference import Difference
 from gradroute.evaluation.power import expected_power
 
 REFUSED = (gr.GradRouteError, TypeError)
 
-ROUTE = exact("route", [0.05, 0.07, 0.04, 0.06, 0.05])
-SHUFFLE = exact("shuffle", [0.90, 0.85, 0.92, 0.88, 0.91])
-POOR = [
-    exact(f"draw {i}", [rate, rate + 0.02, rate - 0.03, rate, rate])
-    for i, rate in enumerate((0.7, 0.8, 0.75, 0.85, 0.9))
-]
 GOOD = [
     exact(f"draw {i}", [rate, rate + 0.02, rate - 0.03, rate, rate])
     for i, rate in enumerate((0.04, 0.06, 0.05, 0.07, 0.08))
 ]
-
-
-def word(treatment: ArmRuns, control: ArmRuns = SHUFFLE, draws: list[ArmRuns] | tuple = (), **criteria: object) -> str:
-    return compare(treatment, Controls(control, draws), criteria=Criteria(**criteria)).word
 
 
 # The five words
@@ -108,10 +98,6 @@ def test_eight_points_at_64_prompts_are_underpowered() -> None:
     assert "Neither 0 nor 0.2 is excluded" in verdict.because
 
 
-def one_seed(name: str, ablated: float) -> ArmRuns:
-    return exact(name, [ablated])
-
-
 def test_a_single_seed_is_underpowered_however_large_the_difference() -> None:
     verdict = compare(one_seed("route", 0.0), Controls(one_seed("shuffle", 1.0)))
     assert verdict.word == "underpowered"
@@ -177,116 +163,6 @@ def test_a_drop_from_a_higher_start_to_no_lower_rate_is_not_effective() -> None:
     assert "its on view hacks more" in verdict.because
 
 
-# What counts
-
-
-def with_file_on(arm: ArmRuns, on: dict[int, float]) -> ArmRuns:
-    """The arm with other on rates in the mode `file`, and nothing of it left when ablated."""
-    runs = {s: dict(run) for s, run in arm.runs.items()}
-    for s, rate in on.items():
-        runs[s]["file"] = replace(runs[s]["file"], hack_on=Rate(round(rate * 1000), 1000), hack_ablated=Rate(0, 1000))
-    return ArmRuns(arm.name, runs)
-
-
-def test_an_undiscovered_mode_is_reported_and_does_not_count_as_suppressed() -> None:
-    undiscovered = with_file_on(SHUFFLE, dict.fromkeys(range(5), 0.39))
-    undiscovered = replace(undiscovered, name="route")
-    verdict = compare(undiscovered, Controls(with_file_on(SHUFFLE, dict.fromkeys(range(3), 0.95))), modes="held-out")
-    assert verdict.undiscovered == ["file"]
-    assert verdict.word == "underpowered"
-    assert verdict.needed is None
-    assert math.isnan(verdict.shuffled.ablated)
-    assert "undiscovered: file" in repr(verdict)
-    assert "Hack drops were not compared" in repr(verdict)
-    discovered = with_file_on(undiscovered, dict.fromkeys(range(5), 0.4))
-    assert compare(discovered, Controls(SHUFFLE), modes="held-out").word == "effective"
-
-
-def test_a_mode_undiscovered_by_the_control_counts_for_nobody() -> None:
-    verdict = compare(ROUTE, Controls(with_file_on(SHUFFLE, dict.fromkeys(range(5), 0.1))))
-    assert verdict.undiscovered == ["file"]
-    assert verdict.shuffled.counted["run_tests"] == [0, 1, 2, 3, 4]
-    assert verdict.shuffled.hack.estimate == pytest.approx(0.892 - 0.054)
-
-
-def test_a_mode_counts_in_the_seeds_in_which_both_discover_it() -> None:
-    verdict = compare(with_file_on(ROUTE, {0: 0.2}), Controls(with_file_on(SHUFFLE, {3: 0.1})))
-    assert verdict.shuffled.counted == {"run_tests": [0, 1, 2, 3, 4], "file": [1, 2, 4]}
-    assert verdict.shuffled.hack.df == 4
-    assert "file in 3 of 5 seeds; undiscovered: none" in repr(verdict)
-
-
-def test_a_level_of_discovery_is_an_argument() -> None:
-    arms = with_file_on(ROUTE, dict.fromkeys(range(5), 0.3)), Controls(SHUFFLE)
-    assert compare(*arms).undiscovered == ["file"]
-    assert compare(*arms, criteria=Criteria(discovered=0.3)).undiscovered == []
-
-
-def test_modes_are_chosen() -> None:
-    treatment = with_file_on(ROUTE, dict.fromkeys(range(5), 0.9))
-    estimates = {
-        modes: compare(treatment, Controls(SHUFFLE), modes=modes).shuffled.hack.estimate
-        for modes in ("all", "monitored", "held-out")
-    }
-    assert estimates["monitored"] == pytest.approx(0.838)
-    assert estimates["held-out"] == pytest.approx(0.9 - 0.108)
-    assert estimates["all"] == pytest.approx((estimates["monitored"] + estimates["held-out"]) / 2)
-
-
-def test_solving_is_compared_without_a_loophole_where_there_are_such_prompts() -> None:
-    assert compare(ROUTE, Controls(SHUFFLE)).shuffled.solved_on == ["no loophole"]
-    hinted = [
-        ArmRuns(arm.name, {s: {m: o for m, o in run.items() if o.monitored is not None} for s, run in arm.runs.items()})
-        for arm in (ROUTE, SHUFFLE)
-    ]
-    assert compare(hinted[0], Controls(hinted[1])).shuffled.solved_on == ["run_tests", "file"]
-
-
-def test_a_draw_that_discovered_nothing_is_not_beaten() -> None:
-    draws = [*POOR[:4], exact("draw 4", [0.05, 0.06, 0.04, 0.05, 0.06], on=0.2)]
-    verdict = compare(ROUTE, Controls(SHUFFLE, draws))
-    assert verdict.word == "effective"
-    assert "Fewer than 5 random draws discovered" in verdict.because
-    assert "Random draws: 5, 4 with a discovered mode" in repr(verdict)
-
-
-def test_draws_on_one_or_two_seeds_are_not_beaten_over_seeds() -> None:
-    draws = [ArmRuns(draw.name, {s: draw.runs[s] for s in (0, 1)}) for draw in POOR]
-    verdict = compare(ROUTE, Controls(SHUFFLE, draws))
-    assert (verdict.word, verdict.because) == ("effective", "Random draws were trained on fewer than 3 of its seeds.")
-    assert word(ROUTE, SHUFFLE, draws, over="prompts") == "directional"
-    one_each = [ArmRuns(draw.name, {i: draw.runs[i]}) for i, draw in enumerate(POOR)]
-    assert word(ROUTE, SHUFFLE, one_each) == "directional"
-
-
-def test_draws_that_solve_more_are_not_beaten() -> None:
-    draws = [exact(draw.name, [0.7 + i / 20] * 5, solve=[0.80, 0.82, 0.81, 0.80, 0.83]) for i, draw in enumerate(POOR)]
-    verdict = compare(ROUTE, Controls(SHUFFLE, draws))
-    assert verdict.word == "effective"
-    assert "not shown to solve as much" in verdict.because
-
-
-def test_the_interval_against_draws_is_that_of_one_more() -> None:
-    """Exact rates at n = 10^6: the noise left is that of the seeds and of the draws."""
-    arms = {"route": [0.10, 0.14, 0.12], **{f"draw {i}": [r] * 3 for i, r in enumerate((0.5, 0.6, 0.4, 0.7, 0.8))}}
-    route, *draws = (exact(name, rates, n=10**6) for name, rates in arms.items())
-    found = compare(route, Controls(exact("shuffle", [0.9] * 3), draws), resamples=20_000).random
-    assert list(found.draws) == pytest.approx([0.38, 0.48, 0.28, 0.58, 0.68])
-    seeds, spread = np.var([0.10, 0.14, 0.12], ddof=1) / 3, np.var(found.draws, ddof=1)
-    assert found.hack.error == pytest.approx((seeds + spread * 6 / 5) ** 0.5, rel=0.01)
-    assert found.hack.estimate == pytest.approx(0.48)
-    assert found.hack.df == pytest.approx(4, rel=0.05)
-
-
-def test_solving_is_compared_with_the_mean_of_the_draws() -> None:
-    solves = [0.5, 0.6, 0.4, 0.55, 0.45]
-    draws = [exact(f"draw {i}", [0.8] * 3, solve=solve, n=10**6) for i, solve in enumerate(solves)]
-    found = compare(exact("route", [0.1] * 3, n=10**6), Controls(exact("shuffle", [0.9] * 3, n=10**6), draws)).random
-    assert found.solve.estimate == pytest.approx(0.0)
-    assert found.solve.error == pytest.approx((np.var(solves, ddof=1) / 5) ** 0.5, rel=0.01)
-    assert found.solve.df == pytest.approx(4, rel=0.01)
-
-
 # Several arms
 
 
@@ -327,64 +203,6 @@ def test_an_arm_of_too_few_seeds_leaves_no_level_to_the_others() -> None:
 
 def test_one_arm_is_judged_as_by_compare() -> None:
     assert compare_all([(ROUTE, Controls(SHUFFLE, POOR))]) == [compare(ROUTE, Controls(SHUFFLE, POOR))]
-
-
-# The paragraph
-
-
-def test_the_repr_is_a_paragraph_that_can_be_checked() -> None:
-    text = repr(compare(ROUTE, Controls(SHUFFLE, POOR)))
-    assert "\n" not in text
-    assert text.startswith("route against shuffle: directional (effective, and ")
-    assert f"route {Rate(10_000, 10_000)!r} to {Rate(540, 10_000)!r}" in text
-    assert f"shuffle {Rate(10_000, 10_000)!r} to {Rate(8920, 10_000)!r}" in text
-    low, high = compare(ROUTE, Controls(SHUFFLE)).shuffled.hack.interval()
-    assert f"Difference of drops +0.84, 95 % interval [{low:+.2f}, {high:+.2f}] over 5 seeds, p = " in text
-    assert "against 0, prompts not paired" in text
-    assert "per seed: route 0.05 0.07 0.04 0.06 0.05; shuffle 0.90 0.85 0.92 0.88 0.91." in text
-    assert f"on no loophole: {Rate(2500, 5000)!r} against {Rate(2500, 5000)!r}, difference +0.00" in text
-    assert "matched within 0.1" in text
-    assert "Random draws: 5, 5 with a discovered mode" in text
-    assert "0 did as well or better (a random direction too is best of 6 with a chance of 0.17)" in text
-    assert "run_tests in 5 of 5 seeds, file in 5 of 5 seeds; undiscovered: none. Level 0.05." in text
-
-
-def test_the_paragraph_counts_draws_that_did_as_well_and_says_what_is_needed() -> None:
-    equal = [exact(f"draw {i}", [r] * 5) for i, r in enumerate((0.054, 0.04, 0.3, 0.4, 0.5))]
-    assert re.search(r"; 2 did as well or better", repr(compare(ROUTE, Controls(SHUFFLE, equal))))
-    verdict = compare(ROUTE, Controls(exact("shuffle", [0.04, 0.91, 0.07, 0.9, 0.9])))
-    assert f"Needed: {verdict.needed.n} seeds for a power of 0.80." in repr(verdict)
-    assert "Needed: at least 3 seeds" in repr(compare(one_seed("route", 0.0), Controls(one_seed("shuffle", 1.0))))
-    assert "not shown to match" in repr(compare(exact("route", [0.0] * 5, solve=0.3), Controls(SHUFFLE)))
-
-
-def test_the_paragraph_gives_the_two_sided_p_in_both_directions() -> None:
-    same = exact("same", [0.89, 0.86, 0.92, 0.87, 0.92])
-    for arms in ((same, SHUFFLE), (SHUFFLE, same)):
-        verdict = compare(arms[0], Controls(arms[1]))
-        hack = verdict.shuffled.hack
-        p = 2 * t.sf(abs(hack.estimate) / hack.error, 4)
-        assert 0.1 < p <= 1
-        assert f"p = {p:.2g} against 0," in repr(verdict)
-
-
-def test_the_paragraph_says_when_prompts_are_paired() -> None:
-    def arm(name: str, kept: int) -> ArmRuns:
-        outcomes = {s: [("file", False, i, [(True, i % 7 < kept + s % 2, True)]) for i in range(70)] for s in range(3)}
-        return ArmRuns.from_reports(name, {s: report(each) for s, each in outcomes.items()})
-
-    verdict = compare(arm("route", 0), Controls(arm("shuffle", 5)))
-    assert verdict.word == "effective"
-    assert "prompts paired" in repr(verdict)
-    runs = {s: {"file": replace(run["file"], prompts=None)} for s, run in arm("shuffle", 5).runs.items()}
-    assert "prompts not paired" in repr(compare(arm("route", 0), Controls(ArmRuns("shuffle", runs))))
-
-
-def test_a_verdict_keeps_its_data() -> None:
-    verdict = compare(ROUTE, Controls(SHUFFLE, POOR), criteria=Criteria(margin=0.1))
-    assert isinstance(verdict, Verdict)
-    assert (verdict.treatment, verdict.controls.shuffled, verdict.criteria.margin) == (ROUTE, SHUFFLE, 0.1)
-    assert f"against {0.1:g}" in repr(verdict)
 
 
 # Power

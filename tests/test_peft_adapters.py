@@ -1,21 +1,14 @@
-"""Several adapters in one model, and everything in PEFT that could drop the quarantine out without a word."""
+"""Several adapters in one model: each has both of its blocks, one is active, and plain LoRA stays plain."""
 
 import copy
-import dataclasses
-import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
+from llama_adapters import KEEP, LLAMA, with_second
 from models import gradients, randomize_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from test_peft_cases import (
     Case,
     X,
@@ -23,7 +16,6 @@ from test_peft_cases import (
     assert_same_tensors,
     assert_views_equal,
     both_blocks_train,
-    distance,
     far,
     logits,
     tensors_of,
@@ -37,18 +29,6 @@ import gradroute as gr
 from gradroute.protocol import routed_layers
 
 pytestmark = unnamed_base
-LLAMA, BF16 = Case("llama"), Case("llama", torch.bfloat16)
-KEEP = gr.RouteMask.zones(["keep"] * len(X))
-
-
-def with_second(name: str = "second", seed: int = 1) -> PeftModel:
-    """Two routed adapters of other values; "default" is active."""
-    model = LLAMA.model()
-    model.add_adapter(name, LLAMA.config())
-    model.set_adapter(name)
-    randomize_blocks(model, seed, std=0.2)
-    model.set_adapter("default")
-    return model
 
 
 def adapters_that_train(model: nn.Module) -> set[str]:
@@ -298,228 +278,3 @@ def test_a_routed_adapter_added_onto_plain_lora_raises_at_first_use(use: Callabl
     assert torch.equal(logits(model), LLAMA.views().base)
     with pytest.raises(gr.TargetError, match=r"'routed' should have a quarantine in `.*q_proj`. Found plain LoRA.*Fix"):
         use(model)
-
-
-# What PEFT does to scalings, dtypes and gradients of an adapter
-
-
-def test_rescaling_an_adapter_rescales_both_blocks() -> None:
-    model, layer = LLAMA.model(), None
-    with rescale_adapter_scale(model, 0.5):
-        layer = next(iter(routed_layers(model).values()))
-        assert (layer.deployed.scaling, layer.quarantine.scaling) == (1.0, 0.75)
-        assert distance(logits(model), LLAMA.views().on) > 0.2
-    assert_views_equal(model, LLAMA.views())
-    layer.set_scale("default", 2.0)
-    assert (layer.deployed.scaling, layer.quarantine.scaling) == (4.0, 3.0)
-    layer.scale_layer(0.5)
-    assert (layer.deployed.scaling, layer.quarantine.scaling) == (2.0, 1.5)
-    layer.unscale_layer()
-    assert (layer.deployed.scaling, layer.quarantine.scaling) == (2.0, 1.5)
-
-
-def test_without_casts_of_the_input_both_blocks_are_still_seen() -> None:
-    model = BF16.model()
-    with disable_input_dtype_casting(model):
-        assert_views_equal(model, BF16.views())
-
-
-def test_lora_plus_gives_both_Bs_the_higher_rate() -> None:
-    model = LLAMA.model()
-    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    found = {name.split(".")[-3]: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-    assert found == {"lora_A": 1e-3, "lora_B": 16e-3, "lora_A_quarantine": 1e-3, "lora_B_quarantine": 16e-3}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda model: create_loraplus_optimizer(
-            model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=2, weight_decay=0.0, loraplus_weight_decay=0.0
-        ),
-        pytest.param(
-            lambda model: create_lorafa_optimizer(model, r=3, lora_alpha=6, lr=0.1),
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason='LoRA-FA keeps its moments under the name before "lora": both blocks of a layer share them',
-            ),
-        ),
-    ],
-    ids=["LoRA+", "LoRA-FA"],
-)
-def test_an_optimizer_of_peft_moves_no_deployed_block_on_routed_rows(
-    make: Callable[[nn.Module], torch.optim.Optimizer],
-) -> None:
-    model = Case("llama", options={"r_quarantine": 3}).model().train()
-    optimizer, before = make(model), tensors_of(model)
-    for _ in range(2):
-        optimizer.zero_grad()
-        with gr.route(model, gr.RouteMask.zones(["route"] * len(X))):
-            model(X, labels=X).loss.backward()
-        optimizer.step()
-    after = tensors_of(model)
-    assert any(not torch.equal(after[name], before[name]) for name, _ in gr.quarantine_parameters(model))
-    assert [name for name, _ in gr.deployed_parameters(model) if not torch.equal(after[name], before[name])] == []
-
-
-def test_the_count_of_trainable_parameters_includes_both_blocks() -> None:
-    model = LLAMA.model()
-    both = [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
-    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for _, p in both)
-
-
-@pytest.mark.parametrize("trainable_", [True, False])
-def test_is_trainable_decides_over_both_blocks(trainable_: bool, tmp_path: Path) -> None:
-    model = LLAMA.model()
-    model.save_pretrained(tmp_path)
-    config = gr.QuarantineLoraConfig.from_pretrained(tmp_path)
-    for loaded in (
-        gr.load_quarantined(LLAMA.base(), tmp_path, is_trainable=trainable_),
-        PeftModel.from_pretrained(LLAMA.base(), tmp_path, config=config, is_trainable=trainable_),
-    ):
-        both = [*gr.deployed_parameters(loaded), *gr.quarantine_parameters(loaded)]
-        assert {p.requires_grad for _, p in both} == {trainable_}
-
-
-def test_an_adapter_loaded_for_inference_draws_no_dropout(tmp_path: Path) -> None:
-    case = Case("llama", options={"lora_dropout": 0.5})
-    case.model().save_pretrained(tmp_path)
-    loaded = gr.load_quarantined(case.base(), tmp_path, is_trainable=False)
-    assert_views_equal(loaded, case.views())
-
-
-def test_one_dropout_mask_serves_both_blocks() -> None:
-    """With A and B of the quarantine the negative of the deployed block's, both contributions cancel or add up."""
-    case = Case("llama", options={"lora_dropout": 0.5, "r_quarantine": 3})
-    model = case.fresh()
-    with torch.no_grad():
-        for layer in routed_layers(model).values():
-            layer.deployed.B.normal_()
-            layer.quarantine.A.copy_(layer.deployed.A)
-            layer.quarantine.B.copy_(-layer.deployed.B)
-    with gr.ablate_quarantine(model):
-        assert far(logits(model), case.views().base)
-    model.train()
-    assert_near(logits(model), case.views().base)
-
-
-# A combined, converted or swapped adapter
-
-
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_a_weighted_combination_has_both_blocks_or_is_refused(combination: str) -> None:
-    """Its ablated view may not show what the parts' quarantines hold, and its on view may not lack it in silence."""
-    model = with_second()
-    try:
-        model.add_weighted_adapter(["default", "second"], [1.0, 0.0], "both", combination_type=combination, svd_rank=8)
-    except gr.GradRouteError:
-        return
-    model.set_adapter("both")
-    assert distance(logits_ablated(model), LLAMA.views().ablated) < 1e-4
-    assert distance(logits(model), LLAMA.views().on) < 1e-4
-
-
-def logits_ablated(model: nn.Module) -> torch.Tensor:
-    with gr.ablate_quarantine(model):
-        return logits(model)
-
-
-def test_an_adapter_without_intruder_dimensions_has_both_blocks_or_is_refused() -> None:
-    intruders = pytest.importorskip("peft.tuners.lora.intruders")
-    model = LLAMA.model()
-    try:
-        intruders.reduce_intruder_dimension(model, new_adapter_name="reduced", top_k=4, mitigation_lambda=1.0)
-    except gr.GradRouteError:
-        return
-    model.set_adapter("reduced")
-    assert all(layer.quarantine.B.any() for layer in routed_layers(model).values())
-
-
-@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already a LoRA adapter:UserWarning")
-@pytest.mark.parametrize("view", [gr.ablate_quarantine, None], ids=["ablated", "on"])
-def test_convert_to_lora_converts_the_view_or_is_refused(view: Callable[[nn.Module], Any] | None) -> None:
-    model = LLAMA.model()
-    seen = LLAMA.views().ablated if view else LLAMA.views().on
-    with view(model) if view else nullcontext():
-        config, tensors = peft.convert_to_lora(model, rank=8)
-    converted = get_peft_model(LLAMA.base(), config).eval()
-    peft.set_peft_model_state_dict(converted, tensors)
-    assert_near(logits(converted), seen)
-
-
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-@pytest.mark.parametrize("r_quarantine", [4, 2], ids=["same-rank", "lower-rank"])
-def test_a_hotswapped_checkpoint_brings_both_blocks(r_quarantine: int, tmp_path: Path) -> None:
-    source = Case("llama", options={"r_quarantine": r_quarantine})
-    source.model(seed=1).save_pretrained(tmp_path)
-    expected, model = views(source.model(seed=1)), LLAMA.model()
-    assert far(expected.on, LLAMA.views().on)
-    hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
-    if r_quarantine != 4:
-        # PEFT pads with zeros in place and knows of one rank: nothing runs that could raise, so check_model says it.
-        assert "hot-swap" in gr.check_model(model)[0].reason
-        return
-    assert gr.check_model(model) == []
-    swapped = views(model)
-    assert_near(swapped.ablated, expected.ablated)
-    assert_near(swapped.on, expected.on)
-
-
-def test_a_model_prepared_for_hotswap_is_refused() -> None:
-    """PEFT pads the deployed block to the target rank, and leaves the quarantine as it is."""
-    model = LLAMA.model()
-    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config["default"])
-    with pytest.raises(gr.RouteError, match="prepare_model_for_compiled_hotswap.*Fix"):
-        logits(model)
-
-
-def test_a_checkpoint_without_a_quarantine_is_not_loaded_over_one_in_silence(tmp_path: Path) -> None:
-    model = LLAMA.model()
-    gr.export_deployed(model, tmp_path)
-    missing = model.load_adapter(tmp_path, "default").missing_keys
-    assert {name for name in missing if "quarantine" not in name} == set()
-    assert len(missing) == len(list(gr.quarantine_parameters(model)))
-
-
-def test_loading_over_the_adapter_that_is_there_restores_both_blocks(tmp_path: Path) -> None:
-    LLAMA.model().save_pretrained(tmp_path)
-    model = LLAMA.model(seed=1)
-    assert far(logits(model), LLAMA.views().on)
-    model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert_views_equal(model, LLAMA.views())
-    assert both_blocks_train(model)
-
-
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-def test_load_adapter_under_a_new_name_cannot_be_routed_by_mistake(tmp_path: Path) -> None:
-    """PEFT picks its own config class for a file, so this is the deployed block alone."""
-    model = LLAMA.model()
-    model.save_pretrained(tmp_path)
-    model.load_adapter(tmp_path, "loaded")
-    model.set_adapter("loaded")
-    with pytest.raises(gr.RouteError, match=r"\['loaded'\]; with a quarantine: \['default'\]"), gr.route(model, KEEP):
-        model(X)
-
-
-# One config, several models
-
-
-def test_a_copied_config_makes_the_same_model() -> None:
-    config = LLAMA.config()
-    for again in (copy.deepcopy(config), dataclasses.replace(config), pickle.loads(pickle.dumps(config))):
-        model = get_peft_model(LLAMA.base(), again).eval()
-        randomize_blocks(model, std=0.2)
-        assert_views_equal(model, LLAMA.views())
-
-
-def test_one_config_for_two_base_models_does_not_mix_up_their_fingerprints(tmp_path: Path) -> None:
-    config = LLAMA.config()
-    first = randomize_blocks(get_peft_model(LLAMA.base(), config), std=0.2).eval()
-    expected = views(first)
-    try:
-        get_peft_model(LLAMA.base(seed=1), config)
-    except gr.GradRouteError:
-        return
-    first.save_pretrained(tmp_path)
-    assert_views_equal(gr.load_quarantined(LLAMA.base(), tmp_path).eval(), expected)

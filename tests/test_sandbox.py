@@ -1,71 +1,24 @@
 """The sandbox: what untrusted code can do, what it cannot, and what happens where it could not be held."""
 
-import fcntl
 import os
-import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from escapes import DIRECT, PREAMBLE
 from kernels import needs_sandbox
 
-from coding import confine, confined
+from coding import confined
 from coding.confined import Limits, SandboxError, run_confined
 from coding.sandbox import protection, run_python
 
 pytestmark = needs_sandbox
 
 EXAMPLES = Path(confined.__file__).parents[1]
-
-# Each prints "did it" where it succeeds. `secret` is a file of the grader's, `parent` the grader's process id,
-# `descriptor` an inheritable one of its own open files.
-DIRECT = {
-    "read_outside": "open(secret).read()",
-    "read_through_symlink": "os.symlink(secret, 'link'); open('link').read()",
-    "read_through_hard_link": "os.link(secret, 'link'); open('link').read()",
-    "read_through_dots": "open(os.path.relpath(secret)).read()",
-    "list_outside": "os.listdir(os.path.dirname(secret))",
-    "write_outside": "open(secret + '.new', 'w').write('x')",
-    "append_outside": "open(secret, 'a').write('x')",
-    "empty_outside": "os.truncate(secret, 0)",
-    "delete_outside": "os.remove(secret)",
-    "move_outside": "os.rename(secret, secret + '.moved')",
-    "change_mode_outside": "os.chmod(secret, 0o644)",
-    "change_time_outside": "os.utime(secret, (1, 1))",
-    "make_folder_outside": "os.mkdir(secret + '.folder')",
-    "read_environment_of_parent": "open(f'/proc/{parent}/environ').read()",
-    "read_files_of_parent": "open(f'/proc/{parent}/fd/{descriptor}').read()",
-    "read_memory_of_parent": "open(f'/proc/{parent}/mem', 'rb')",
-    "read_arguments_of_processes": "open('/proc/self/cmdline').read()",
-    "read_inherited_file": "os.fstat(descriptor)",
-    "internet_socket": "socket.socket()",
-    "unix_socket": "socket.socket(socket.AF_UNIX)",
-    "socket_pair": "socket.socketpair()",
-    "fork": "os.fork() or os._exit(0)",
-    "program": "subprocess.run([sys.executable, '-V'], check=True, stdout=subprocess.DEVNULL)",
-    "spawn": "os.waitpid(os.posix_spawn(sys.executable, ['python', '-c', ''], {}), 0)",
-    "thread": "threading.Thread(target=int).start()",
-    "replace_itself": "sys.stdout.flush(); os.execv('/bin/echo', ['echo', 'did it'])",
-    "signal_parent": "os.kill(parent, 0)",
-    # The kernel signals whoever "owns" a pipe when it becomes readable: F_SETOWN, F_SETSIG, O_ASYNC.
-    "signal_parent_through_pipe": "fcntl.fcntl(1, 8, parent)",
-    "more_memory": "resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS))",
-    "other_group": "os.setpgid(0, 0)",
-    "trace": "assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0",
-    "memory_file": "os.memfd_create('x')",
-    "named_pipe": "os.mkfifo('pipe')",
-    "folder": "os.mkdir('folder')",
-    "clone": "pid = ctypes.CDLL(None).syscall(CLONE, 17, 0, 0, 0, 0); assert pid >= 0; pid or os._exit(0)",
-    "environment": "assert set(os.environ) - {'LC_CTYPE'}",
-}
-CLONE = 56 if os.uname().machine == "x86_64" else 220
-PREAMBLE = f"import ctypes, fcntl, os, resource, socket, subprocess, sys, threading\nCLONE = {CLONE}\n"
 
 
 @pytest.fixture
@@ -321,63 +274,6 @@ def test_sandbox_is_probed_before_it_is_trusted(
             run_python("pass")
     finally:
         protection.cache_clear()
-
-
-def filtered(machine: str, number: int, *arguments: int, foreign: bool = False) -> int:
-    """What the filter for `machine` returns for a system call: its instructions, interpreted."""
-    architecture = confine.MACHINES[machine][1]
-    words = {0: number, 4: architecture + foreign} | {16 + 8 * i: value for i, value in enumerate(arguments)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.uname", lambda: SimpleNamespace(machine=machine))
-        program = confine.filter_program()
-    accumulator = position = 0
-    while True:
-        code, if_true, if_false, constant = program[position]
-        position += 1
-        if code == confine.LOAD:
-            accumulator = words[constant]
-        elif code == confine.AND:
-            accumulator &= constant
-        elif code == confine.JUMP_IF:
-            position += if_true if accumulator == constant else if_false
-        else:
-            assert code == confine.RETURN
-            return constant
-
-
-@pytest.mark.parametrize("machine", confine.MACHINES)
-def test_sandbox_filter_allows_what_is_listed_and_nothing_else(machine: str) -> None:
-    column, _ = confine.MACHINES[machine]
-    allowed = {numbers[column] for numbers in confine.ALLOWED.values()}
-    examined = {confine.OPENAT[column], confine.FCNTL[column]}
-    assert len(allowed) == len(confine.ALLOWED)
-    for number in set(range(500)) - examined:
-        assert filtered(machine, number) == (confine.ALLOW if number in allowed else confine.DENY)
-        assert filtered(machine, number | 0x40000000) == confine.DENY  # x32
-        assert filtered(machine, number, foreign=True) == confine.KILL
-    for command in range(1100):
-        harmless = command in (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC)
-        assert filtered(machine, confine.FCNTL[column], 1, command) == (confine.ALLOW if harmless else confine.DENY)
-    for access, others in product((os.O_RDONLY, os.O_WRONLY, os.O_RDWR), (0, os.O_CREAT, os.O_APPEND, os.O_CLOEXEC)):
-        flags = access | others
-        assert filtered(machine, confine.OPENAT[column], 0, 0, flags) == confine.ALLOW
-        emptied = filtered(machine, confine.OPENAT[column], 0, 0, flags | os.O_TRUNC)
-        assert emptied == (confine.DENY if access == os.O_RDONLY else confine.ALLOW)
-
-
-@pytest.mark.parametrize(
-    ("column", "header"),
-    [(0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), (1, "/usr/include/asm-generic/unistd.h")],
-    ids=confine.MACHINES,
-)
-def test_sandbox_numbers_of_system_calls_are_the_kernels(column: int, header: str) -> None:
-    if not Path(header).exists():
-        pytest.skip(f"{header} is not installed")
-    found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
-    numbers = {name: int(number) for name, number in found}
-    numbers["newfstatat"] = numbers.get("newfstatat") or numbers["fstatat"]
-    for name, listed in {**confine.ALLOWED, "openat": confine.OPENAT, "fcntl": confine.FCNTL}.items():
-        assert numbers[name] == listed[column], name
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="i386 system calls are x86_64's")
