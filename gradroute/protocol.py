@@ -86,10 +86,13 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     """
     check_module(model)
     modules = list(model.named_modules())
-    layers = {name: module for name, module in modules if isinstance(module, RoutedLayer)}
-    injected = [(name, module) for name, module in modules if "peft_config" in module.__dict__]
-    for name, module in injected:
-        _check_injected(module, modules if name == "" else list(module.named_modules()), layers)
+    kinds = {kind: issubclass(kind, RoutedLayer) for kind in {type(module) for _, module in modules}}
+    layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}  # type: ignore[misc]
+    # PEFT leaves one and the same dictionary at its tuner and at the model below it.
+    injected = {id(m.__dict__["peft_config"]): name for name, m in reversed(modules) if "peft_config" in m.__dict__}
+    for name in injected.values():
+        within = [(key, module) for key, module in modules if name == "" or f"{key}.".startswith(f"{name}.")]
+        _check_injected(within, layers)
     if injected:
         _check_encoders(modules, layers)
     if not layers:
@@ -108,15 +111,16 @@ def check_module(model: object) -> None:
         )
 
 
-def _check_injected(
-    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]
-) -> None:
+def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]) -> None:
     """PEFT injects an adapter without a last word for its config: what it left out is found here, before it is used."""
     configs = {
-        name: config for name, config in model.__dict__["peft_config"].items() if hasattr(config, "r_quarantine")
+        name: config
+        for name, config in modules[0][1].__dict__["peft_config"].items()
+        if hasattr(config, "r_quarantine")
     }
+    adapted = [(name, module) for name, module in modules if "lora_A" in module._modules] if configs else []
     for adapter, config in configs.items():
-        for name, module in modules:
+        for name, module in adapted:
             if _has_adapter(module, adapter) and not isinstance(module, RoutedLayer):
                 raise TargetError(
                     f"Adapter {adapter!r} should have a quarantine in `{name}`. Found plain LoRA: the layer was made "

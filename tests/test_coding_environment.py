@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import needs_sandbox
+from sandboxing import needs_sandbox
 
 import coding
 import gradroute as gr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from escapes import DIRECT, PREAMBLE
-from kernels import needs_sandbox
+from sandboxing import needs_sandbox
 
 from coding import confined
 from coding.confined import Limits, SandboxError, run_confined

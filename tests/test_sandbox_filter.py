@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from kernels import needs_sandbox
+from sandboxing import needs_sandbox
 
 from coding import confine
 

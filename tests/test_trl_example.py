@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernels import needs_sandbox
 from peft import PeftModel
+from sandboxing import needs_sandbox
 from trl_runs import quiet
 
 import grpo_trl

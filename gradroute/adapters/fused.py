@@ -56,27 +56,28 @@ def fused_forward(  # noqa: PLR0917
     Args:
         x, dropped, output, weight, bias: see `add_lora_blocks`.
         A_d, B_d, s_d, A_q, B_q, s_q: the blocks.
-        M, M_zero: [1, m] in the columns of the blocks, and where it is zero; None for 1.
+        M, M_zero: [1, m] in the columns of the blocks, and where it is zero; see `_weigh` for None.
         base_dtype, compute: the types that W x and the blocks are computed in.
         without_graph: [u_d, u_q] may be that of the deployed block alone; see `_plus` for half precision.
     """
     if output is None:
         assert weight is not None
-        y = linear(x.to(base_dtype), weight.to(base_dtype), None if bias is None else bias.to(base_dtype))
+        y = linear(_cast(x, base_dtype), _cast(weight, base_dtype), None if bias is None else _cast(bias, base_dtype))
     else:
         y = output
-    entered = (x if dropped is None else dropped).to(compute)
+    entered = _cast(x if dropped is None else dropped, compute)
     rows = entered.reshape(-1, entered.shape[-1])
     if A_q is None or B_q is None:
-        parts = [(A_d.to(compute), B_d.to(compute), s_d)]
+        parts = [(_cast(A_d, compute), _cast(B_d, compute), s_d)]
     elif not torch.compiler.is_compiling() and few_rows(rows):
-        parts = [(A_d.to(compute), B_d.to(compute), s_d), (A_q.to(compute), B_q.to(compute), s_q)]
+        blocks = (A_d, B_d, s_d), (A_q, B_q, s_q)
+        parts = [(_cast(A, compute), _cast(B, compute), scaling) for A, B, scaling in blocks]
     else:
         parts = [(_joined_A(A_d, A_q, compute), *_joined_B(B_d, B_q, s_d, s_q, compute))]
     us = [linear(rows, A) for A, _, _ in parts]
-    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M is None) else us[0]
+    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M_zero is None) else us[0]
     u = _weigh(M, M_zero, u)
-    zs = us if M is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
+    zs = us if M_zero is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
     total = y.reshape(-1, y.shape[-1])
     if total.dtype != compute:
         # Two types are added in the wider one and rounded once, as PEFT does.
@@ -84,11 +85,11 @@ def fused_forward(  # noqa: PLR0917
     # Nobody else holds what was made here.
     in_place = output is None or total.dtype != y.dtype
     for bottleneck, (_, B, scaling) in zip(zs, parts, strict=True):
-        z, B = bottleneck.to(total.dtype), B.to(total.dtype)  # noqa: PLW2901
+        z, B = _cast(bottleneck, total.dtype), _cast(B, total.dtype)  # noqa: PLW2901
         total = _plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
         in_place = True
     # No view of something that was made in here: whoever gets it could not change it in place.
-    return torch.ops.aten._unsafe_view(total.to(y.dtype), y.shape), u, entered
+    return torch.ops.aten._unsafe_view(_cast(total, y.dtype), y.shape), u, entered
 
 
 def plain_forward(
@@ -124,20 +125,30 @@ def few_rows(x: Float[Tensor, "*batch d_in"]) -> bool:
 
 
 def _weigh(weights: Tensor | None, zero: Tensor | None, values: Tensor) -> Tensor:
-    """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
-    if weights is None or zero is None:
+    """weights * values, and exactly zero where the weight is zero even if the value is not finite.
+
+    Where `zero` is None all weights are 1; where only `weights` is None they are 1 where they are not 0.
+    """
+    if zero is None:
         return values
+    if weights is None:
+        return values.masked_fill(zero, 0.0)
     # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
-    return (weights * values).masked_fill_(zero, 0.0).to(values.dtype)
+    return _cast((weights * values).masked_fill_(zero, 0.0), values.dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asking first costs a tenth of a `Tensor.to` that has nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _joined_A(A_d: Tensor, A_q: Tensor, compute: torch.dtype) -> Tensor:
-    return torch.cat([A_d.to(compute), A_q.to(compute)])
+    return torch.cat([_cast(A_d, compute), _cast(A_q, compute)])
 
 
 def _joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.dtype) -> tuple[Tensor, float]:
     """[s_d B_d, s_q B_q] as a matrix and a factor; where the scalings are the same, the matrix is not multiplied."""
-    B_d, B_q = B_d.to(compute), B_q.to(compute)
+    B_d, B_q = _cast(B_d, compute), _cast(B_q, compute)
     if s_d == 0.0:
         return torch.cat([s_d * B_d, s_q * B_q], dim=1), 1.0
     return torch.cat([B_d, B_q if s_q == s_d else (s_q / s_d) * B_q], dim=1), s_d
@@ -236,25 +247,25 @@ def _backward(  # noqa: PLR0917
     need_x, need_dropped, need_A, need_B = needs[0], needs[1], (needs[5], needs[8]), (needs[6], needs[9])
     rank = A_d.shape[0]
     dy_rows = dy.reshape(-1, dy.shape[-1])
-    dy_blocks = dy_rows.to(compute)
+    dy_blocks = _cast(dy_rows, compute)
     dx = d_dropped = None
     dA: tuple[Tensor | None, Tensor | None] = (None, None)
     dB: tuple[Tensor | None, Tensor | None] = (None, None)
 
     if need_x and weight is not None:
-        dx = dy_rows.to(base_dtype) @ weight.to(base_dtype)
+        dx = _cast(dy_rows, base_dtype) @ _cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or any(need_A):
-        B, scaling = (B_d.to(compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
+        B, scaling = (_cast(B_d, compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
         du = _weigh(M, M_zero, _scaled(dy_blocks @ B, scaling))
         # G weighs du, which already carries m: the quarantine's own derivative, times its gate.
         gated = _weigh(G, G_zero, du) if any(need_A) or ctx.branch else du
         if any(need_A):
             assert entered is not None
-            both = gated.T @ entered.reshape(-1, entered.shape[-1]).to(compute)
+            both = gated.T @ _cast(entered.reshape(-1, entered.shape[-1]), compute)
             dA = (both[:rank] if need_A[0] else None, both[rank:] if need_A[1] else None)
         du = gated if ctx.branch else du
         if need_dropped or not ctx.is_dropped:
-            A = A_d.to(compute) if A_q is None else _joined_A(A_d, A_q, compute)
+            A = _cast(A_d, compute) if A_q is None else _joined_A(A_d, A_q, compute)
             if need_dropped:
                 d_dropped = du @ A
             elif need_x:
@@ -266,8 +277,8 @@ def _backward(  # noqa: PLR0917
 
     x_dtype, read_dtype = ctx.dtypes
     return (
-        None if dx is None else dx.to(x_dtype).reshape(ctx.shape),
-        None if d_dropped is None else d_dropped.to(read_dtype).reshape(ctx.shape),
+        None if dx is None else _cast(dx, x_dtype).reshape(ctx.shape),
+        None if d_dropped is None else _cast(d_dropped, read_dtype).reshape(ctx.shape),
         dy if needs[2] else None,
         None, None, _as(dA[0], A_d), _as(dB[0], B_d), None, _as(dA[1], A_q), _as(dB[1], B_q), *[None] * 10,
     )  # fmt: skip
@@ -284,4 +295,4 @@ def _plus_product(dx: Tensor, du: Tensor, A: Tensor) -> Tensor:
 
 
 def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+    return None if gradient is None or parameter is None else _cast(gradient, parameter.dtype)

@@ -22,9 +22,9 @@ Weights = Float[Tensor, "*batch"]
 
 
 class Columns(NamedTuple):
-    """Weights in the columns of both blocks' bottlenecks, and where they are zero."""
+    """Weights in the columns of both blocks' bottlenecks, None if all are 0 or 1; and where they are zero."""
 
-    weights: Float[Tensor, "rows ranks"]
+    weights: Float[Tensor, "rows ranks"] | None
     zero: Bool[Tensor, "rows ranks"]
 
 
@@ -39,11 +39,15 @@ class ActiveRoute:
 
 @dataclass(frozen=True)
 class Gates:
-    """m, g_d and g_q of one forward, a float per leading index of its input; None means 1 everywhere."""
+    """m, g_d and g_q of one forward, a float per leading index of its input; None means 1 everywhere.
+
+    `binary`: all of them are known to be 0 or 1.
+    """
 
     m: Weights | None = None
     g_d: Weights | None = None
     g_q: Weights | None = None
+    binary: bool = False
     _columns: dict[tuple[int, int], tuple[Columns | None, Columns | None]] = field(default_factory=dict, repr=False)
 
     def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
@@ -59,10 +63,14 @@ class Gates:
         return self._columns[r, r_quarantine]
 
     def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
-        return _side_by_side(None, self.m, r, r_quarantine), _side_by_side(self.g_d, self.g_q, r, r_quarantine)
+        sides = (None, self.m), (self.g_d, self.g_q)
+        first, second = (_side_by_side(*each, r, r_quarantine, binary=self.binary) for each in sides)
+        return first, second
 
 
-def _side_by_side(left: Weights | None, right: Weights | None, r: int, r_quarantine: int) -> Columns | None:
+def _side_by_side(
+    left: Weights | None, right: Weights | None, r: int, r_quarantine: int, *, binary: bool
+) -> Columns | None:
     if left is None and right is None:
         return None
     like = left if left is not None else right
@@ -71,7 +79,7 @@ def _side_by_side(left: Weights | None, right: Weights | None, r: int, r_quarant
     dtype = torch.promote_types(left.dtype, right.dtype)
     columns = [each.reshape(-1, 1).to(dtype).expand(-1, width) for each, width in ((left, r), (right, r_quarantine))]
     weights = torch.cat(columns, dim=1)
-    return Columns(weights, weights == 0)
+    return Columns(None if binary else weights, weights == 0)
 
 
 def _new_id() -> Tensor:
@@ -149,9 +157,12 @@ class ForwardState:
             dtype = torch.promote_types(x.dtype, torch.float32)
             scale = torch.full(x.shape[:-1], self.scale, dtype=dtype, device=x.device)
             m = scale if m is None else m * scale
+        # A compiled forward is not to depend on a mask's values.
+        simple = isinstance(self.scale, float) and self.scale in (0.0, 1.0) and not torch.compiler.is_compiling()
         if mask is None:
-            return Gates(m)
-        return Gates(m, _per_row(mask.g_d, x, layer, "mask"), _per_row(mask.g_q, x, layer, "mask"))
+            return Gates(m, binary=simple)
+        g_d, g_q = _per_row(mask.g_d, x, layer, "mask"), _per_row(mask.g_q, x, layer, "mask")
+        return Gates(m, g_d, g_q, binary=simple and mask.is_binary)
 
 
 def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:

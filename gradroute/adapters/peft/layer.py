@@ -85,12 +85,11 @@ class RoutedLoraLayer(MergedLayer):
     def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:
         # Past nn.Module's look-up of attributes, which costs as much as a small product: decoding comes here often.
         modules: Any = self._modules
-        A, B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
+        A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
         scaling = self._peft_layer().scaling[adapter]
         if alone:
             return Block(A, B, scaling), None
-        A_q = modules["lora_A_quarantine"]._modules[adapter].weight
-        B_q = modules["lora_B_quarantine"]._modules[adapter].weight
+        A_q, B_q = _weight(modules["lora_A_quarantine"], adapter), _weight(modules["lora_B_quarantine"], adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
         s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
@@ -154,6 +153,12 @@ class RoutedLoraLayer(MergedLayer):
 
     def _routed_A(self) -> list[tuple[str, nn.Linear]]:
         return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
+
+
+def _weight(factors: nn.ModuleDict, adapter: str) -> Tensor:
+    factor: Any = factors._modules[adapter]
+    weight = factor._parameters.get("weight")
+    return factor.weight if weight is None else weight
 
 
 _COMBINING = ("add_weighted_adapter", "reduce_intruder_dimension")
