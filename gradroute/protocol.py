@@ -87,7 +87,7 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     check_module(model)
     modules = list(model.named_modules())
     kinds = {kind: issubclass(kind, RoutedLayer) for kind in {type(module) for _, module in modules}}
-    layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}  # type: ignore[misc]
+    layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}
     # PEFT leaves one and the same dictionary at its tuner and at the model below it.
     injected = {id(m.__dict__["peft_config"]): name for name, m in reversed(modules) if "peft_config" in m.__dict__}
     for name in injected.values():

@@ -155,7 +155,11 @@ def _joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.d
 
 
 class QuarantineLoraFunction(torch.autograd.Function):
-    """`fused_forward` with the derivatives above."""
+    """`fused_forward` with the derivatives above.
+
+    Whoever wants what backward works with, and not compute it again, sets `observer` on an output's `grad_fn`: it is
+    called with what the blocks read, dy (a row per token each, in the type of the products), u_d and dz_d.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917
@@ -182,23 +186,9 @@ class QuarantineLoraFunction(torch.autograd.Function):
         state_id: Tensor | None,
     ) -> Tensor:
         y, u, entered = fused_forward(
-            x,
-            dropped,
-            output,
-            weight,
-            bias,
-            A_d,
-            B_d,
-            s_d,
-            A_q,
-            B_q,
-            s_q,
-            M,
-            M_zero,
-            base_dtype,
-            compute,
+            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, M, M_zero, base_dtype, compute,
             without_graph=False,
-        )
+        )  # fmt: skip
         read = x if dropped is None else dropped
         # Of one tensor in two types the narrower is kept; a cast costs less than memory.
         kept = entered if entered.dtype.itemsize < read.dtype.itemsize else read
@@ -211,7 +201,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         # run under other gates; `check_backward` compares the two states and raises.
         ctx.gates, ctx.scalings, ctx.branch, ctx.record = (M, M_zero, G, G_zero), (s_d, s_q), branch, record
         ctx.types, ctx.shape, ctx.dtypes = (base_dtype, compute), x.shape, (x.dtype, read.dtype)
-        ctx.is_dropped = dropped is not None
+        ctx.is_dropped, ctx.observer = dropped is not None, None
         return y
 
     @staticmethod
@@ -250,13 +240,15 @@ def _backward(  # noqa: PLR0917
     dy_blocks = _cast(dy_rows, compute)
     dx = d_dropped = None
     dA: tuple[Tensor | None, Tensor | None] = (None, None)
-    dB: tuple[Tensor | None, Tensor | None] = (None, None)
+    dB = dA
 
     if need_x and weight is not None:
         dx = _cast(dy_rows, base_dtype) @ _cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or any(need_A):
         B, scaling = (_cast(B_d, compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
         du = _weigh(M, M_zero, _scaled(dy_blocks @ B, scaling))
+        if ctx.observer is not None and entered is not None and u is not None:
+            ctx.observer(entered, dy_blocks, u[:, :rank], du[:, :rank])
         # G weighs du, which already carries m: the quarantine's own derivative, times its gate.
         gated = _weigh(G, G_zero, du) if any(need_A) or ctx.branch else du
         if any(need_A):

@@ -20,7 +20,8 @@ def block_after(model: nn.Module, names: Sequence[str]) -> nn.Module | None:
     It should where the last block is read, or something outside the blocks; and where leaving a forward by an exception
     would skip what others do after it (accelerate's and FSDP's hooks, compiled code, DDP), or blocks may run twice.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped: Any = model
+    base = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model
     if any(hasattr(m, "_hf_hook") or "FSDP" in type(m).__name__ or _compiled(m) for m in model.modules()):
         return None
     try:

@@ -149,31 +149,42 @@ class RolloutRecorder:
             slots = self._passes[name]
             place = len(slots)
             slots.append(None)
+            shape = x.shape
+            node: Any = output.grad_fn
 
-            def on_gradient(dy: Tensor) -> None:
+            def keep(x: Tensor, dy: Tensor, u: Tensor | None, dz: Tensor | None) -> None:
                 if slots[place] is not None:
                     raise GradRouteError(
                         f"A second backward through one forward of `{name}`: whose gradient a rollout's is would be "
                         "undefined. Fix: add the losses and call backward once per forward."
                     )
                 with torch.no_grad(), torch.autocast(device, enabled=False):
-                    slots[place] = self._layer_pass(name, x, dy.detach(), g_d, compute)
+                    slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), g_d, compute)
 
-            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            lora = block_kind(name, layer) == "lora"
+            if lora and hasattr(node, "observer") and all(p.requires_grad for p in layer.block_parameters("deployed")):
+                node.observer = keep  # its backward has the bottleneck and the gradient there anyway
+            else:
+                output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]
 
         return tap
 
     def _layer_pass(
-        self, name: str, x: Tensor, dy: Tensor, g_d: Tensor | None, compute: torch.dtype | None
+        self,
+        name: str,
+        shape: torch.Size,
+        found: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        g_d: Tensor | None,
+        compute: torch.dtype | None,
     ) -> LayerPass:
         layer, v = self.layers[name], self.directions[name]
         A, B, s = layer.deployed
         compute = A.dtype if compute is None else compute
-        A, B = A.to(compute), B.to(compute)
-        axes = x.ndim
-        x, dy = (t.to(compute).reshape(t.shape[0], -1, t.shape[-1]) for t in (x, dy))
+        x, dy, u, dz = (None if t is None else t.to(compute).reshape(shape[0], -1, t.shape[-1]) for t in found)
+        assert x is not None and dy is not None  # noqa: PT018
+        u = x @ A.to(compute).T if u is None else u
+        dz = s * (dy @ B.to(compute)) if dz is None else dz
         gates = None if g_d is None else g_d.reshape(*x.shape[:2], 1)
-        u, dz = x @ A.T, s * (dy @ B)
         # Weighed as in the layer's own backward: a gate of zero gives zero, also of what is not finite.
         gated_u, gated_dz = u, dz
         if gates is not None:
@@ -190,11 +201,11 @@ class RolloutRecorder:
         if self.feature == "bottleneck":
             features = formed[0] if len(formed) == 1 else wide(gated_u * dz).sum(1)
             dots, squares = features @ v.to(features), sum_of_squares([features])
-            return LayerPass(gradients, features, dots, squares, gradient_squares, axes, eps)
+            return LayerPass(gradients, features, dots, squares, gradient_squares, len(shape), eps)
         parts = as_blocks(v.to(x.device), [wide(matrix[0]) for matrix in formed])
         pairs = [(wide(matrix).flatten(1), part.flatten()) for matrix, part in zip(formed, parts, strict=True)]
         dots = torch.stack([matrix @ part.to(matrix) for matrix, part in pairs]).sum(0)
-        return LayerPass(gradients, None, dots, gradient_squares, gradient_squares, axes, eps)
+        return LayerPass(gradients, None, dots, gradient_squares, gradient_squares, len(shape), eps)
 
     def _check_complete(self) -> None:
         idle = [name for name, slots in self._passes.items() if not slots or any(one is None for one in slots)]
@@ -220,7 +231,8 @@ def _is_first_forward() -> bool:
 
 def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> RolloutMatrices:
     if left.numel() + right.numel() < formed.numel():
-        return RolloutMatrices(None, left, right)
+        # Columns of a wider tensor would keep all of it.
+        return RolloutMatrices(None, left.contiguous(), right.contiguous())
     return RolloutMatrices(formed)
 
 

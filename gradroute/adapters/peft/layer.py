@@ -157,8 +157,11 @@ class RoutedLoraLayer(MergedLayer):
 
 def _weight(factors: nn.ModuleDict, adapter: str) -> Tensor:
     factor: Any = factors._modules[adapter]
-    weight = factor._parameters.get("weight")
-    return factor.weight if weight is None else weight
+    weight: Tensor | None = factor._parameters.get("weight")
+    if weight is None:
+        weight = factor.weight  # FSDP1 keeps it elsewhere
+    assert weight is not None
+    return weight
 
 
 _COMBINING = ("add_weighted_adapter", "reduce_intruder_dimension")
