@@ -79,7 +79,7 @@ def record_forward(layer: str, key: int, state: ForwardState) -> ForwardRecord:
     first, source = _non_reentrant_checkpoint()
     enclosing = [] if first is None else [first]
     compared_in_backward = source is not None
-    if recomputing or not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+    if recomputing or not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _outside_functions()):
         forwards, reentrant_source = _reentrant_checkpoints()
         enclosing += forwards
         source = source or reentrant_source
@@ -93,6 +93,15 @@ def record_forward(layer: str, key: int, state: ForwardState) -> ForwardRecord:
     for checkpoint in enclosing:
         _forwards(checkpoint).setdefault(key, _FirstForwards()).states.append(state)
     return ForwardRecord(layer, state, recomputing, recomputing and source is None)
+
+
+def _outside_functions() -> bool:
+    """Whether no autograd function runs its forward now, as a reentrant checkpoint does: torch turns this off in one.
+
+    `no_grad` leaves it on. So decoding, which comes here for every token and layer, need not walk the stack.
+    """
+    enabled: Callable[[], bool] | None = getattr(torch._C, "_is_fwd_grad_enabled", None)
+    return enabled is not None and enabled()
 
 
 def _forwards(checkpoint: Any) -> dict[int, _FirstForwards]:

@@ -86,7 +86,8 @@ class RoutedLoraLayer(MergedLayer):
         # Past nn.Module's look-up of attributes, which costs as much as a small product: decoding comes here often.
         modules: Any = self._modules
         A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
-        scaling = self._peft_layer().scaling[adapter]
+        peft_layer: Any = self
+        scaling = peft_layer.scaling[adapter]
         if alone:
             return Block(A, B, scaling), None
         A_q, B_q = _weight(modules["lora_A_quarantine"], adapter), _weight(modules["lora_B_quarantine"], adapter)
@@ -121,22 +122,23 @@ class RoutedLoraLayer(MergedLayer):
         return super().register_forward_pre_hook(hook, **kwargs)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
-        peft_layer = self._peft_layer()
+        peft_layer: Any = self
         for unsupported in ("adapter_names", "alora_offsets") if kwargs else ():
             if kwargs.pop(unsupported, None) is not None:
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
-        if peft_layer.disable_adapters and peft_layer.merged:
+        if peft_layer._disable_adapters and peft_layer.merged:
             self.unmerge()
         modules: Any = self._modules
         active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
         routed = len(active) == 1 and active[0] in with_quarantine
-        asked = self.state.route is not None or self.state.view != "on"
-        if not routed and not asked and not any(name in with_quarantine for name in active):
-            # An adapter without a quarantine, and nobody asks for a route or a view.
-            plain: Tensor = super().forward(x, *args, **kwargs)
-            return plain
+        if not routed and not any(name in with_quarantine for name in active):
+            asked = self.state.route is not None or self.state.view != "on"
+            if not asked:
+                # An adapter without a quarantine, and nobody asks for a route or a view.
+                plain: Tensor = super().forward(x, *args, **kwargs)
+                return plain
         base_layer = modules["base_layer"]
-        if peft_layer.disable_adapters or peft_layer.merged or self.state.disabled:
+        if peft_layer._disable_adapters or peft_layer.merged_adapters or self.state.disabled:
             base_output: Tensor = base_layer(x, *args, **kwargs)
             if peft_layer.merged and not peft_layer.disable_adapters:
                 self._check_merged_view()
@@ -155,12 +157,12 @@ class RoutedLoraLayer(MergedLayer):
         return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
 
 
-def _weight(factors: nn.ModuleDict, adapter: str) -> Tensor:
+def _weight(factors: Any, adapter: str) -> Tensor:
     factor: Any = factors._modules[adapter]
-    weight: Tensor | None = factor._parameters.get("weight")
-    if weight is None:
-        weight = factor.weight  # FSDP1 keeps it elsewhere
-    assert weight is not None
+    try:
+        weight: Tensor = factor._parameters["weight"]
+    except KeyError:
+        weight = factor.weight  # FSDP1 and parametrizations keep it elsewhere
     return weight
 
 
