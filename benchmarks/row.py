@@ -31,8 +31,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met, to the two digits that it is given in."""
-        return None if self.limit is None else round(self.value, 2) <= self.limit
+        """Whether the goal is met, in the three digits that are shown."""
+        return None if self.limit is None else round(self.value, 3) <= self.limit
 
 
 def compared(  # noqa: PLR0917
