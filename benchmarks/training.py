@@ -97,7 +97,9 @@ def memory(shape: Shape) -> list[Row]:
         lora, routed = models.lora(shape, 2 * shape.r), models.routed(shape)
         for model in (lora, routed):
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                # Renamed in transformers 5.24.
+                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
         plain = peak_bytes(partial(models.step, lora, ids), shape.device)
         found = peak_bytes(partial(routed_step, routed, mask, ids), shape.device)
         what = "peak memory of a routed step" + (", checkpointed" if checkpointing else "") + " / LoRA"

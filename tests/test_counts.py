@@ -103,3 +103,20 @@ def test_what_routing_adds_grows_at_most_linearly() -> None:
     assert len(rows) == 8
     assert all(row.value > 0.3 for row in rows)
     assert [row.what for row in rows if not row.met] == []
+
+
+def test_a_rollout_filter_computes_little_besides_the_rollouts_own_gradients() -> None:
+    shape = models.scaled(SHAPE, seq=128)
+    model, ids = models.routed(shape), models.token_ids(shape)
+    by = gr.RolloutFilter(gr.extract_gradient_directions(model, models.pairs(shape, 2), features="parameter"))
+
+    def filtered() -> None:
+        with by.record(model):
+            models.row_losses(model, ids).sum().backward()
+        gr.apply_filter(model, by)
+        model.zero_grad()
+
+    plain, found = counted(model, lambda: models.step(model, ids)), counted(model, filtered)
+    of_rollouts = 2 * shape.tokens * shape.r * sum(d_in + d_out for d_in, d_out in shape.linears) * shape.layers
+    # Bottlenecks and their gradients come from the layer: computed again, they would be as much once more.
+    assert of_rollouts < found.flops - plain.flops < 1.2 * of_rollouts
