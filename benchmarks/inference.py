@@ -1,16 +1,20 @@
 """P2: forwards without gradients: ablated scoring, cached decoding, merged."""
 
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 import gradroute as gr
 from benchmarks import models
 from benchmarks.models import Shape
 from benchmarks.row import Row, compared
 from benchmarks.timing import Clock, interleaved
+
+# Renamed in transformers 5.24.
+_CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
@@ -33,7 +37,7 @@ class Decoding:
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor) -> None:
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=ids, use_cache=True, **{_CACHE: self.cache})
 
 
 def views(shape: Shape, clock: Clock, rounds: int) -> list[Row]:
