@@ -29,10 +29,12 @@ from gradroute.directions.reading import (
     Source,
     check_option,
     entered,
+    hooked,
     left,
     read_modules,
     token_pooling,
     wide,
+    without_autocast,
 )
 from gradroute.directions.rollout_gradients import (
     FromDelta,
@@ -179,8 +181,8 @@ def capture_activations(
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # a checkpoint recomputation: this forward was captured when it first ran
-            with torch.no_grad():
-                x = entered(args, kwargs)
+            x = entered(args, kwargs)
+            with torch.no_grad(), without_autocast(x.device):
                 rows = pooled(name, left(name, output) if features in ("output", "residual") else x, x)
                 if features == "bottleneck":
                     assert isinstance(module, RoutedLayer)
@@ -189,7 +191,7 @@ def capture_activations(
 
         return read
 
-    with _hooked(layers, hook, lambda _: None):
+    with hooked(layers, hook, lambda _: None):
         yield capture
         capture.finish()
 
@@ -229,16 +231,19 @@ def capture_gradients(
         assert isinstance(module, RoutedLayer)
         if module.view == "disabled":
             raise GradRouteError(f"`{name}` ran with adapters disabled: its {features} has no gradient there.")
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(x.device):
             if features == "bottleneck":
                 return gain_gradient(module, x)
             return parameter_gradient(module, x) if V is None else ghost_product(module, x, V[name])
 
     def keep(name: str, tapped: Tensor, read: FromDelta) -> None:
         slot = capture.open_slot(name)
-        tapped.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: capture.fill(name, slot, read(wide(gradient)))
-        )
+
+        def fill(gradient: Tensor) -> None:
+            with without_autocast(gradient.device):
+                capture.fill(name, slot, read(wide(gradient)))
+
+        tapped.register_hook(fill)  # type: ignore[no-untyped-call]
 
     def output_hook(name: str) -> Callable[..., Any]:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -267,28 +272,9 @@ def capture_gradients(
 
         return tap
 
-    with _hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
+    with hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
         yield capture
         capture.finish()
-
-
-@contextmanager
-def _hooked(
-    layers: Mapping[str, nn.Module],
-    forward: Callable[[str], Callable[..., Any]],
-    before: Callable[[str], Callable[..., Any] | None],
-) -> Iterator[None]:
-    handles: list[Any] = []
-    try:
-        for name, module in layers.items():
-            pre_hook = before(name)
-            if pre_hook is not None:
-                handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-            handles.append(module.register_forward_hook(forward(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_grad_enabled(name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute.directions.reading import without_autocast
 from gradroute.errors import DeadDirectionError, GradRouteError
 
 Features = Mapping[str, Float[Tensor, "pairs _"]]
@@ -64,10 +65,11 @@ class Estimate(NamedTuple):
             if f.shape[-1] != width:
                 raise GradRouteError(f"`features` of `{name}` should be {width} wide. Found {f.shape[-1]}.")
             v = rows.to(f).sum(0)
-            if projected:
-                part = f[:, 0] + self.coordinates(name, torch.zeros_like(v)[None]) @ v
-            else:
-                part = self.coordinates(name, f) @ v
+            with without_autocast(f.device):
+                if projected:
+                    part = f[:, 0] + self.coordinates(name, torch.zeros_like(v)[None]) @ v
+                else:
+                    part = self.coordinates(name, f) @ v
             if total is not None and total.shape != part.shape:
                 raise GradRouteError(f"`features` should have {len(total)} rows in `{name}` too. Found {len(part)}.")
             total = part if total is None else total + part.to(total.device)

@@ -35,7 +35,7 @@ from gradroute.directions.pairs import (
     tokenize_pairs,
 )
 from gradroute.directions.provenance import Provenance
-from gradroute.directions.reading import Feature, Reduction, read_modules
+from gradroute.directions.reading import Feature, Reduction, read_modules, without_autocast
 from gradroute.errors import DeadDirectionError, GradRouteError
 from gradroute.preserve import left_as_found
 from gradroute.progress import progressed
@@ -208,7 +208,8 @@ def _extract(
         view=views.pop() if len(views) == 1 else "mixed",
     )
     try:
-        made = estimator(hack, clean)
+        with without_autocast(device):
+            made = estimator(hack, clean)
     except DeadDirectionError as error:
         raise DeadDirectionError(f"{error} {_why_dead(model, provenance)}") from None
     return Directions(

@@ -5,7 +5,8 @@ residual                    the output of a transformer block: the elements of t
 parameter                   gradient of the deployed A and B, flattened: r d_in + d_out r wide
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -88,6 +89,33 @@ def left(name: str, output: Any) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """`x` out of the graph, in float32 or wider."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def hooked(
+    layers: Mapping[str, nn.Module],
+    forward: Callable[[str], Callable[..., Any]],
+    before: Callable[[str], Callable[..., Any] | None],
+) -> Iterator[None]:
+    """Hooks on each layer for the duration of the block: after its forward, and where there is one before it."""
+    handles: list[Any] = []
+    try:
+        for name, module in layers.items():
+            pre_hook = before(name)
+            if pre_hook is not None:
+                handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(forward(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Around products of features, which are float32 or wider: autocast would round them to eight bits."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Tensor], Tensor]:
