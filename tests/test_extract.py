@@ -390,3 +390,23 @@ def test_pythons_random_numbers_go_on_as_before(extract) -> None:
     model, state = routed_mixer(), random.getstate()
     extract(model, PAIRS, forward_fn=fails_in_the_second_batch())
     assert random.getstate() == state
+
+
+@each_extractor
+def test_a_budget_of_tokens_bounds_each_forward_and_changes_no_direction(extract) -> None:
+    model, shapes = routed_mixer(), []
+
+    def forward(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        shapes.append(ids.shape)
+        return ids_only(model, ids, mask)
+
+    whole = extract(model, PAIRS, forward_fn=forward)
+    assert [shape.numel() > 16 for shape in shapes] == [True]
+    shapes.clear()
+    parts = extract(model, PAIRS, forward_fn=forward, batch_tokens=16)
+    assert len(shapes) > 2
+    assert max(shape.numel() for shape in shapes) <= 16
+    for name, rows in whole.hack.items():
+        exact(parts.hack[name], rows)
+    with pytest.raises(gr.GradRouteError, match="`batch_tokens` should be at least"):
+        extract(model, PAIRS, forward_fn=forward, batch_tokens=2)

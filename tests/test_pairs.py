@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradroute as gr
-from gradroute.directions.pairs import TokenizedRollout, padded_batches, pair_hash, tokenize_pairs
+from gradroute.directions.pairs import TokenizedRollout, batched, padded_batches, pair_hash, tokenize_pairs
 
 # Under the import hook a wrong type is refused by the type checker, before gradroute sees it.
 REFUSED = (gr.GradRouteError, TypeError)
@@ -282,13 +282,14 @@ def rollouts(lengths: list[int]) -> list[TokenizedRollout]:
 
 
 def test_every_rollout_is_in_one_batch_longest_first_padded_to_its_own_batch() -> None:
-    batches = list(padded_batches(rollouts([3, 7, 4, 6, 5]), 2, torch.device("cpu")))
+    made = rollouts([3, 7, 4, 6, 5])
+    batches = list(padded_batches(made, batched(made, 2), torch.device("cpu")))
     assert [batch.index.tolist() for batch in batches] == [[1, 3], [4, 2], [0]]
     assert [batch.input_ids.shape[1] for batch in batches] == [7, 5, 3]
 
 
 def test_masks_mark_the_rollout_and_its_completion() -> None:
-    (batch,) = padded_batches(rollouts([3, 5]), 8, torch.device("cpu"))
+    (batch,) = padded_batches(rollouts([3, 5]), [[1, 0]], torch.device("cpu"))
     assert batch.index.tolist() == [1, 0]
     assert batch.input_ids.tolist() == [[11, 11, 11, 11, 11], [10, 10, 10, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -298,4 +299,25 @@ def test_masks_mark_the_rollout_and_its_completion() -> None:
 @pytest.mark.parametrize("batch_size", [0, -1, True])
 def test_a_batch_size_below_one_raises(batch_size: int) -> None:
     with pytest.raises(gr.GradRouteError, match=f"`batch_size` should be a positive integer. Found {batch_size}"):
-        list(padded_batches(rollouts([3]), batch_size, torch.device("cpu")))
+        batched(rollouts([3]), batch_size)
+    with pytest.raises(gr.GradRouteError, match=f"`batch_tokens` should be a positive integer. Found {batch_size}"):
+        batched(rollouts([3]), 8, batch_size)
+
+
+@pytest.mark.parametrize("budget", [7, 8, 14, 25, 1000])
+def test_a_budget_of_tokens_holds_with_padding_and_is_used_up(budget: int) -> None:
+    made = rollouts([3, 7, 4, 6, 5, 3, 3])
+    batches = batched(made, 4, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    lengths = [[len(made[i].ids) for i in batch] for batch in batches]
+    assert [n for batch in lengths for n in batch] == [7, 6, 5, 4, 3, 3, 3]
+    for batch in lengths:
+        assert len(batch) * batch[0] <= budget
+        assert len(batch) <= 4
+    for batch in lengths[:-1]:
+        assert len(batch) == 4 or (len(batch) + 1) * batch[0] > budget
+
+
+def test_a_rollout_longer_than_the_budget_raises() -> None:
+    with pytest.raises(gr.GradRouteError, match="longest rollout, 7. Found 6"):
+        batched(rollouts([3, 7]), 8, 6)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradroute as gr
-from gradroute.directions.pairs import PaddedBatch, padded_batches, tokenize_pairs
+from gradroute.directions.pairs import PaddedBatch, batched, padded_batches, tokenize_pairs
 
 EXTRACTORS = [gr.extract_activation_directions, gr.extract_gradient_directions]
 each_extractor = pytest.mark.parametrize("extract", EXTRACTORS, ids=["activation", "gradient"])
@@ -174,7 +174,8 @@ def left_padded(batch: PaddedBatch) -> PaddedBatch:
 @pytest.mark.parametrize("features", ["bottleneck", "input", "output", "residual", "parameter"])
 def test_left_and_right_padding_have_the_same_features(features: str) -> None:
     model = tiny_llama().double().eval()
-    (right,) = padded_batches(tokenize_pairs(PAIRS, None), 8, torch.device("cpu"))
+    tokenized = tokenize_pairs(PAIRS, None)
+    (right,) = padded_batches(tokenized, batched(tokenized, 8), torch.device("cpu"))
     left = left_padded(right)
     assert not torch.equal(left.input_ids, right.input_ids)
     assert left.completion_mask[:, -1].all()
@@ -205,7 +206,7 @@ def test_extraction_computes_no_gradient_of_a_weight() -> None:
     """Backward to inputs costs as much as the forward; gradients of the blocks would come on top."""
     model = routed_mixer()
     rollouts = tokenize_pairs(PAIRS, None)
-    (batch,) = padded_batches(rollouts, 8, torch.device("cpu"))
+    (batch,) = padded_batches(rollouts, batched(rollouts, 8), torch.device("cpu"))
 
     def flops(run) -> int:
         with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,6 @@ random numbers are left as found.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from gradroute.directions.pairs import (
     PaddedBatch,
     TokenizedRollout,
     Tokenizer,
+    batched,
     padded_batches,
     pair_hash,
     tokenize_pairs,
@@ -63,6 +63,7 @@ def extract_activation_directions(
     reduction: Reduction = "mean",
     modules: Modules = None,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     forward_fn: ForwardFn | None = None,
     estimator: str | Estimator = "mean_difference",
     progress: bool = True,
@@ -75,7 +76,7 @@ def extract_activation_directions(
         tokenizer: needed for texts.
         features, reduction, modules: see `capture_activations`. Of a Hugging Face model, blocks above the last of
             `modules` are not run.
-        batch_size: rollouts per forward.
+        batch_size, batch_tokens: rollouts, and tokens with padding, per forward at most; pairs are sorted by length.
         forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
         estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
         progress: show a bar if it takes longer than two seconds and stderr is a terminal.
@@ -102,9 +103,9 @@ def extract_activation_directions(
             _forward(model, batch, forward_fn, **few_logits)
         return capture
 
-    return _extract(
-        model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run, estimator=estimator, progress=progress
-    )
+    rollouts = tokenize_pairs(pairs, tokenizer)
+    batches = batched(rollouts, batch_size, batch_tokens)
+    return _extract(model, pairs, rollouts, batches, run, estimator=estimator, progress=progress)
 
 
 @typechecked
@@ -116,6 +117,7 @@ def extract_gradient_directions(
     features: Feature = "bottleneck",
     modules: Modules = None,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     forward_fn: ForwardFn | None = None,
     loss_fn: LossFn | None = None,
     estimator: str | Estimator = "mean_difference",
@@ -131,7 +133,7 @@ def extract_gradient_directions(
     gradient is computed in any other case.
 
     Args:
-        model, pairs, tokenizer, batch_size, estimator, progress: as in `extract_activation_directions`.
+        model, pairs, tokenizer, batch_size, batch_tokens, estimator, progress: as in `extract_activation_directions`.
         features, modules: see `capture_gradients`.
         forward_fn: (model, input_ids, attention_mask) -> logits (batch, seq, vocab) or an object with `.logits`.
         loss_fn: (what the forward returned, batch) -> loss of each rollout (batch,); None is the completion's mean NLL.
@@ -159,17 +161,16 @@ def extract_gradient_directions(
             losses.sum().backward()  # type: ignore[no-untyped-call]
         return capture
 
-    return _extract(
-        model, pairs, tokenize_pairs(pairs, tokenizer), batch_size, run,
-        estimator=estimator, progress=progress, frozen=True,
-    )  # fmt: skip
+    rollouts = tokenize_pairs(pairs, tokenizer)
+    batches = batched(rollouts, batch_size, batch_tokens)
+    return _extract(model, pairs, rollouts, batches, run, estimator=estimator, progress=progress, frozen=True)
 
 
 def _extract(
     model: nn.Module,
     pairs: Sequence[ContrastivePair],
     rollouts: Sequence[TokenizedRollout],
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
     run: Callable[[PaddedBatch], Capture],
     *,
     estimator: Estimator,
@@ -186,8 +187,8 @@ def _extract(
     with left_as_found(model):
         if frozen:
             model.requires_grad_(False)
-        batches, total = padded_batches(rollouts, batch_size, device), math.ceil(len(rollouts) / max(batch_size, 1))
-        for batch in progressed(batches, total=total, description="extracting directions", progress=progress):
+        padded = padded_batches(rollouts, batches, device)
+        for batch in progressed(padded, total=len(batches), description="extracting directions", progress=progress):
             capture = run(batch)
             for name, rows in capture.items():
                 home = torch.device("cpu") if capture.feature == "parameter" else rows.device

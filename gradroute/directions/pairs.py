@@ -199,16 +199,40 @@ class PaddedBatch:
     completion_mask: Bool[Tensor, "batch seq"]
 
 
-def padded_batches(
-    rollouts: Sequence[TokenizedRollout], batch_size: int, device: torch.device
-) -> Iterator[PaddedBatch]:
-    """Batches of at most `batch_size` rollouts, longest first, so that little is padding and memory peaks at once."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise GradRouteError(f"`batch_size` should be a positive integer. Found {batch_size!r}.")
+def batched(rollouts: Sequence[TokenizedRollout], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
+    """Which rollouts run together: longest first, so that little is padding and memory peaks at once.
+
+    Args:
+        batch_size: rollouts of a batch at most.
+        batch_tokens: tokens of a batch at most, padding included; None for any number.
+
+    Raises:
+        GradRouteError: no positive integers, or a rollout that alone has more than `batch_tokens`.
+    """
+    for name, value in (("batch_size", batch_size), ("batch_tokens", 1 if batch_tokens is None else batch_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GradRouteError(f"`{name}` should be a positive integer. Found {value!r}.")
     order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))
-    for first in range(0, len(order), batch_size):
-        index = order[first : first + batch_size]
-        width = len(rollouts[index[0]].ids)
+    longest = len(rollouts[order[0]].ids) if order else 0
+    if batch_tokens is not None and longest > batch_tokens:
+        raise GradRouteError(
+            f"`batch_tokens` should be at least the length of the longest rollout, {longest}. Found {batch_tokens}. "
+            "Fix: more, or shorter pairs."
+        )
+    batches: list[list[int]] = []
+    while order:
+        fitting = batch_size if batch_tokens is None else min(batch_size, batch_tokens // len(rollouts[order[0]].ids))
+        batches.append(order[:fitting])
+        order = order[fitting:]
+    return batches
+
+
+def padded_batches(
+    rollouts: Sequence[TokenizedRollout], batches: Sequence[Sequence[int]], device: torch.device
+) -> Iterator[PaddedBatch]:
+    """The rollouts of each batch, padded on the right to the longest of it."""
+    for index in batches:
+        width = max(len(rollouts[i].ids) for i in index)
         ids = torch.zeros(len(index), width, dtype=torch.long)
         attention = torch.zeros_like(ids)
         completion = torch.zeros_like(ids, dtype=torch.bool)
