@@ -242,3 +242,37 @@ def test_clearing_without_a_route_and_mixing_sticky_with_blocks_raise() -> None:
         for call in (lambda: gr.set_route(model, mask), lambda: gr.clear_route(model)):
             with pytest.raises(gr.RouteError, match="inside a `with route"):
                 call()
+
+
+def test_zones_are_filled_in_with_the_gradients_that_multiplying_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, upstream) = routed_tower(), batch()
+    mask = gr.RouteMask.zones(ZONES)
+    assert mask.is_binary
+    assert not masks()["soft"].is_binary
+    assert not gr.RouteMask.weights(m=1.0, g_d=torch.tensor([0.0, 1, 2]), g_q=1.0).is_binary
+    filled = routed_backward(model, mask, x, upstream)
+    monkeypatch.setattr(gr.RouteMask, "is_binary", False)
+    multiplied = routed_backward(model, mask, x, upstream)
+    unrouted = routed_backward(model, None, x, upstream)
+    for name, gradient in filled.items():
+        assert torch.equal(gradient, multiplied[name])
+    assert any(not torch.equal(filled[name], unrouted[name]) for name in filled)
+
+
+def test_a_view_in_part_under_zones_is_multiplied_with() -> None:
+    model, (x, _) = routed_tower(), batch()
+    mask = gr.RouteMask.zones(["absorb"] * N)
+    with torch.no_grad():
+        with gr.route(model, mask):
+            on = model(x)
+        with gr.ablate_quarantine(model, scale=0.5), gr.route(model, mask):
+            half = model(x)
+        with gr.ablate_quarantine(model, rows=torch.arange(N) < 2), gr.route(model, mask):
+            rows = model(x)
+        with gr.ablate_quarantine(model), gr.route(model, mask):
+            off = model(x)
+    assert not torch.equal(on, off)
+    assert not torch.equal(half, on)
+    assert not torch.equal(half, off)
+    torch.testing.assert_close(rows[:2], off[:2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows[2:], on[2:], rtol=1e-12, atol=1e-12)
