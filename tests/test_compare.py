@@ -210,7 +210,8 @@ def test_one_arm_is_judged_as_by_compare() -> None:
 
 def test_expected_power_is_that_of_a_noncentral_t() -> None:
     found = Difference(0.1, 0.15, 3, "seeds")
-    expected = nct.cdf(0.2 * 5**0.5 / 0.15, 3, t.isf(0.025, 19))
+    with np.errstate(divide="ignore"):  # scipy 1.11 divides by zero on its way
+        expected = nct.cdf(0.2 * 5**0.5 / 0.15, 3, t.isf(0.025, 19))
     assert expected_power(found, 5, 0.2, 0.05) == pytest.approx(expected)
     # With the error known it is the textbook's: P(Z > 1.96 - 2.8) = .80.
     assert expected_power(Difference(0.0, 1 / 2.8, 10**6, "prompts"), 1, 1.0, 0.05) == pytest.approx(0.80, abs=0.001)
