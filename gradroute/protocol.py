@@ -88,11 +88,14 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     modules = list(model.named_modules())
     kinds = {kind: issubclass(kind, RoutedLayer) for kind in {type(module) for _, module in modules}}
     layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}
-    # PEFT leaves one and the same dictionary at its tuner and at the model below it.
-    injected = {id(m.__dict__["peft_config"]): name for name, m in reversed(modules) if "peft_config" in m.__dict__}
-    for name in injected.values():
-        within = [(key, module) for key, module in modules if name == "" or f"{key}.".startswith(f"{name}.")]
-        _check_injected(within, layers)
+    injected: dict[str, nn.Module] = {}
+    for name, module in modules:
+        configs = module.__dict__.get("peft_config")
+        # PEFT leaves one and the same dictionary at its tuner and at the model inside it, which is checked with it.
+        above = [f"{key}." if key else "" for key, m in injected.items() if m.__dict__["peft_config"] is configs]
+        if configs is not None and not any(name.startswith(prefix) for prefix in above):
+            injected[name] = module
+            _check_injected(modules if name == "" else list(module.named_modules()), layers)
     if injected:
         _check_encoders(modules, layers)
     if not layers:

@@ -290,3 +290,29 @@ def test_a_pool_of_one_row_serves_no_larger_batch() -> None:
     with pytest.raises(gr.GradRouteError, match=r"`pool` should have the shape \(3, 5\)"):
         with gr.capture_activations(model, pool=POOL[:1]):
             model(IDS)
+
+
+def test_residuals_are_read_from_blocks_whose_first_argument_is_no_tensor() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(6, 6)
+
+        def forward(self, mask: None, x: Tensor) -> Tensor:
+            return x + self.q(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(None, x=x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = gr.attach(Model(), r=2, lora_alpha=4.0, target_modules=["q"]), torch.randn(3, 4, 6)
+    with torch.no_grad(), gr.capture_activations(model, pool=torch.ones(3, 4), features="residual") as capture:
+        y = model(x)
+    torch.testing.assert_close(capture["layers.1"], y.mean(1))

@@ -8,7 +8,14 @@ import pytest
 import torch
 from language_models import PAIRS as MIXER_PAIRS
 from models import randomize_blocks
-from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from test_peft_cases import (
     ATTENTION,
@@ -300,3 +307,21 @@ def test_a_capture_names_modules_as_the_model_does() -> None:
         twice(X)
     assert acts[name].shape == (len(X), len(layer.deployed.A))
     assert torch.equal(one[name], acts[name])
+
+
+def test_what_a_wrapper_holds_under_an_earlier_name_is_checked_too() -> None:
+    plain = {"r": 2, "target_modules": ["q_proj"]}
+    routed = {"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.\d+\.self_attn\.(q_proj|v_proj)"}
+    model = get_peft_model(Case("llama").base(), LoraConfig(**plain), adapter_name="first")
+    model.add_adapter("second", gr.QuarantineLoraConfig(**routed))
+    model.set_adapter("second")
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = model.get_base_model().model.layers
+            self.peft = model
+
+    for wrapped in (model, Wrapper()):
+        with pytest.raises(gr.TargetError, match="Found plain LoRA"):
+            routed_layers(wrapped)

@@ -310,3 +310,17 @@ def test_forwards_without_a_graph_and_of_the_base_model_are_left_out() -> None:
     assert len(record.scores) == ROWS
     apply_filter(model, f)
     assert_same(gradients(model), expected, 1e-12)
+
+
+def test_two_filters_record_one_backward() -> None:
+    model = routed_mixer()
+    found = []
+    for together in (False, True):
+        first, second = RolloutFilter(drawn_directions(model)), RolloutFilter(drawn_directions(model), score="dot")
+        with first.record(model) as one, second.record(model) if together else contextlib.nullcontext() as other:
+            losses(model).sum().backward()
+        found.append(one.scores)
+        model.zero_grad()
+    assert torch.equal(found[0], found[1])
+    assert other.scores.shape == one.scores.shape
+    assert not torch.equal(other.scores, one.scores)

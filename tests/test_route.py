@@ -276,3 +276,16 @@ def test_a_view_in_part_under_zones_is_multiplied_with() -> None:
     assert not torch.equal(half, off)
     torch.testing.assert_close(rows[:2], off[:2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rows[2:], on[2:], rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_written_into_a_mask_are_multiplied_with() -> None:
+    model, (x, upstream) = routed_tower(), batch()
+    mask = gr.RouteMask.zones(ZONES)
+    before = routed_backward(model, mask, x, upstream)
+    mask.g_d[1], mask.m[2] = 0.25, 0.5
+    assert not mask.is_binary
+    written = routed_backward(model, mask, x, upstream)
+    expected = routed_backward(model, gr.RouteMask.weights(mask.m, mask.g_d, mask.g_q), x, upstream)
+    assert any(not torch.equal(before[name], written[name]) for name in before)
+    for name, gradient in written.items():
+        assert torch.equal(gradient, expected[name])

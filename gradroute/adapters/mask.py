@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,6 @@ class RouteMask:
     m: Float[Tensor, "*rows"]
     g_d: Float[Tensor, "*rows"]
     g_q: Float[Tensor, "*rows"]
-    _is_binary: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("m", "g_d", "g_q"):
@@ -62,8 +61,6 @@ class RouteMask:
         for name in ("m", "g_d", "g_q"):
             # A copy: what the caller writes into the tensor later must not reach a route that is open.
             object.__setattr__(self, name, getattr(self, name).clone())
-        binary = all(bool(((values == 0) | (values == 1)).all()) for values in (self.m, self.g_d, self.g_q))
-        object.__setattr__(self, "_is_binary", binary)
 
     @classmethod
     def zones(cls, zones: Sequence[Any] | Tensor) -> "RouteMask":
@@ -134,7 +131,7 @@ class RouteMask:
     @property
     def is_binary(self) -> bool:
         """Whether every weight is 0 or 1, as in the zones; nothing needs to be multiplied then."""
-        return self._is_binary
+        return all(bool(((values == 0) | (values == 1)).all()) for values in (self.m, self.g_d, self.g_q))
 
     @property
     def routed(self) -> Tensor:

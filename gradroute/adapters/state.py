@@ -158,7 +158,7 @@ class ForwardState:
             scale = torch.full(x.shape[:-1], self.scale, dtype=dtype, device=x.device)
             m = scale if m is None else m * scale
         # A compiled forward is not to depend on a mask's values.
-        simple = isinstance(self.scale, float) and self.scale in (0.0, 1.0) and not torch.compiler.is_compiling()
+        simple = not torch.compiler.is_compiling() and isinstance(self.scale, float) and self.scale in (0.0, 1.0)
         if mask is None:
             return Gates(m, binary=simple)
         g_d, g_q = _per_row(mask.g_d, x, layer, "mask"), _per_row(mask.g_q, x, layer, "mask")

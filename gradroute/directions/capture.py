@@ -182,8 +182,9 @@ def capture_activations(
             if torch._C._current_graph_task_id() != -1:
                 return  # a checkpoint recomputation: this forward was captured when it first ran
             x = entered(args, kwargs)
-            with torch.no_grad(), without_autocast(x.device):
-                rows = pooled(name, left(name, output) if features in ("output", "residual") else x, x)
+            hidden = left(name, output) if features in ("output", "residual") else x
+            with torch.no_grad(), without_autocast(hidden.device):
+                rows = pooled(name, hidden, x)
                 if features == "bottleneck":
                     assert isinstance(module, RoutedLayer)
                     rows = rows @ module.deployed.A.to(rows.dtype).T

@@ -10,6 +10,7 @@ random numbers are left as found.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.container import Directions
-from gradroute.directions.early_exit import block_after, ended_before
+from gradroute.directions.early_exit import EarlyExit
 from gradroute.directions.estimator import Estimator
 from gradroute.directions.estimators import as_estimator
 from gradroute.directions.identity import model_identity
@@ -75,7 +76,7 @@ def extract_activation_directions(
         pairs: `ContrastivePair`s of texts or token ids.
         tokenizer: needed for texts.
         features, reduction, modules: see `capture_activations`. Of a Hugging Face model, blocks above the last of
-            `modules` are not run.
+            `modules` are not run once its forward has been seen to run them in order.
         batch_size, batch_tokens: rollouts, and tokens with padding, per forward at most; pairs are sorted by length.
         forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
         estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
@@ -90,7 +91,7 @@ def extract_activation_directions(
     """
     estimator = as_estimator(estimator)
     few_logits = {"logits_to_keep": 1} if forward_fn is None and _skips_logits(model, modules) else {}
-    unread = block_after(model, list(read_modules(model, modules, features))) if forward_fn is None else None
+    early = EarlyExit(model, list(read_modules(model, modules, features))) if forward_fn is None else None
 
     def run(batch: PaddedBatch) -> Capture:
         with (
@@ -98,7 +99,7 @@ def extract_activation_directions(
             capture_activations(
                 model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
             ) as capture,
-            ended_before(unread),
+            nullcontext() if early is None else early.forward(),
         ):
             _forward(model, batch, forward_fn, **few_logits)
         return capture

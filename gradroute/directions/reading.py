@@ -72,10 +72,9 @@ def check_option(argument: str, value: object, options: Any) -> None:
         raise GradRouteError(f"`{argument}` should be one of {', '.join(get_args(options))}. Found {value!r}.")
 
 
-def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a module, given by position or by keyword."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return x
+def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a module, given by position or by keyword; of a block it may be something else than a tensor."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def left(name: str, output: Any) -> Tensor:
@@ -118,11 +117,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
-def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Tensor], Tensor]:
+def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Any], Tensor]:
     """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d)."""
     fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
 
-    def pooled(name: str, x: Tensor, entered: Tensor) -> Tensor:
+    def pooled(name: str, x: Tensor, entered: Any) -> Tensor:
         weights = _token_weights(fixed(entered), reduction) if callable(fixed) else fixed
         x = wide(x)
         if weights is None:

@@ -162,7 +162,8 @@ class RolloutRecorder:
                     slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), g_d, compute)
 
             lora = block_kind(name, layer) == "lora"
-            if lora and hasattr(node, "observer") and all(p.requires_grad for p in layer.block_parameters("deployed")):
+            free = getattr(node, "observer", node) is None
+            if lora and free and all(p.requires_grad for p in layer.block_parameters("deployed")):
                 node.observer = keep  # its backward has the bottleneck and the gradient there anyway
             else:
                 output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradroute.adapters.modes import ablate_quarantine
 from gradroute.directions.capture import Capture, capture_activations
 from gradroute.directions.container import Directions
-from gradroute.directions.early_exit import block_after, ended_before
+from gradroute.directions.early_exit import EarlyExit
 from gradroute.errors import GradRouteError
 from gradroute.integrations.trl.rollouts import loss_mask
 from gradroute.preserve import left_as_found
@@ -63,7 +63,7 @@ def captured_rollouts(trainer: Any, rollouts: Mapping[str, Any], directions: Dir
         return pool[chunk]
 
     backbone = _backbone(model)
-    unread = block_after(model, list(directions.hack))
+    early = EarlyExit(model, list(directions.hack), backbone)
     with (
         torch.no_grad(),
         left_as_found(model),
@@ -74,7 +74,7 @@ def captured_rollouts(trainer: Any, rollouts: Mapping[str, Any], directions: Dir
         ) as capture,
     ):
         for chunk in torch.split(rows, trainer.args.per_device_train_batch_size):
-            with ended_before(unread):
+            with early.forward():
                 backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False)
     return capture, rows
 
