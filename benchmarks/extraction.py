@@ -10,7 +10,7 @@ from benchmarks import models
 from benchmarks.models import Shape
 from benchmarks.row import Row, compared
 from benchmarks.timing import Clock, interleaved
-from gradroute.directions.pairs import PaddedBatch, padded_batches, tokenize_pairs
+from gradroute.directions.pairs import PaddedBatch, batched, padded_batches, tokenize_pairs
 
 
 def bare_forward(model: nn.Module, batches: list[PaddedBatch]) -> None:
@@ -33,7 +33,8 @@ def forward_and_backward(model: nn.Module, batches: list[PaddedBatch]) -> None:
 def extraction(shape: Shape, clock: Clock, rounds: int) -> list[Row]:
     """P3."""
     model, authored = models.routed(shape).eval(), models.pairs(shape, 8)
-    batches = list(padded_batches(tokenize_pairs(authored, None), 8, torch.device(shape.device)))
+    rollouts = tokenize_pairs(authored, None)
+    batches = list(padded_batches(rollouts, batched(rollouts, 8), torch.device(shape.device)))
     frozen = models.routed(shape).eval().requires_grad_(False)
 
     def extracted(extract: partial) -> None:
