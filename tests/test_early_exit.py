@@ -90,6 +90,15 @@ def test_a_forward_of_ones_own_runs_through() -> None:
     assert ran() == [2, 2, 2]
 
 
+def test_a_hook_on_the_embeddings_which_checkpointing_puts_there_changes_nothing() -> None:
+    model, ran = counting_llama()
+    model.enable_input_require_grads()
+    assert model.get_input_embeddings()._forward_hooks
+    for _ in range(2):
+        extracted(model)
+    assert ran() == [2, 1, 1]
+
+
 def looped(model: nn.Module) -> None:
     model.config.num_hidden_layers = 4
 

@@ -72,9 +72,12 @@ class EarlyExit:
             _IN_ORDER[blocks[0]] = len(blocks)
 
     def _is_watched(self, called: nn.Module) -> bool:
-        """Whether somebody would notice: outside of the blocks that run to their end."""
-        unread = list(self._blocks.values())[: self._read]
-        whole = {module for block in unread for module in block.modules()}
+        """Whether somebody would notice: outside of the embeddings and blocks that run to their end."""
+        base: Any = called.get_base_model() if hasattr(called, "get_base_model") else called
+        # Activation checkpointing of a frozen model hooks its embeddings.
+        embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        before = [*list(self._blocks.values())[: self._read], *([] if embeddings is None else [embeddings])]
+        whole = {module for part in before for module in part.modules()}
         return bool(
             hooks._global_forward_hooks
             or hooks._global_forward_pre_hooks
