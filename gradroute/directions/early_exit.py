@@ -73,7 +73,8 @@ class EarlyExit:
 
     def _is_watched(self, called: nn.Module) -> bool:
         """Whether somebody would notice: outside of the embeddings and blocks that run to their end."""
-        base: Any = called.get_base_model() if hasattr(called, "get_base_model") else called
+        unwrapped: Any = called
+        base = unwrapped.get_base_model() if hasattr(called, "get_base_model") else unwrapped
         # Activation checkpointing of a frozen model hooks its embeddings.
         embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
         before = [*list(self._blocks.values())[: self._read], *([] if embeddings is None else [embeddings])]
