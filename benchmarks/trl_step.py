@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 import gradroute as gr
+from gradroute._protocol import routed_layers
 from gradroute.integrations.trl import GradRouteGRPOTrainer
-from gradroute.protocol import routed_layers
 
 VOCABULARY, PROMPT, ROLLOUTS = 4096, 48, 16
 

@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     environment, recipe = ENVIRONMENTS["C"], Recipe(steps=STEPS)
     model = load_base(environment, 0)
-    reports: dict[int, gr.OnOffReport] = {}
+    reports: dict[int, gr.evaluation.OnOffReport] = {}
 
     def on_step(step: int) -> None:
         if step == 1 or step % EVERY == 0:
@@ -42,8 +42,8 @@ def main() -> None:
     report = evaluate(model, environment, recipe.n_per_mode, 0)
     pictures = {
         "report": report.plot(),
-        "training": gr.plot_training(reports, refreshed_at=[each["step"] for each in entry["refreshes"]]),
-        "dose": gr.dose_curve(model, lambda policy: records(policy, environment, 256, 0)).plot(),
+        "training": gr.evaluation.plot_training(reports, refreshed_at=[each["step"] for each in entry["refreshes"]]),
+        "dose": gr.evaluation.dose_curve(model, lambda policy: records(policy, environment, 256, 0)).plot(),
     }
     with gr.ablate_quarantine(model):  # as a refresh would see it
         detector = make_detector(model, environment, ARMS["route"], recipe, 0)

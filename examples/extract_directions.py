@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradroute as gr
-from gradroute.directions.estimators import as_estimator
+from gradroute.directions.estimators.by_name import as_estimator
 
 
 def load(name: str) -> tuple[nn.Module, Any]:

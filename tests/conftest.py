@@ -4,11 +4,12 @@ import os
 
 import pytest
 import torch
+from support import typechecker  # noqa: F401  (the hook finds it by name, once its package knows it)
 
 if os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1":
     from jaxtyping import install_import_hook
 
-    install_import_hook("gradroute", "typechecker.typechecker")
+    install_import_hook("gradroute", "support.typechecker.typechecker")
 
 # Models this small gain nothing from a second OpenMP thread, which spins where another process is busy.
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.routing.advantages import GroupAdvantages
+from gradroute.advantages import GroupAdvantages
 
 REFUSED = (gr.GradRouteError, TypeError)
 

@@ -34,10 +34,10 @@ UNCALLED = {
 
 @pytest.fixture(scope="module")
 def answered() -> dict[str, Any]:
-    """What `python tests/wrong_calls.py --json` gives: answers, and reprs that are lines or tables."""
+    """What `python tests/support/wrong_calls.py --json` gives: answers, and reprs that are lines or tables."""
     ran = subprocess.run(
-        [sys.executable, str(TESTS / "wrong_calls.py"), "--json"],
-        capture_output=True, text=True, check=True, env={**os.environ, "MPLBACKEND": "agg"},
+        [sys.executable, "-m", "support.wrong_calls", "--json"],
+        capture_output=True, text=True, check=True, cwd=TESTS, env={**os.environ, "MPLBACKEND": "agg"},
     )  # fmt: skip
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from language_models import IMPORT_HOOK, PAIRS, ids_only, routed_mixer, scoring_directions
+from support.language_models import IMPORT_HOOK, PAIRS, ids_only, routed_mixer, scoring_directions
 
 import gradroute as gr
-from gradroute import progress
+from gradroute import _progress as progress
 
 
 def test_a_refresh_is_one_line_at_info(caplog: pytest.LogCaptureFixture) -> None:
@@ -58,8 +58,8 @@ def extracted(model: Any, **options: Any) -> gr.Directions:
     return gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only, batch_size=2, **options)
 
 
-def dosed(model: Any, **options: Any) -> gr.DoseCurve:
-    return gr.dose_curve(model, lambda _: [gr.EvalRecord("file", False, 0, True, False)], **options)
+def dosed(model: Any, **options: Any) -> gr.evaluation.DoseCurve:
+    return gr.evaluation.dose_curve(model, lambda _: [gr.EvalRecord("file", False, 0, True, False)], **options)
 
 
 @pytest.mark.parametrize("measure", [extracted, dosed])
@@ -86,7 +86,7 @@ def test_what_is_quick_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bar_changes_no_result_and_no_key_of_a_cache(tmp_path: Any) -> None:
     model = routed_mixer()
     assert torch.equal(extracted(model, progress=False).rows["q"], extracted(model).rows["q"])
-    cache = gr.DirectionCache(tmp_path)
+    cache = gr.refresh.DirectionCache(tmp_path)
     settings = {"forward_fn": ids_only}
     cache.extract(gr.extract_activation_directions, model, PAIRS, **settings)
     cache.extract(gr.extract_activation_directions, model, PAIRS, progress=False, **settings)

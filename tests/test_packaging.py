@@ -3,7 +3,7 @@
 import re
 import tomllib
 
-from doc_pages import ROOT, fenced
+from support.doc_pages import ROOT, fenced
 
 import gradroute as gr
 

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from language_models import routed_mixer, scoring_directions
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
+from support.language_models import routed_mixer, scoring_directions
 from torch import nn
 
 import gradroute as gr
@@ -69,14 +69,14 @@ def test_a_report_draws_each_group_with_its_n_and_its_rates() -> None:
     styles = {(line.get_marker(), line.get_markerfacecolor()) for line in (c.lines[0] for c in ax.containers)}
     assert len(styles) == 4
     assert all(is_grey(container.lines[0]) for container in ax.containers)
-    low, high = gr.Rate(8, 8).interval
+    low, high = gr.evaluation.Rate(8, 8).interval
     assert (low, high) != (1, 1)
     bar = ax.containers[0].lines[2][0].get_segments()[0]
     assert bar[:, 0].tolist() == pytest.approx([low, high])
 
 
 def test_a_dose_curve_is_measured_and_drawn() -> None:
-    curve = gr.dose_curve(routed_mixer(), evaluated, scales=(1.0, 0.0, 0.5))
+    curve = gr.evaluation.dose_curve(routed_mixer(), evaluated, scales=(1.0, 0.0, 0.5))
     assert {scale: view.hack["file"].k for scale, view in curve.rates.items()} == {0.0: 0, 0.5: 4, 1.0: 8}
     assert repr(curve).splitlines()[2].startswith("0.5    0.50 [")
     _, ax = curve.plot("file")
@@ -89,23 +89,23 @@ def test_a_dose_curve_is_measured_and_drawn() -> None:
 @pytest.mark.parametrize("scales", [(0.5,), (0.0, 0.0), (0.0, 1.5)])
 def test_scales_that_make_no_curve_raise(scales: tuple[float, ...]) -> None:
     with pytest.raises(gr.GradRouteError, match="`scales` should be two or more different numbers"):
-        gr.dose_curve(routed_mixer(), evaluated, scales=scales)
+        gr.evaluation.dose_curve(routed_mixer(), evaluated, scales=scales)
 
 
 def test_other_prompts_at_another_scale_raise() -> None:
     ids = iter(range(100))
     with pytest.raises(gr.GradRouteError, match="same prompts at every scale"):
-        gr.dose_curve(routed_mixer(), lambda _: [gr.EvalRecord("file", False, next(ids), True, False)])
+        gr.evaluation.dose_curve(routed_mixer(), lambda _: [gr.EvalRecord("file", False, next(ids), True, False)])
     with pytest.raises(gr.GradRouteError, match="at least one record. Found none at scale 0"):
-        gr.dose_curve(routed_mixer(), lambda _: [])
+        gr.evaluation.dose_curve(routed_mixer(), lambda _: [])
     model = routed_mixer()
     with gr.ablate_quarantine(model), pytest.raises(gr.GradRouteError, match="in its on view. Found 'ablated'"):
-        gr.dose_curve(model, evaluated)
+        gr.evaluation.dose_curve(model, evaluated)
 
 
 def test_training_curves_show_both_views_and_the_refreshes() -> None:
     report = gr.evaluate_on_off(routed_mixer(), evaluated)
-    _, ax = gr.plot_training({10: report, 0: report}, group="file", refreshed_at=[5])
+    _, ax = gr.evaluation.plot_training({10: report, 0: report}, group="file", refreshed_at=[5])
     assert values(ax)["hack, on"] == [1, 1]
     assert values(ax)["hack, ablated"] == [0, 0]
     assert ax.get_title() == "file, n = 8"
@@ -116,7 +116,7 @@ def test_training_curves_show_both_views_and_the_refreshes() -> None:
         ({0: report}, "monitored", "Found 'monitored'. Fix: one of"),
     ):
         with refused(message):
-            gr.plot_training(reports, group=group)
+            gr.evaluation.plot_training(reports, group=group)
 
 
 SCORES = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from language_models import Mixer, routed_mixer
+from support.language_models import Mixer, routed_mixer
 
-from gradroute.preserve import left_as_found
+from gradroute._restore import left_as_found
 
 IDS = torch.tensor([[1, 2, 3]])
 

@@ -4,12 +4,12 @@ import doctest
 
 import pytest
 import torch
-from models import Tower, gradients, routed_tower
+from support.models import Tower, gradients, routed_tower
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.routing import schemes
-from gradroute.routing.schemes import detach_mix_mask, expand_route_ablate_mask, graft_mask, sgtm_mask
+from gradroute import schemes
+from gradroute.schemes import detach_mix_mask, expand_route_ablate_mask, graft_mask, sgtm_mask
 
 REFUSED = (gr.GradRouteError, TypeError)
 FLAGGED = torch.tensor([True, False, True, False, False])

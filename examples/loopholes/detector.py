@@ -80,13 +80,13 @@ class Detector:
         return self.directions.score(captured_gradients(self.model, prompts, completions, self.directions))
 
     @contextmanager
-    def filtering(self, sources: Sequence[str] | None) -> Iterator[list[gr.FilterStats]]:
+    def filtering(self, sources: Sequence[str] | None) -> Iterator[list[gr.filters.FilterStats]]:
         """Around forward and backward: filters the gradients at the end; what was done is in the list.
 
         With `sources`, a label per rollout, hack-ward shares are told apart by them; only measured, where the filter
         does not see rollouts or a gate has decided already. Directions of activations have no such share.
         """
-        stats: list[gr.FilterStats] = []
+        stats: list[gr.filters.FilterStats] = []
         by_rollout = self.filter if isinstance(self.filter, gr.RolloutFilter) else None
         if by_rollout is None and sources is not None and self.directions.provenance.source == "gradient":
             by_rollout = gr.RolloutFilter(self.directions, math.inf)

@@ -12,7 +12,7 @@ from .language import MODES, hint_modes
 from .sampling import sample
 
 
-def evaluate(model: nn.Module, environment: Environment, n_per_mode: int, seed: int) -> gr.OnOffReport:
+def evaluate(model: nn.Module, environment: Environment, n_per_mode: int, seed: int) -> gr.evaluation.OnOffReport:
     """`n_per_mode` rollouts of each mode and as many without a hint, on and ablated, always on the same prompts."""
     return gr.evaluate_on_off(model, lambda view: records(view, environment, n_per_mode, seed))
 

@@ -118,7 +118,7 @@ def train(
     teacher = Teacher(environment, recipe.group_size, recipe.teacher_per_group, recipe.teacher_steps, seed)
     place = repeat(torch.arange(recipe.group_size), "g -> (p g)", p=recipe.prompts)
     ablated = place < (recipe.ablated_per_group if arm.ablated_rollouts else 0)
-    stats: list[gr.FilterStats] = []
+    stats: list[gr.filters.FilterStats] = []
     curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
     for step in range(1, recipe.steps + 1):

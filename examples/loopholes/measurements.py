@@ -48,7 +48,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     return ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
 
 
-def hackward(stats: Sequence[gr.FilterStats]) -> dict[str, Any]:
+def hackward(stats: Sequence[gr.filters.FilterStats]) -> dict[str, Any]:
     """Hack-ward share of this step's deployed gradient, before and after its filter, and what chance would give."""
     if not stats:
         return {}

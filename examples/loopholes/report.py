@@ -37,11 +37,11 @@ def pooled_modes(run: dict[str, Any], group: str) -> int:
     return pooled.get(group, 1)
 
 
-def pooled_rate(runs: list[dict[str, Any]], view: str, group: str) -> gr.Rate:
+def pooled_rate(runs: list[dict[str, Any]], view: str, group: str) -> gr.evaluation.Rate:
     """The rate over all rollouts of all seeds; its interval is of these rollouts, not of other seeds."""
     counts = [run["n_per_mode"] * pooled_modes(run, group) for run in runs]
     hits = [round(run[view][group] * n) for run, n in zip(runs, counts, strict=True)]
-    return gr.Rate(sum(hits), sum(counts))
+    return gr.evaluation.Rate(sum(hits), sum(counts))
 
 
 def print_table(runs: list[dict[str, Any]], console: Console) -> None:
@@ -66,7 +66,7 @@ def print_table(runs: list[dict[str, Any]], console: Console) -> None:
         console.print(text, highlight=False)
 
 
-def _cell(rate: gr.Rate) -> str:
+def _cell(rate: gr.evaluation.Rate) -> str:
     low, high = rate.interval
     return f"{rate.value:.3f} \\[{low:.2f}, {high:.2f}]"
 

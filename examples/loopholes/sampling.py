@@ -37,7 +37,7 @@ def completion_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> 
     return logps * (completions != PAD)
 
 
-def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.Capture:
+def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.directions.Capture:
     """Bottleneck features of each completion, read from the model as it would be deployed."""
     sequences = torch.cat([prompts, completions], dim=1)
     pool = sequences != PAD
@@ -47,7 +47,9 @@ def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.Captu
     return capture
 
 
-def captured_gradients(model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions) -> gr.Capture:
+def captured_gradients(
+    model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions
+) -> gr.directions.Capture:
     """Inner products of each completion's own gradient, of its mean NLL, with `directions`; deployed view."""
     length = (completions != PAD).sum(dim=1)
     with (

@@ -130,7 +130,7 @@ def draw_table(results: Results, env: str) -> str:
     return markdown_table(header, rows)
 
 
-def judged(results: Results, env: str) -> list[tuple[str, gr.Verdict]]:
+def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]]:
     """(which modes, verdict) on every arm that the controls are rate-matched for; none without them."""
     shuffled = arm_runs(results, env, "shuffle")
     if shuffled is None:
@@ -141,21 +141,25 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.Verdict]]:
         common = shuffled.runs.keys() & treated.runs.keys() if treated else set()
         if treated and common:
             draws = [
-                gr.ArmRuns(f"random draw {name}", {seed: run})
+                gr.evaluation.ArmRuns(f"random draw {name}", {seed: run})
                 for name, (seed, run) in enumerate(_runs(results, env, "random-oriented").items())
                 if seed in common
             ]
-            controls = gr.Controls(_only(shuffled, common), draws if len(draws) >= 5 else ())
+            controls = gr.evaluation.Controls(_only(shuffled, common), draws if len(draws) >= 5 else ())
             contests.append((_only(treated, common), controls))
     if not contests:
         return []
-    return [(modes, verdict) for modes in ("held-out", "all") for verdict in gr.compare_all(contests, modes=modes)]
+    return [
+        (modes, verdict)
+        for modes in ("held-out", "all")
+        for verdict in gr.evaluation.compare_all(contests, modes=modes)
+    ]
 
 
-def arm_runs(results: Results, env: str, arm: str) -> gr.ArmRuns | None:
+def arm_runs(results: Results, env: str, arm: str) -> gr.evaluation.ArmRuns | None:
     """The runs of an arm as data of a comparison; None if there are none."""
     runs = _runs(results, env, arm)
-    return gr.ArmRuns(arm, runs) if runs else None
+    return gr.evaluation.ArmRuns(arm, runs) if runs else None
 
 
 def of_arm(results: Results, env: str, arm: str) -> dict[Job, Mapping[str, Any]]:
@@ -163,19 +167,19 @@ def of_arm(results: Results, env: str, arm: str) -> dict[Job, Mapping[str, Any]]
     return {job: results[job] for job in sorted(results, key=_order) if (job.env, job.arm) == (env, arm)}
 
 
-def _runs(results: Results, env: str, arm: str) -> dict[tuple[int, int], dict[str, gr.ModeOutcomes]]:
+def _runs(results: Results, env: str, arm: str) -> dict[tuple[int, int], dict[str, gr.evaluation.ModeOutcomes]]:
     return {(job.base_seed, job.seed): _outcomes(entry) for job, entry in of_arm(results, env, arm).items()}
 
 
-def _outcomes(entry: Mapping[str, Any]) -> dict[str, gr.ModeOutcomes]:
+def _outcomes(entry: Mapping[str, Any]) -> dict[str, gr.evaluation.ModeOutcomes]:
     n = entry["n_per_mode"]
 
-    def rate(value: float) -> gr.Rate:
-        return gr.Rate(round(value * n), n)
+    def rate(value: float) -> gr.evaluation.Rate:
+        return gr.evaluation.Rate(round(value * n), n)
 
     on, ablated = entry["on"], entry["ablated"]
     modes = {
-        mode: gr.ModeOutcomes(
+        mode: gr.evaluation.ModeOutcomes(
             mode in entry["monitored"],
             rate(on["per_mode"][mode]["hack"]),
             rate(ablated["per_mode"][mode]["hack"]),
@@ -183,11 +187,13 @@ def _outcomes(entry: Mapping[str, Any]) -> dict[str, gr.ModeOutcomes]:
         )
         for mode in on["per_mode"]
     }
-    return modes | {"no loophole": gr.ModeOutcomes(None, rate(0.0), rate(0.0), rate(ablated["solve_no_hint"]))}
+    return modes | {
+        "no loophole": gr.evaluation.ModeOutcomes(None, rate(0.0), rate(0.0), rate(ablated["solve_no_hint"]))
+    }
 
 
-def _only(arm: gr.ArmRuns, seeds: set[Any]) -> gr.ArmRuns:
-    return gr.ArmRuns(arm.name, {seed: run for seed, run in arm.runs.items() if seed in seeds})
+def _only(arm: gr.evaluation.ArmRuns, seeds: set[Any]) -> gr.evaluation.ArmRuns:
+    return gr.evaluation.ArmRuns(arm.name, {seed: run for seed, run in arm.runs.items() if seed in seeds})
 
 
 def _order(job: Job) -> tuple[str, int, int, int]:

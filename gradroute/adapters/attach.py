@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from gradroute._protocol import BlockName, RoutedLayer, check_module, routed_layers
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.errors import RouteError, TargetError
-from gradroute.protocol import BlockName, RoutedLayer, check_module, routed_layers
 
 Parametrization = Literal["lora", "svd_gain"]
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradroute._protocol import check_module, routed_layers
 from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
-from gradroute.protocol import check_module, routed_layers
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradroute.adapters.base import autocast_type
-from gradroute.adapters.fused import QuarantineLoraFunction, fused_forward
-from gradroute.adapters.recompute import ForwardRecord
-from gradroute.adapters.state import Gates
+from gradroute._protocol import Block
+from gradroute.adapters._base_product import autocast_type
+from gradroute.adapters._checkpointing import ForwardRecord
+from gradroute.adapters._op import QuarantineLoraFunction, fused_forward
+from gradroute.adapters._state import Gates
 from gradroute.errors import RouteError
-from gradroute.protocol import Block
 
 StopGradient = Literal["parameters", "branch"]
 Linear = tuple[Tensor, Tensor | None]

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute.adapters.base import autocast_type, frozen_linear, is_identity
+from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
+from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
+from gradroute.adapters._checkpointing import record_forward
+from gradroute.adapters._op import few_rows, plain_forward
+from gradroute.adapters._state import INITIAL, NO_GATES, ActiveRoute, ForwardState
 from gradroute.adapters.functional import StopGradient, add_lora_blocks
-from gradroute.adapters.fused import few_rows, plain_forward
-from gradroute.adapters.recompute import record_forward
-from gradroute.adapters.state import INITIAL, NO_GATES, ActiveRoute, ForwardState
 from gradroute.errors import TargetError
-from gradroute.protocol import Block, BlockName, RoutedLayer, routed_layers
 
 
 @dataclass(frozen=True)

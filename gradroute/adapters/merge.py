@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradroute._protocol import Block, RoutedLayer
 from gradroute.adapters.attach import detach
 from gradroute.adapters.layer import RoutedLinear, routed_linears
-from gradroute.adapters.modes import ablate_quarantine
+from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import GradRouteError, RouteError, TargetError
-from gradroute.protocol import Block, RoutedLayer
 
 
 def merge_deployed(model: nn.Module) -> nn.Module:

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from gradroute.adapters._state import ActiveRoute, ForwardState
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.adapters.mask import RouteMask
-from gradroute.adapters.modes import changed_state, set_states
-from gradroute.adapters.state import ActiveRoute, ForwardState
+from gradroute.adapters.views import changed_state, set_states
 from gradroute.errors import RouteError
 
 

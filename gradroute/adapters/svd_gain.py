@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._protocol import Block, BlockName
+from gradroute.adapters._singular import top_singular_triplets
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import WrappedLinear
-from gradroute.adapters.singular import top_singular_triplets
 from gradroute.errors import TargetError
-from gradroute.protocol import Block, BlockName
 
 
 class SvdGain(WrappedLinear):

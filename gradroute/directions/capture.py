@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute.directions.reading import (
+from gradroute._protocol import RoutedLayer
+from gradroute.directions._per_rollout import (
+    FromDelta,
+    gain_gradient,
+    ghost_product,
+    parameter_gradient,
+    sum_over_tokens,
+)
+from gradroute.directions._reading import (
     Feature,
     Pool,
     Reduction,
@@ -36,15 +44,7 @@ from gradroute.directions.reading import (
     wide,
     without_autocast,
 )
-from gradroute.directions.rollout_gradients import (
-    FromDelta,
-    gain_gradient,
-    ghost_product,
-    parameter_gradient,
-    sum_over_tokens,
-)
 from gradroute.errors import GradRouteError
-from gradroute.protocol import RoutedLayer
 
 
 @runtime_checkable

@@ -18,9 +18,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradroute.directions.estimator import Estimate, Estimator, Features
+from gradroute._typing import typechecked
+from gradroute.directions.estimators.base import Estimate, Estimator, Features
 from gradroute.errors import GradRouteError
-from gradroute.typing import typechecked
 
 Control = Literal["random", "random-oriented", "shuffled", "placebo", "reversed"]
 # Placebo pairs may be one fewer than the pairs they are made of.

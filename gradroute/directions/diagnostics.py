@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradroute._logging import warn
 from gradroute.directions.controls import haar_rows
-from gradroute.directions.estimator import Estimate, Estimator, Features, unit
+from gradroute.directions.estimators.base import Estimate, Estimator, Features, unit
 from gradroute.errors import GradRouteError
-from gradroute.logs import warn
 
 _SPLITS = 10
 

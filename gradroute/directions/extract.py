@@ -19,12 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradroute._hashing import model_identity
+from gradroute._progress import progressed
+from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._restore import left_as_found
+from gradroute._typing import typechecked
+from gradroute.directions._early_exit import EarlyExit
+from gradroute.directions._reading import Feature, Reduction, read_modules, without_autocast
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
-from gradroute.directions.container import Directions
-from gradroute.directions.early_exit import EarlyExit
-from gradroute.directions.estimator import Estimator
-from gradroute.directions.estimators import as_estimator
-from gradroute.directions.identity import model_identity
+from gradroute.directions.directions import Directions
+from gradroute.directions.estimators.base import Estimator
+from gradroute.directions.estimators.by_name import as_estimator
 from gradroute.directions.pairs import (
     ContrastivePair,
     PaddedBatch,
@@ -36,12 +41,7 @@ from gradroute.directions.pairs import (
     tokenize_pairs,
 )
 from gradroute.directions.provenance import Provenance
-from gradroute.directions.reading import Feature, Reduction, read_modules, without_autocast
 from gradroute.errors import DeadDirectionError, GradRouteError
-from gradroute.preserve import left_as_found
-from gradroute.progress import progressed
-from gradroute.protocol import RoutedLayer, routed_layers
-from gradroute.typing import typechecked
 
 ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
 """(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""

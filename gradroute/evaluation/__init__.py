@@ -1,18 +1,24 @@
-"""On and ablated evaluation, intervals, and verdicts against controls."""
+"""What a trained model does on and ablated, with intervals, and whether a difference was earned.
 
-from gradroute.evaluation.ablation_reach import assert_ablation_reaches
-from gradroute.evaluation.arm_runs import ArmRuns, ModeOutcomes
-from gradroute.evaluation.compare import compare, compare_all
-from gradroute.evaluation.controls import Controls
-from gradroute.evaluation.criteria import Criteria
+`evaluate_on_off` measures both views, `compare` gives a verdict against controls, `write_card` writes it down."""
+
+from gradroute.evaluation.card.write import write_card
+from gradroute.evaluation.dose import DoseCurve, dose_curve
 from gradroute.evaluation.on_off import EvalRecord, OnOffReport, Records, ViewRates, evaluate_on_off
+from gradroute.evaluation.plot import plot_training
 from gradroute.evaluation.rates import Rate
-from gradroute.evaluation.verdict import Verdict
+from gradroute.evaluation.reach import assert_ablation_reaches
+from gradroute.evaluation.verdict.arm_runs import ArmRuns, ModeOutcomes
+from gradroute.evaluation.verdict.compare import compare, compare_all
+from gradroute.evaluation.verdict.control_arms import Controls
+from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.verdict import Verdict
 
 __all__ = [
     "ArmRuns",
     "Controls",
     "Criteria",
+    "DoseCurve",
     "EvalRecord",
     "ModeOutcomes",
     "OnOffReport",
@@ -23,5 +29,8 @@ __all__ = [
     "assert_ablation_reaches",
     "compare",
     "compare_all",
+    "dose_curve",
     "evaluate_on_off",
+    "plot_training",
+    "write_card",
 ]

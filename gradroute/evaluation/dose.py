@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from gradroute.adapters.modes import ablate_quarantine, without_route
+from gradroute._plot import legend_aside, new_axes
+from gradroute._progress import progressed
+from gradroute._protocol import routed_layers
+from gradroute._restore import left_as_found
+from gradroute._typing import typechecked
+from gradroute.adapters.views import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.on_off import EvalRecord, ViewRates, checked_records, rates_by_group
-from gradroute.evaluation.plotting import draw_rates
+from gradroute.evaluation.plot import draw_rates
 from gradroute.evaluation.rates import Rate
-from gradroute.figure import legend_aside, new_axes
-from gradroute.preserve import left_as_found
-from gradroute.progress import progressed
-from gradroute.protocol import routed_layers
-from gradroute.typing import typechecked
 
 
 @dataclass(frozen=True)

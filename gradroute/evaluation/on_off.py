@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from gradroute.adapters.modes import ablate_quarantine, without_route
+from gradroute._protocol import routed_layers
+from gradroute._restore import left_as_found
+from gradroute._typing import typechecked
+from gradroute.adapters.views import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.rates import Rate
-from gradroute.preserve import left_as_found
-from gradroute.protocol import routed_layers
-from gradroute.typing import typechecked
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class OnOffReport:
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the table, with intervals; returns (figure, axes). Needs matplotlib."""
         # Imported on use: plotting draws reports.
-        from gradroute.evaluation.plotting import plot_report  # noqa: PLC0415
+        from gradroute.evaluation.plot import plot_report  # noqa: PLC0415
 
         return plot_report(self, ax)
 

@@ -1,1 +1,1 @@
-"""gradroute inside other people's trainers. Imported by name only: `from gradroute.integrations.trl import ...`."""
+"""gradroute inside other people's training: transformers' Trainer and TRL's GRPO."""

@@ -19,7 +19,7 @@ from two_pass import (
 )
 
 import gradroute as gr
-from gradroute.protocol import RoutedLayer
+from gradroute._protocol import RoutedLayer
 
 EVERY = "llama, qwen3, gpt2, moe"
 MODES = [True, False]
@@ -81,7 +81,10 @@ def test_two_forwards_are_refused_when_the_first_route_is_closed(
     run = Checkpointed(architecture, adapters, use_reentrant)
     with gr.route(run.model, rows_mask()):
         loss = loss_of(run.model, batch(0))
-    with gr.route(run.model, weighted_tokens_mask()), pytest.raises(gr.RouteError, match="enclose both") as refusal:
+    with (
+        gr.route(run.model, weighted_tokens_mask()),
+        pytest.raises(gr.errors.RouteError, match="enclose both") as refusal,
+    ):
         (loss + loss_of(run.model, batch(1))).backward()
     record.refused(refusal.value)
 
@@ -93,7 +96,7 @@ def test_a_route_closed_too_early_is_refused(
     run = Checkpointed(architecture, adapters, use_reentrant)
     with gr.route(run.model, rows_mask()):
         loss = loss_of(run.model, batch())
-    with pytest.raises(gr.RouteError, match="enclose both forward and backward") as refusal:
+    with pytest.raises(gr.errors.RouteError, match="enclose both forward and backward") as refusal:
         loss.backward()
     assert run.forwards >= 1
     assert all(p.grad is None for _, p in gr.deployed_parameters(run.model)), "a wrong gradient was left behind"

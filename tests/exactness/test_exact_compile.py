@@ -144,7 +144,10 @@ def test_a_compiled_layer_that_did_not_run_is_noticed(architecture: str, adapter
     for _ in range(2):
         with gr.route(layer, rows_mask()):
             layer_loss(fast, layer_batch(layer)).backward()  # ran, as compiled: nothing is raised
-    with pytest.raises(gr.RouteError, match="did not run inside the route") as refusal, gr.route(layer, rows_mask()):
+    with (
+        pytest.raises(gr.errors.RouteError, match="did not run inside the route") as refusal,
+        gr.route(layer, rows_mask()),
+    ):
         pass
     record.refused(refusal.value)
 

@@ -63,7 +63,7 @@ def test_float32_is_exact_to_its_rounding(architecture: str, adapters: str, mask
 
 @cells("GPT-2's Conv1D through attach", attach="gpt2")
 def test_attach_refuses_a_model_without_linears(architecture: str, adapters: str, record: Record) -> None:
-    with pytest.raises(gr.TargetError) as refusal:
+    with pytest.raises(gr.errors.TargetError) as refusal:
         routed_model(architecture, adapters)
     record.refused(refusal.value)
 

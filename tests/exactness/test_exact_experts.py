@@ -3,9 +3,9 @@
 import pytest
 import torch
 from matrix import Record, cells
-from models import randomize_blocks
 from peft import get_peft_model
-from tiny_models import base_model, config
+from support.models import randomize_blocks
+from support.tiny_models import base_model, config
 from torch import Tensor, nn
 from two_pass import (
     LORA_ALPHA,
@@ -66,8 +66,8 @@ def attached(chosen: Tensor, name: str, targets: str) -> nn.Module:
     return randomize_blocks(model)
 
 
-def refusal_of(model: nn.Module, mask: gr.RouteMask) -> gr.RouteError:
-    with pytest.raises(gr.RouteError) as refusal, gr.route(model, mask):
+def refusal_of(model: nn.Module, mask: gr.RouteMask) -> gr.errors.RouteError:
+    with pytest.raises(gr.errors.RouteError) as refusal, gr.route(model, mask):
         model(torch.randn(*model.chosen.shape, 4)).sum().backward()
     return refusal.value
 
@@ -85,7 +85,7 @@ def test_attention_around_experts_is_exact(architecture: str, adapters: str, rec
 
 @cells("packed experts, all-linear", PEFT="moe")
 def test_packed_experts_are_refused(architecture: str, adapters: str, record: Record) -> None:
-    with pytest.raises(gr.TargetError, match="packed into one parameter") as refusal:
+    with pytest.raises(gr.errors.TargetError, match="packed into one parameter") as refusal:
         get_peft_model(base_model(architecture), config(target_modules="all-linear"))
     record.refused(refusal.value)
 

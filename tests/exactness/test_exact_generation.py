@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import Record, cells
-from tiny_models import token_ids
+from support.tiny_models import token_ids
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from two_pass import routed_model
@@ -80,7 +80,10 @@ def test_a_batch_that_generate_expands_is_refused(
     model = routed_model(architecture, adapters).eval()
     options: dict[str, Any] = {"sampling": {"do_sample": True, "num_return_sequences": 2}, "beams": {"num_beams": 2}}
     generated(model, token_ids(3, 5), **options[option])
-    with gr.ablate_quarantine(model, rows=ABLATED), pytest.raises(gr.RouteError, match="ablation rows") as refusal:
+    with (
+        gr.ablate_quarantine(model, rows=ABLATED),
+        pytest.raises(gr.errors.RouteError, match="ablation rows") as refusal,
+    ):
         generated(model, token_ids(3, 5), **options[option])
     record.refused(refusal.value)
 
@@ -124,6 +127,9 @@ def test_continuous_batching_with_ablated_rows_is_refused(architecture: str, ada
 @cells("packed (1, tokens), mask per row", PEFT=EVERY, attach="llama")
 def test_packed_rows_with_a_mask_per_row_are_refused(architecture: str, adapters: str, record: Record) -> None:
     model = routed_model(architecture, adapters)
-    with gr.ablate_quarantine(model, rows=ABLATED), pytest.raises(gr.RouteError, match="leading axes") as refusal:
+    with (
+        gr.ablate_quarantine(model, rows=ABLATED),
+        pytest.raises(gr.errors.RouteError, match="leading axes") as refusal,
+    ):
         model(input_ids=token_ids(1, 15))
     record.refused(refusal.value)

@@ -44,7 +44,10 @@ def test_a_layer_that_did_not_run_is_noticed(architecture: str, adapters: str, r
     layers = base.transformer.h if architecture == "gpt2" else base.model.layers
     skipped = layers[1].forward
     layers[1].forward = lambda hidden_states, *_, **__: hidden_states
-    with pytest.raises(gr.RouteError, match="did not run inside the route") as refusal, gr.route(model, rows_mask()):
+    with (
+        pytest.raises(gr.errors.RouteError, match="did not run inside the route") as refusal,
+        gr.route(model, rows_mask()),
+    ):
         loss_of(model, batch()).backward()
     layers[1].forward = skipped
     with gr.route(model, rows_mask()):
@@ -62,7 +65,7 @@ MISFITS = {
 @cells("mask {misfit}", PEFT=EVERY, attach=LINEAR, misfit=MISFITS)
 def test_a_mask_that_does_not_fit_is_refused(architecture: str, adapters: str, misfit: str, record: Record) -> None:
     model = routed_model(architecture, adapters)
-    with pytest.raises(gr.RouteError, match="should match the leading axes") as refusal:
+    with pytest.raises(gr.errors.RouteError, match="should match the leading axes") as refusal:
         with gr.route(model, MISFITS[misfit]()):
             loss_of(model, batch())
     record.refused(refusal.value)

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from matrix import Record, cells
-from models import randomize_blocks
 from peft import get_peft_model
-from tiny_models import config, llama
+from support.models import randomize_blocks
+from support.tiny_models import config, llama
 from torch import nn
 from two_pass import TwoPass, batch, expected_gradients, relative_error, routed_gradients, weighted_rows_mask
 
@@ -44,7 +44,7 @@ def test_tied_models_are_exact(architecture: str, adapters: str, targets: str, r
 def test_merging_into_a_tied_head_is_refused(architecture: str, adapters: str, record: Record) -> None:
     model = tied_model(adapters, "head targeted")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(gr.TargetError, match="is shared with") as refusal:
+    with pytest.raises(gr.errors.TargetError, match="is shared with") as refusal:
         gr.merge_deployed(model)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     record.refused(refusal.value)

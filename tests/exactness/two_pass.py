@@ -15,12 +15,12 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-from models import randomize_blocks
-from tiny_models import VOCAB, base_model, peft_model
+from support.models import randomize_blocks
+from support.tiny_models import VOCAB, base_model, peft_model
 from torch import Tensor, nn
 
 import gradroute as gr
-from gradroute.protocol import RoutedLayer
+from gradroute._protocol import RoutedLayer
 
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "moe")
 LORA_ALPHA = 6.0  # of tiny_models.config

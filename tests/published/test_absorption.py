@@ -1,4 +1,4 @@
-"""Absorption of unlabelled data, as examples/published/absorption.py measures it, in a shorter run.
+"""Absorption of unlabelled data, as examples/studies/published/absorption.py measures it, in a shorter run.
 
 Published (SGTM, arXiv:2512.05648, 64M parameters): leakage .005 to .02 up to 40 % undiscovered forget data, where
 filtering has 1 by definition. Over five seeds: docs/results/published/absorption.json.

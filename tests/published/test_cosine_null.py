@@ -14,11 +14,11 @@ import math
 
 import pytest
 import torch
-from gradient_directions import BOTTLENECK, directions_of
+from support.gradient_directions import BOTTLENECK, directions_of
 from torch import Tensor, nn
 
 import gradroute as gr
-from gradroute.protocol import routed_layers
+from gradroute._protocol import routed_layers
 
 R, DRAWS = 8, 150
 SIDES = {"one": 2, "two": 1}
@@ -46,7 +46,7 @@ def planted(model: nn.Module, k: int) -> gr.Directions:
     return directions_of(rows, BOTTLENECK)
 
 
-def measured(model: nn.Module, directions: gr.Directions, side: str) -> gr.FilterStats:
+def measured(model: nn.Module, directions: gr.Directions, side: str) -> gr.filters.FilterStats:
     return gr.apply_filter(model, gr.ProjectionFilter(directions, mode="measure", side=side))  # type: ignore[arg-type]
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import gradients, randomize_blocks
+from support.models import gradients, randomize_blocks
 from torch import Tensor, nn
 
 import gradroute as gr
-from gradroute.protocol import Block, routed_layers
+from gradroute._protocol import Block, routed_layers
 
 CLASSES = {"keep": (1.0, 0.0), "absorb": (1.0, 1.0), "route": (0.0, 1.0)}
 ZONES = ["keep", "route", "absorb", "route", "absorb", "keep", "route", "absorb"]
@@ -127,7 +127,7 @@ def by_the_library(t: dict[str, Tensor], weight: Tensor) -> Tensor:
     """The same block as a quarantine next to a deployed block of zeros."""
     zeros = Block(torch.zeros_like(t["A"]), torch.zeros_like(t["B"]), 1.0)
     base = t["x"].new_zeros(64, 8)
-    return gr.quarantine_lora(t["x"], base, zeros, Block(t["A"], t["B"], 1.0), g_q=weight)
+    return gr.adapters.quarantine_lora(t["x"], base, zeros, Block(t["A"], t["B"], 1.0), g_q=weight)
 
 
 def test_in_float64_the_published_sum_and_the_backward_of_the_library_agree() -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gradient_directions import PARAMETER, deployed_rows, directions_of, drawn_directions
-from models import Tower, randomize_blocks
+from support.gradient_directions import PARAMETER, deployed_rows, directions_of, drawn_directions
+from support.models import Tower, randomize_blocks
 from torch import Tensor, nn
 
 import gradroute as gr
+from gradroute._protocol import routed_layers
 from gradroute.adapters.svd_gain import SvdGain
-from gradroute.protocol import routed_layers
 
 ROUNDING = 1e-13
 SIDES = ["one", "two", "reverse"]
@@ -44,7 +44,9 @@ def backward(model: nn.Module) -> nn.Module:
     return model
 
 
-def project(model: nn.Module, directions: gr.Directions, mode: str = "erase", **settings: object) -> gr.FilterStats:
+def project(
+    model: nn.Module, directions: gr.Directions, mode: str = "erase", **settings: object
+) -> gr.filters.FilterStats:
     return gr.apply_filter(model, gr.ProjectionFilter(directions, mode=mode, **settings))  # type: ignore[arg-type]
 
 

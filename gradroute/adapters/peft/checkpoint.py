@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gradroute._protocol import RoutedLayer, check_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder
 from gradroute.errors import FileFormatError, TargetError
-from gradroute.protocol import RoutedLayer, check_module
 
 _PREFIX = "base_model.model."
 

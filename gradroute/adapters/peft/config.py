@@ -164,7 +164,7 @@ def read_config(path: Path) -> QuarantineLoraConfig:
 
 
 def _build_layer(target: nn.Module, adapter_name: str, config: QuarantineLoraConfig, **kwargs: Any) -> nn.Module:
-    from gradroute.adapters.peft.factory import build_routed_layer  # noqa: PLC0415  it needs this file's config
+    from gradroute.adapters.peft._factory import build_routed_layer  # noqa: PLC0415  it needs this file's config
 
     return build_routed_layer(target, adapter_name, config, **kwargs)
 
@@ -179,7 +179,7 @@ def check_options(config: QuarantineLoraConfig) -> None:
     if config.init_lora_weights not in (True, "gaussian"):
         raise TargetError(
             f'`init_lora_weights` should be True or "gaussian". Found {config.init_lora_weights!r}: it would change '
-            "the base weights or start from a non-zero delta. Fix: gradroute.init has oriented starts of zero delta."
+            "the base weights or start from a non-zero delta. Fix: gradroute.adapters.init has oriented starts of zero delta."
         )
     for name, why in _REFUSED.items():
         if getattr(config, name, None) and getattr(config, name) != "none":

@@ -17,9 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradroute.adapters.digest import deployed_hash, hash_in_card
+from gradroute._hashing import deployed_hash, hash_in_card
+from gradroute._protocol import Block, RoutedLayer, check_module, routed_layers
 from gradroute.errors import GradRouteError
-from gradroute.protocol import Block, RoutedLayer, check_module, routed_layers
 
 _PREFIX = "base_model.model."
 

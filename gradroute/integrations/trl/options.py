@@ -17,17 +17,19 @@ from typing import Any
 
 from torch import nn
 
-from gradroute.adapters.modes import ablate_quarantine
-from gradroute.directions.container import Directions
+from gradroute._restore import left_as_found
+from gradroute.adapters.views import ablate_quarantine
+from gradroute.directions.directions import Directions
 from gradroute.directions.extract import extract_activation_directions
 from gradroute.directions.pairs import load_pairs
 from gradroute.errors import GradRouteError
-from gradroute.preserve import left_as_found
-from gradroute.routing.apply_filter import GradientFilter
-from gradroute.routing.gate_window import Gate
-from gradroute.routing.gates import BandGate, LabelGate, ThresholdGate
-from gradroute.routing.refresh import Refresher
-from gradroute.routing.rollout_filter import RolloutFilter
+from gradroute.filters.base import GradientFilter
+from gradroute.filters.rollout import RolloutFilter
+from gradroute.gates.band import BandGate
+from gradroute.gates.base import Gate
+from gradroute.gates.label import LabelGate
+from gradroute.gates.threshold import ThresholdGate
+from gradroute.refresh.refresher import Refresher
 
 Detector = Callable[..., Any]
 

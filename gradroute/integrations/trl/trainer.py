@@ -19,17 +19,17 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from gradroute.adapters.modes import ablate_quarantine
 from gradroute.adapters.route import route
+from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import RouteError
-from gradroute.integrations.trl import checkpoint
-from gradroute.integrations.trl.flagging import Flagging, rollout_table
+from gradroute.filters.apply_filter import apply_filter
+from gradroute.integrations.trl import _resume as checkpoint
+from gradroute.integrations.trl._flagging import Flagging, rollout_table
+from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
+from gradroute.integrations.trl._rollouts import MicroBatch, put_route, sampled_ablated
+from gradroute.integrations.trl._scoring import InSampledState
+from gradroute.integrations.trl._steps import AfterSteps, Nowhere, own_table
 from gradroute.integrations.trl.options import resolve
-from gradroute.integrations.trl.requirements import check_attributes, check_run, check_trl, group_share
-from gradroute.integrations.trl.rollouts import MicroBatch, put_route, sampled_ablated
-from gradroute.integrations.trl.scoring import InSampledState
-from gradroute.integrations.trl.steps import AfterSteps, Nowhere, own_table
-from gradroute.routing.apply_filter import apply_filter
 
 _Trainer: Any = object
 

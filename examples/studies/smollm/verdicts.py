@@ -1,0 +1,43 @@
+"""What the library's own comparison says of the arms of a study."""
+
+import gradroute as gr
+from loopholes.markdown import markdown_table
+
+from .evaluation import mode_outcomes
+from .tables import Results, of_arm
+
+
+def verdicts(results: Results, variant: str) -> str:
+    """`gr.evaluation.compare_all` of route and of labels against permuted flags; of route also against random draws, if five."""
+    shuffled = _arm_runs(results, variant, "shuffle")
+    if not shuffled:
+        return ""
+    draws = [
+        gr.evaluation.ArmRuns(f"draw {job.draw} of seed {job.seed}", {job.seed: mode_outcomes(entry["outcomes"])})
+        for job, entry in of_arm(results, variant, "random-oriented").items()
+        if job.seed in shuffled
+    ]
+    lines = []
+    for modes in ("held-out", "all"):
+        contests = []
+        for arm in ("route", "weak"):
+            treated = {seed: run for seed, run in _arm_runs(results, variant, arm).items() if seed in shuffled}
+            if treated:
+                control = gr.evaluation.ArmRuns("shuffle", {seed: shuffled[seed] for seed in treated})
+                known = [draw for draw in draws if set(draw.runs) <= set(treated)] if arm == "route" else []
+                contests.append(
+                    (
+                        gr.evaluation.ArmRuns(arm, treated),
+                        gr.evaluation.Controls(control, known if len(known) >= 5 else ()),
+                    )
+                )
+        if contests:
+            lines += [
+                [v.treatment.name, modes, v.word, v.because] for v in gr.evaluation.compare_all(contests, modes=modes)
+            ]
+    note = "" if len(draws) >= 5 else f"\n\n(Random draws: {len(draws)}, of the 5 that a verdict on a direction needs.)"
+    return markdown_table(["arm", "markers", "verdict", "why"], lines) + note if lines else ""
+
+
+def _arm_runs(results: Results, variant: str, arm: str) -> dict[int, dict[str, gr.evaluation.ModeOutcomes]]:
+    return {job.seed: mode_outcomes(entry["outcomes"]) for job, entry in of_arm(results, variant, arm).items()}

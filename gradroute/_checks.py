@@ -1,0 +1,49 @@
+"""Checks of arguments. Each returns the value, or raises with the argument, what was expected and what was found."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from gradroute.errors import GradRouteError
+
+T = TypeVar("T")
+
+
+def finite_number(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:
+    """`value` as a float, if it is a finite number and no boolean."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise error(f"`{argument}` should be finite. Found {value!r}.")
+    return float(value)
+
+
+def instance_of(
+    argument: str, value: Any, kind: type[T], fix: str = "", error: type[GradRouteError] = GradRouteError
+) -> T:
+    """`value`, if it is a `kind`."""
+    if not isinstance(value, kind):
+        fix = f" Fix: {fix}" if fix else ""
+        raise error(f"`{argument}` should be a {kind.__name__}. Found {type(value).__name__}.{fix}")
+    return value
+
+
+def one_of(argument: str, value: Any, options: Sequence[T], error: type[GradRouteError] = GradRouteError) -> T:
+    """`value`, if it is one of `options`."""
+    if value not in options:
+        named = [f'"{option}"' if isinstance(option, str) else repr(option) for option in options]
+        raise error(f"`{argument}` should be {', '.join(named[:-1])} or {named[-1]}. Found {value!r}.")
+    found: T = value
+    return found
+
+
+def positive_integer(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> int:
+    """`value`, if it counts something."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise error(f"`{argument}` should be a positive integer. Found {value!r}.")
+    return value
+
+
+def share(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:
+    """`value` as a float, if it lies in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise error(f"`{argument}` should be a share in [0, 1]. Found {value!r}.")
+    return float(value)

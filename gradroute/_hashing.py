@@ -1,0 +1,105 @@
+"""Identity of the base model, of directions and of deployed blocks; checksums that show whether the policy moved.
+
+model_identity        the frozen base, the same attached or not         deployed_hash          what a card speaks of
+rows_hash             what scores depend on                             deployed_fingerprint   has anything changed?
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from gradroute._protocol import BlockName, RoutedLayer, routed_layers
+
+CARD_KEY = "deployed_sha256"
+_SAMPLES = 16
+
+
+def model_identity(model: nn.Module) -> str:
+    """SHA-256 over name, shape and evenly spaced values of every parameter of the base model.
+
+    The same before and after `attach` or `get_peft_model`; training the blocks, or PEFT's `modules_to_save`, does not
+    change it.
+    """
+    blocks = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, RoutedLayer)
+        for block in ("deployed", "quarantine")
+        for parameter in module.block_parameters(block)
+    }
+    base = {_base_name(name): p for name, p in model.named_parameters() if id(p) not in blocks and not _added(name)}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base.items()):
+        flat = parameter.detach().reshape(-1)
+        count = min(_SAMPLES, flat.numel())
+        index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
+        values = flat[index].double().cpu().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+    return digest.hexdigest()
+
+
+def rows_hash(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:
+    """SHA-256 over name, shape and float64 values of tensors by kind ("rows", "scale") and module."""
+    digest = hashlib.sha256()
+    for kind, group in groups.items():
+        for name, values in (group or {}).items():
+            wide = values.detach().to("cpu", torch.float64).contiguous()
+            digest.update(f"{kind} {name} {tuple(wide.shape)} ".encode() + wide.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _added(name: str) -> bool:
+    """Whether PEFT put this parameter there: matrices of any adapter, trained copies of whole modules."""
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
+
+
+def _base_name(name: str) -> str:
+    for wrapper in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(wrapper)
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def deployed_hash(model: nn.Module) -> str:
+    """SHA-256 over shapes, types, bytes and scalings of the deployed blocks, in module order.
+
+    Names are not in it: the same blocks have one hash attached, in PEFT's wrapper, and compiled.
+    """
+    digest = hashlib.sha256()
+    for layer in routed_layers(model).values():
+        A, B, scaling = layer.deployed
+        for matrix in (A, B):
+            values = matrix.detach().cpu().contiguous()
+            digest.update(f"{tuple(values.shape)} {values.dtype} {float(scaling)!r} ".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_in_card(text: str) -> str | None:
+    """The hash in a card's front matter; None in a text that `write_card` did not write."""
+    found = re.search(rf"^{CARD_KEY}: ([0-9a-f]{{64}})$", text, flags=re.MULTILINE)
+    return None if found is None else found[1]
+
+
+def deployed_fingerprint(model: nn.Module) -> list[int]:
+    """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
+    deployed = [p for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [p.detach().reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
+    # Weighted by position, so that values which change places show too; int64 wraps around.
+    return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
+
+
+def trained_hash(model: nn.Module) -> str:
+    """SHA-256 over name, shape, type and bytes of both blocks of every layer, and of all else that is trained."""
+    blocks: tuple[BlockName, ...] = ("deployed", "quarantine")
+    in_blocks = {id(p) for layer in routed_layers(model).values() for b in blocks for p in layer.block_parameters(b)}
+    values = {
+        name: parameter.detach().cpu().contiguous().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or id(parameter) in in_blocks
+    }
+    return hashlib.sha256(save(values)).hexdigest()

@@ -1,0 +1,94 @@
+"""The split that makes oriented blocks start at zero net delta.
+
+    A = [V; 0],  B = [0, U]:      B A = 0 V + U 0 = 0, bitwise
+    dB = s dy (V x)^T on V's columns,   dA = s (U^T dy) x^T on U's rows:   half of each block's gradient is not zero
+
+V has ceil(r / 2) rows and U floor(r / 2) columns, so r >= 2. With B = 0 alone only input directions could be chosen.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
+from gradroute.errors import GradRouteError, RouteError, TargetError
+
+
+class Frame(NamedTuple):
+    """n = ceil(r / 2) input and output directions of one block; with odd r the last output direction is not used."""
+
+    V: Float[Tensor, "n d_in"]
+    U: Float[Tensor, "n d_out"]
+
+
+FrameFn = Callable[[str, Tensor, int, int], tuple[Frame, Frame]]
+"""(module name, W, n_deployed, n_quarantine) -> the frames of both blocks."""
+
+
+def initialise_split(model: nn.Module, frames: FrameFn) -> nn.Module:
+    """Write A = [V; 0] and B = [0, U] into both blocks of every routed layer, in place; returns `model`.
+
+    Args:
+        model: with routed layers of LoRA matrices.
+        frames: the directions of one layer, given its weight in float32 or wider.
+
+    Raises:
+        TargetError: a rank below 2, a layer whose blocks are no LoRA matrices, or a weight that is not finite.
+        RouteError: inside a route or view, or while the blocks are merged.
+        GradRouteError: whatever `frames` raises, with the module's name before it.
+    """
+    layers = routed_layers(model)
+    for name, layer in layers.items():
+        if layer.has_open_route or layer.view != "on" or getattr(layer, "merged", False):
+            raise RouteError(
+                f"`{name}` should be initialised outside of routes and views, and unmerged. Found: view {layer.view}, "
+                f"route open {layer.has_open_route}. Fix: leave the block, or unmerge, first."
+            )
+    # Everything is computed before anything is written: an error in the last layer leaves no half-initialised model.
+    written: list[tuple[nn.Parameter, Tensor]] = []
+    with torch.no_grad():
+        for name, layer in layers.items():
+            try:
+                written += _split(name, layer, frames)
+            except GradRouteError as error:
+                raise type(error)(f"Module `{name}`: {error}") from error
+        for parameter, values in written:
+            parameter.copy_(values)
+    return model
+
+
+def _split(name: str, layer: RoutedLayer, frames: FrameFn) -> list[tuple[nn.Parameter, Tensor]]:
+    """A = [V; 0] and B = [0, U] of both blocks, next to the parameters they are for."""
+    matrices = [_matrices(layer, block) for block in ("deployed", "quarantine")]
+    n_deployed, n_quarantine = (math.ceil(A.shape[0] / 2) for A, _ in matrices)
+    weight = layer.base_weight()
+    if weight.is_meta or not torch.isfinite(weight).all():
+        raise TargetError("its frozen weight is on the meta device or not finite. Fix: load the model first.")
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    written = []
+    for (A, B), (V, U) in zip(matrices, frames(name, W, n_deployed, n_quarantine), strict=True):
+        new_A, new_B = torch.zeros_like(A), torch.zeros_like(B)
+        new_A[: len(V)] = V
+        new_B[:, len(V) :] = rearrange(U[: B.shape[1] - len(V)], "n d_out -> d_out n")
+        written += [(A, new_A), (B, new_B)]
+    return written
+
+
+def _matrices(layer: RoutedLayer, block: BlockName) -> tuple[nn.Parameter, nn.Parameter]:
+    values: Block = layer.deployed if block == "deployed" else layer.quarantine
+    parameters = tuple(layer.block_parameters(block))
+    if len(parameters) != 2 or parameters[0] is not values.A or parameters[1] is not values.B:
+        raise TargetError(
+            f"a {type(layer).__name__} does not train A and B themselves, so they cannot be set. "
+            'Fix: attach(..., parametrization="lora").'
+        )
+    if values.A.shape[0] < 2:
+        raise TargetError(
+            f"the {block} block should have rank 2 or more, one for V and one for U. Found {values.A.shape[0]}."
+        )
+    return parameters[0], parameters[1]

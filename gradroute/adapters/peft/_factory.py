@@ -1,0 +1,87 @@
+"""Which layer PEFT's adapter gets for a target: PEFT's own, its class extended by routing; anything else is refused."""
+
+from functools import cache
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
+from gradroute.adapters.peft.routed_lora import RoutedLoraLayer
+from gradroute.errors import TargetError
+
+_QUANTISED = ("Linear8bitLt", "Linear4bit")
+
+
+class RoutedLoraLinear(RoutedLoraLayer, LoraLinear):
+    """PEFT's layer for nn.Linear and Conv1D with a quarantine."""
+
+
+@cache
+def routed_class(peft_class: type) -> type:
+    """The class of a PEFT layer, extended by routing."""
+    if peft_class is LoraLinear:
+        return RoutedLoraLinear
+    name = f"Routed{peft_class.__name__}"
+    return type(name, (RoutedLoraLayer, peft_class), {"__module__": __name__, "__doc__": RoutedLoraLayer.__doc__})
+
+
+def __getattr__(name: str) -> type:
+    # Unpickling looks the quantised classes up here; they are made on demand, for bitsandbytes is slow to import.
+    if name.removeprefix("Routed") in _QUANTISED:
+        import peft.tuners.lora.bnb as quantised  # noqa: PLC0415
+
+        return routed_class(getattr(quantised, name.removeprefix("Routed")))
+    raise AttributeError(name)
+
+
+def build_routed_layer(
+    target: nn.Module, adapter_name: str, config: QuarantineLoraConfig, *, target_name: str = "", **kwargs: Any
+) -> nn.Module:
+    """PEFT's layer for `target`, with routing mixed in.
+
+    Raises:
+        TargetError: PEFT's layer for it is none of nn.Linear, Conv1D, bitsandbytes 8 or 4 bit.
+    """
+    if config.target_parameters:
+        # PEFT adds these by itself on architectures whose experts are packed, after the config was checked.
+        raise TargetError(
+            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, which have no "
+            "layer whose tokens a mask could reach. Fix: name the attention, as in "
+            'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
+        )
+    check_options(config)
+    if isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f"`{target_name}` is the output projection of nn.MultiheadAttention, which reads its weight and never "
+            "calls it: blocks there would never run. Fix: exclude_modules."
+        )
+    if isinstance(target, nn.MultiheadAttention):
+        # Before PEFT builds its layer, which changes the module it wraps.
+        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
+    factories, config._custom_modules = config._custom_modules, None
+    try:
+        create: Any = LoraModel._create_new_module
+        layer: Any = create(config, adapter_name, target, target_name=target_name, **kwargs)
+    finally:
+        config._custom_modules = factories
+    quantised = type(layer).__module__ == "peft.tuners.lora.bnb" and type(layer).__name__ in _QUANTISED
+    if type(layer) is not LoraLinear and not quantised:
+        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
+    if getattr(target, "_hf_tp_plan", None) is not None:
+        raise TargetError(f"`{target_name}` is tensor-parallel; its quarantine would not be. Fix: load it unsharded.")
+    peft_class: type[nn.Module] = type(layer)
+    layer.__class__ = routed_class(peft_class)  # type: ignore[arg-type]
+    layer.name, layer.stop_gradient = target_name, config.stop_gradient
+    layer.lora_A_quarantine, layer.lora_B_quarantine = nn.ModuleDict(), nn.ModuleDict()
+    layer.add_quarantine(adapter_name, config)
+    config.check_base(target_name, layer.get_base_layer().weight)
+    routed: nn.Module = layer
+    return routed
+
+
+_NO_QUARANTINE = (
+    "`{name}` is a {kind}, whose LoRA would have no quarantine. Only nn.Linear, Conv1D and bitsandbytes 8 / 4 bit "
+    "linears have one. Fix: name other `target_modules`."
+)

@@ -1,0 +1,187 @@
+"""PEFT's LoRA layers with a quarantine mixed in: nn.Linear, transformers' Conv1D, bitsandbytes 8 and 4 bit.
+
+    y = base(x) + s_d B_d A_d D(x) + m s_q B_q A_q D(x)        D: one dropout for both blocks
+
+The object is the one that PEFT built for its backend; only its class is extended, so save, load, device moves, adapter
+switching and deletion are PEFT's own. What PEFT does with LoRA's matrices by name, it does with the quarantine's.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from gradroute._protocol import Block, BlockName
+from gradroute.adapters.peft._merging import MergedLayer
+from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
+from gradroute.errors import RouteError, TargetError
+
+
+class RoutedLoraLayer(MergedLayer):
+    """What is added to the class of a PEFT LoRA layer; not to be built by hand."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_A_quarantine", "lora_B_quarantine")
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
+        _check_no_combination()
+        if isinstance(config, QuarantineLoraConfig):
+            check_options(config)
+            if config.stop_gradient != self.stop_gradient:
+                raise TargetError(
+                    f"`stop_gradient` should be {self.stop_gradient!r}, as of the other adapters of `{self.name}`. "
+                    f"Found {config.stop_gradient!r}. Fix: one value for all adapters of a model."
+                )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+        if isinstance(config, QuarantineLoraConfig):
+            self.add_quarantine(adapter_name, config)
+            stash = self.base_before_merge
+            weight = stash.parameters["weight"][1] if stash else self._peft_layer().get_base_layer().weight
+            config.check_base(self.name, weight)
+
+    def add_quarantine(self, adapter_name: str, config: QuarantineLoraConfig) -> None:
+        """Give one adapter its quarantine: A as PEFT draws it, B = 0."""
+        peft_layer: Any = self
+        r = peft_layer.r[adapter_name]
+        r_quarantine = config.r_quarantine or r
+        A = nn.Linear(peft_layer.in_features, r_quarantine, bias=False)
+        B = nn.Linear(r_quarantine, peft_layer.out_features, bias=False)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(A.weight, std=1 / r_quarantine)
+        nn.init.zeros_(B.weight)
+        self.lora_A_quarantine[adapter_name], self.lora_B_quarantine[adapter_name] = A, B
+        peft_layer._move_adapter_to_device_of_base_layer(adapter_name)
+        peft_layer.set_adapter(peft_layer.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def routed_adapter(self) -> str:
+        """The active adapter, which has both blocks; raises if there is none, or more than one is active."""
+        active = self._active()
+        if len(active) == 1 and active[0] in self.lora_A_quarantine:
+            return active[0]
+        if len(active) > 1:
+            raise RouteError(self._several_active(active))
+        raise RouteError(
+            f"`{self.name}` should have an active adapter with a quarantine. Found {active or 'none active'}; with a "
+            f"quarantine: {sorted(self.lora_A_quarantine)}. Fix: model.set_adapter(...)."
+        )
+
+    @property
+    def deployed(self) -> Block:
+        return self._blocks(self.routed_adapter, alone=True)[0]
+
+    @property
+    def quarantine(self) -> Block:
+        quarantine = self._blocks(self.routed_adapter, alone=False)[1]
+        assert quarantine is not None
+        return quarantine
+
+    def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:
+        # Past nn.Module's look-up of attributes, which costs as much as a small product: decoding comes here often.
+        modules: Any = self._modules
+        A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
+        peft_layer: Any = self
+        scaling = peft_layer.scaling[adapter]
+        if alone:
+            return Block(A, B, scaling), None
+        A_q, B_q = _weight(modules["lora_A_quarantine"], adapter), _weight(modules["lora_B_quarantine"], adapter)
+        # Of equal ranks the scalings are equal, if they are numbers.
+        equal = type(scaling) is float and A.shape == A_q.shape
+        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        return Block(A, B, scaling), Block(A_q, B_q, s_q)
+
+    def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
+        yield from getattr(self, block)[:2]
+
+    def base_weight(self) -> Float[Tensor, "d_out d_in"]:
+        peft_layer = self._peft_layer()
+        base = peft_layer.get_base_layer()
+        if base.weight.is_floating_point():
+            weight: Tensor = base.weight.detach()
+            return weight.T if peft_layer.fan_in_fan_out else weight
+        # By its own forward: what bitsandbytes and PEFT offer for reading a quantised weight moves and repacks it.
+        with torch.no_grad():
+            identity = torch.eye(peft_layer.in_features, device=base.weight.device)
+            columns: Tensor = base(identity)
+            return (columns if base.bias is None else columns - base.bias).T
+
+    @property
+    def view(self) -> str:
+        return "disabled" if self._peft_layer().disable_adapters else self.state.view
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; PEFT's hook for `adapter_names=` is refused here, for an error in forward would leave it."""
+        if isinstance(hook, partial) and hook.keywords.keys() & {"adapter_names", "alora_offsets"}:
+            raise RouteError(_PER_ROW_ADAPTERS.format(name=next(iter(hook.keywords))))
+        return super().register_forward_pre_hook(hook, **kwargs)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
+        peft_layer: Any = self
+        for unsupported in ("adapter_names", "alora_offsets") if kwargs else ():
+            if kwargs.pop(unsupported, None) is not None:
+                raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
+        if peft_layer._disable_adapters and peft_layer.merged:
+            self.unmerge()
+        modules: Any = self._modules
+        active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
+        routed = len(active) == 1 and active[0] in with_quarantine
+        if not routed and not any(name in with_quarantine for name in active):
+            asked = self.state.route is not None or self.state.view != "on"
+            if not asked:
+                # An adapter without a quarantine, and nobody asks for a route or a view.
+                plain: Tensor = super().forward(x, *args, **kwargs)
+                return plain
+        base_layer = modules["base_layer"]
+        if peft_layer._disable_adapters or peft_layer.merged_adapters or self.state.disabled:
+            base_output: Tensor = base_layer(x, *args, **kwargs)
+            if peft_layer.merged and not peft_layer.disable_adapters:
+                self._check_merged_view()
+            return base_output
+        name = active[0] if routed else self.routed_adapter
+        call = (lambda t: base_layer(t, *args, **kwargs)) if args or kwargs else None
+        return self.with_blocks(x, base_layer, name, modules["lora_dropout"]._modules[name], call)
+
+    def extra_repr(self) -> str:
+        """Ranks of both blocks for each adapter that has them."""
+        pairs = {name: (A.out_features, self.lora_A_quarantine[name].out_features) for name, A in self._routed_A()}
+        ranks = ", ".join(f"{name}: r={r}, r_quarantine={r_q}" for name, (r, r_q) in pairs.items())
+        return ranks if self.view == "on" else f"{ranks}, view={self.view}"
+
+    def _routed_A(self) -> list[tuple[str, nn.Linear]]:
+        return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
+
+
+def _weight(factors: Any, adapter: str) -> Tensor:
+    factor: Any = factors._modules[adapter]
+    try:
+        weight: Tensor = factor._parameters["weight"]
+    except KeyError:
+        weight = factor.weight  # FSDP1 and parametrizations keep it elsewhere
+    return weight
+
+
+_COMBINING = ("add_weighted_adapter", "reduce_intruder_dimension")
+
+_PER_ROW_ADAPTERS = (
+    "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
+    "Fix: ablate_quarantine(model, rows=...) picks rows."
+)
+
+
+def _check_no_combination() -> None:
+    """PEFT's add_weighted_adapter writes the matrices it knows: the quarantines would be lost, or merged in."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _COMBINING and "peft" in code.co_filename:
+            raise TargetError(
+                f"{code.co_name} should work on adapters without a quarantine: it would combine the deployed "
+                "blocks and start a new quarantine. Fix: export_deployed each, and combine those."
+            )
+        frame = frame.f_back

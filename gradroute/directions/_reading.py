@@ -1,0 +1,160 @@
+"""What is read from a model: which feature of which modules, and with which weights over the tokens.
+
+bottleneck, input, output   of routed layers (or of modules given by name)
+residual                    the output of a transformer block: the elements of the model's list of blocks
+parameter                   gradient of the deployed A and B, flattened: r d_in + d_out r wide
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute.errors import GradRouteError
+
+Feature = Literal["bottleneck", "input", "output", "residual", "parameter"]
+Reduction = Literal["mean", "sum", "last"]
+Source = Literal["activation", "gradient"]
+Pool = Shaped[Tensor, "batch seq"] | Callable[[Tensor], Tensor] | None
+
+
+def read_modules(model: nn.Module, names: Sequence[str] | None, features: Feature) -> Mapping[str, nn.Module]:
+    """The modules that are read, by name: those asked for, else all routed layers, or all blocks for "residual".
+
+    Raises:
+        GradRouteError: an unknown feature or module, or a plain module where a routed layer is needed.
+    """
+    check_option("features", features, Feature)
+    if names is None:
+        return transformer_blocks(model) if features == "residual" else routed_layers(model)
+    if isinstance(names, str) or not names:
+        raise GradRouteError(f"`modules` should be a list of module names. Found {names!r}.")
+    known = dict(model.named_modules())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise GradRouteError(f"`modules` names what `model` does not have: {unknown[:5]}. See model.named_modules().")
+    if features in ("bottleneck", "parameter"):
+        plain = [name for name in names if not isinstance(known[name], RoutedLayer)]
+        if plain:
+            raise GradRouteError(f'`features="{features}"` needs routed layers. Found others: {plain[:5]}.')
+    return {name: known[name] for name in names}
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The elements of the outermost `nn.ModuleList` that holds routed layers, by name.
+
+    Raises:
+        GradRouteError: there is no such list, or more than one (an encoder and a decoder).
+    """
+    routed = routed_layers(model)
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in routed)
+    ]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        raise GradRouteError(
+            f'`features="residual"` needs one list of transformer blocks with routed layers. Found {outermost}. '
+            "Fix: modules=[...] with the names of the blocks."
+        )
+    (name,) = outermost
+    return {f"{name}.{child}": block for child, block in model.get_submodule(name).named_children()}
+
+
+def check_option(argument: str, value: object, options: Any) -> None:
+    """Raise unless `value` is one of the Literal `options`."""
+    if value not in get_args(options):
+        raise GradRouteError(f"`{argument}` should be one of {', '.join(get_args(options))}. Found {value!r}.")
+
+
+def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a module, given by position or by keyword; of a block it may be something else than a tensor."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def left(name: str, output: Any) -> Tensor:
+    """The output of a module; of a block that returns a tuple, the hidden states in front."""
+    hidden = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, Tensor):
+        raise GradRouteError(f"`{name}` should return a tensor, or a tuple that starts with one. Found {type(output)}.")
+    return hidden
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` out of the graph, in float32 or wider."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def hooked(
+    layers: Mapping[str, nn.Module],
+    forward: Callable[[str], Callable[..., Any]],
+    before: Callable[[str], Callable[..., Any] | None],
+) -> Iterator[None]:
+    """Hooks on each layer for the duration of the block: after its forward, and where there is one before it."""
+    handles: list[Any] = []
+    try:
+        for name, module in layers.items():
+            pre_hook = before(name)
+            if pre_hook is not None:
+                handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(forward(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Around products of features, which are float32 or wider: autocast would round them to eight bits."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Any], Tensor]:
+    """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d)."""
+    fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
+
+    def pooled(name: str, x: Tensor, entered: Any) -> Tensor:
+        weights = _token_weights(fixed(entered), reduction) if callable(fixed) else fixed
+        x = wide(x)
+        if weights is None:
+            if x.ndim != 2:
+                raise GradRouteError(
+                    f"`pool` is needed for `{name}`, whose input has shape {tuple(x.shape)}. Fix: pool=completion_mask."
+                )
+            return x
+        if weights.shape != x.shape[:-1]:
+            raise GradRouteError(
+                f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
+                f"{tuple(weights.shape)}. Fix: cut the mask to the tokens that are run, one capture per forward shape."
+            )
+        return (weights.to(x).unsqueeze(1) @ x).squeeze(1)
+
+    return pooled
+
+
+def _token_weights(pool: Tensor, reduction: Reduction) -> Float[Tensor, "batch seq"]:
+    if not isinstance(pool, Tensor) or pool.ndim != 2:
+        found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
+        raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {found}.")
+    # float64: these few numbers scale every feature, also those of a float64 model. (MPS has no float64.)
+    weights = pool.to(torch.float32 if pool.device.type == "mps" else torch.float64)
+    if not torch.isfinite(weights).all() or (weights < 0).any():
+        raise GradRouteError("`pool` should hold finite weights >= 0.")
+    empty = (weights == 0).all(1)
+    if empty.any():
+        raise GradRouteError(f"`pool` should keep a token in every row. Found none in row {int(empty.nonzero()[0])}.")
+    if reduction == "sum":
+        return weights
+    if reduction == "mean":
+        return weights / weights.sum(1, keepdim=True)
+    positions = torch.arange(weights.shape[1], device=weights.device)
+    last = torch.where(weights != 0, positions, -1).amax(1, keepdim=True)
+    return (positions == last).to(weights.dtype)

@@ -1,0 +1,187 @@
+"""What every estimator of directions does besides its formula: hold pairs out, orthogonalise, refuse the dead.
+
+    v <- v - (v Q) Q^T,   Q an orthonormal basis of `orthogonal_to` in the coordinates of the scores;   v <- v / |v|
+
+A direction of zero norm raises: an epsilon in the division would make it an arbitrary one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradroute.directions._reading import without_autocast
+from gradroute.errors import DeadDirectionError, GradRouteError
+
+Features = Mapping[str, Float[Tensor, "pairs _"]]
+Vectors = dict[str, Float[Tensor, " _"]]
+
+DEAD = 1e-6
+"""Below this share of the features' own norm a difference is rounding noise of a float32 forward."""
+
+Unnormalised = tuple[dict[str, Float[Tensor, "_ _"]], Vectors | None, Vectors | None]
+"""(rows of any norm, centre, scale); a row of zeros where there is no direction."""
+
+
+@runtime_checkable
+class Axes(Protocol):
+    """What directions can be made orthogonal to: `Directions`."""
+
+    rows: Mapping[str, Tensor]
+    scale: Mapping[str, Tensor] | None
+    provenance: Any
+
+
+class Estimate(NamedTuple):
+    """Unit rows per module, centre and scale of the features that they are for, and the pairs that were left out."""
+
+    rows: Mapping[str, Float[Tensor, "_ _"]]
+    centre: Mapping[str, Float[Tensor, " _"]] | None
+    scale: Mapping[str, Float[Tensor, " _"]] | None
+    heldout: tuple[int, ...]
+
+    def coordinates(self, module: str, features: Float[Tensor, "n d_feature"]) -> Float[Tensor, "n d_feature"]:
+        """(f - c) / s, in the dtype and on the device of the features."""
+        if self.centre is not None:
+            features = features - self.centre[module].to(features)
+        return features if self.scale is None else features / self.scale[module].to(features)
+
+    def score(self, features: Mapping[str, Float[Tensor, "_ _"]], projected: bool = False) -> Float[Tensor, " n"]:
+        """Sum over modules and rows v of <v, (f - c) / s>; `projected` features hold sum over v of <v, f / s> already.
+
+        Raises:
+            GradRouteError: a module is missing, or has another width or number of rows.
+        """
+        total: Tensor | None = None
+        for name, rows in self.rows.items():
+            if name not in features:
+                raise GradRouteError(f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}.")
+            f = features[name].detach()
+            width = 1 if projected else rows.shape[-1]
+            if f.shape[-1] != width:
+                raise GradRouteError(f"`features` of `{name}` should be {width} wide. Found {f.shape[-1]}.")
+            v = rows.to(f).sum(0)
+            with without_autocast(f.device):
+                if projected:
+                    part = f[:, 0] + self.coordinates(name, torch.zeros_like(v)[None]) @ v
+                else:
+                    part = self.coordinates(name, f) @ v
+            if total is not None and total.shape != part.shape:
+                raise GradRouteError(f"`features` should have {len(total)} rows in `{name}` too. Found {len(part)}.")
+            total = part if total is None else total + part.to(total.device)
+        assert total is not None
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator(ABC):
+    """Callable: (features of the hack sides, features of the clean sides) -> `Estimate`.
+
+    Args:
+        n_heldout: pairs that are kept out of the estimate, for `Directions.summary`.
+        seed: which ones.
+        orthogonal_to: directions (of solving the task, say) that the rows are made orthogonal to: the score does not
+            change when the features move along one of them.
+    """
+
+    name: ClassVar[str]
+    least_pairs: ClassVar[int] = 1
+    n_heldout: int = 0
+    seed: int = 0
+    orthogonal_to: Axes | None = None
+
+    def __call__(self, hack: Features, clean: Features) -> Estimate:
+        """Unit rows from the pairs that are not held out.
+
+        Raises:
+            DeadDirectionError: a module in which the sides do not differ, or only along `orthogonal_to`.
+            GradRouteError: too few pairs.
+        """
+        pairs = len(next(iter(hack.values())))
+        left = pairs - self.n_heldout
+        if self.n_heldout < 0 or left < self.least_pairs:
+            raise GradRouteError(
+                f"`{self.name}` should have {self.least_pairs} or more pairs to estimate from. Found {pairs} pairs, "
+                f"{self.n_heldout} of them held out. Fix: more pairs, or a smaller `n_heldout`."
+            )
+        order = torch.randperm(pairs, generator=torch.Generator().manual_seed(self.seed))
+        heldout = tuple(sorted(order[: self.n_heldout].tolist()))
+        kept = sorted(order[self.n_heldout :].tolist())
+        hack, clean = ({name: f[kept] for name, f in side.items()} for side in (hack, clean))
+        rows, centre, scale = self.estimate(hack, clean)
+        raise_if_dead([name for name, v in rows.items() if not v.any(1).all()], len(hack))
+        rows = self._orthogonal(rows, scale)
+        return Estimate({name: unit(v) for name, v in rows.items()}, centre, self.normalise(rows, scale), heldout)
+
+    @abstractmethod
+    def estimate(self, hack: Features, clean: Features) -> Unnormalised:
+        """The formula, on the pairs that are not held out."""
+
+    def normalise(self, rows: dict[str, Float[Tensor, "_ _"]], scale: Vectors | None) -> Vectors | None:  # noqa: ARG002
+        """The scale that goes with unit rows: unchanged, as each module's norm is dropped."""
+        return scale
+
+    def _orthogonal(self, rows: dict[str, Tensor], scale: Vectors | None) -> dict[str, Tensor]:
+        other = self.orthogonal_to
+        if other is None:
+            return rows
+        missing = [name for name in rows if name not in other.rows]
+        if missing:
+            raise GradRouteError(f"`orthogonal_to` should have directions in every module. Not so: {missing[:5]}.")
+        result = {}
+        for name, v in rows.items():
+            # Features that move by u in their own units move by u / s where the scores are taken.
+            moves = other.rows[name].to(v) * (1.0 if other.scale is None else other.scale[name].to(v))
+            basis = torch.linalg.qr((moves if scale is None else moves / scale[name]).T).Q
+            rest = v - (v @ basis) @ basis.T
+            if len(v) > 1:
+                q, r = torch.linalg.qr(rest.T)
+                rest = (q * torch.diagonal(r)).T
+            result[name] = rest
+        raise_if_dead([name for name, v in result.items() if (v.norm(dim=1) <= DEAD * rows[name].norm()).any()],
+                      len(rows), "differ along `orthogonal_to` alone")  # fmt: skip
+        return result
+
+    def __str__(self) -> str:
+        settings = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)
+                    if f.name != "orthogonal_to" and getattr(self, f.name) != f.default]  # fmt: skip
+        text = f"{self.name}({', '.join(settings)})" if settings else self.name
+        if self.orthogonal_to is None:
+            return text
+        made = self.orthogonal_to.provenance
+        return f"{text} orthogonal to {made.estimator} of pairs {made.pair_hash[:8]}"
+
+
+def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
+    """(c, s): mean and standard deviation of each coordinate over both sides of the pairs."""
+    centre, scale = {}, {}
+    for name in hack:
+        f = torch.cat([hack[name], clean[name]])
+        centre[name], s = f.mean(0), f.std(0, correction=0)
+        size = f.square().mean().sqrt()
+        # A coordinate that does not vary but for rounding would become pure noise of unit variance.
+        scale[name] = torch.where(s > DEAD * size, s, torch.where(size > 0, size, 1.0))
+    return centre, scale
+
+
+def raise_if_dead(dead: list[str], modules: int, why: str = "have the same features") -> None:
+    """Raise a `DeadDirectionError` that names the modules in `dead`."""
+    if dead:
+        shown = ", ".join(f"`{name}`" for name in dead[:5]) + (" ..." if len(dead) > 5 else "")
+        raise DeadDirectionError(f"Hack and clean sides {why} in {len(dead)} of {modules} modules: {shown}.")
+
+
+def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:
+    """Each row over its norm; the caller has made sure that no row is zero."""
+    lengths: Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / lengths
+
+
+def mean_norm(hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"]) -> Float[Tensor, ""]:
+    """The mean norm of the features."""
+    size: Tensor = torch.cat([hack, clean]).norm(dim=1).mean()
+    return size

@@ -1,0 +1,40 @@
+"""v = clamp(mean D / (std D / sqrt P), -3, 3), D = f_hack - f_clean, P pairs. Source: vGROUT."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm
+from gradroute.errors import GradRouteError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TStatistic(Estimator):
+    """v = clamp(mean D / (std D / sqrt P), -clamp, clamp), per coordinate: what is small and reliable counts.
+
+    Args:
+        clamp: largest t that counts.
+        n_heldout, seed, orthogonal_to: see `Estimator`.
+
+    Raises:
+        GradRouteError: a clamp that is not positive.
+    """
+
+    name: ClassVar[str] = "t_statistic"
+    least_pairs: ClassVar[int] = 2
+    clamp: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clamp < float("inf"):
+            raise GradRouteError(f"`clamp` should be a positive number. Found {self.clamp!r}.")
+
+    def estimate(self, hack: Features, clean: Features) -> Unnormalised:
+        rows = {}
+        for name in hack:
+            D = hack[name] - clean[name]
+            noise = DEAD * mean_norm(hack[name], clean[name])
+            mean, error = D.mean(0, keepdim=True), D.std(0, keepdim=True) / len(D) ** 0.5
+            # A coordinate whose mean is rounding noise has no t: it would be a ratio of two such numbers.
+            rows[name] = torch.where(mean.abs() > noise, mean / error, 0.0).clamp(-self.clamp, self.clamp)
+        return rows, None, None

@@ -1,0 +1,81 @@
+"""Does what generates see the ablation? Engines that merge, fuse or copy weights may not, and their text looks fine.
+
+    on = generate(model);      off = generate(model), quarantine ablated;      on != off  where  B_q A_q != 0
+
+An engine that ignores the ablation reports the on view twice: every hack rate "as deployed" is then that of the model
+in training. With B_q A_q = 0 both views are one model, and nothing can be told.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradroute._protocol import routed_layers
+from gradroute._restore import left_as_found
+from gradroute._typing import typechecked
+from gradroute.adapters.views import ablate_quarantine, without_route
+from gradroute.errors import GradRouteError
+
+
+@typechecked
+def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> float:
+    """Raise unless `generate_fn(model)` gives something else with the quarantine ablated than with it in place.
+
+    Args:
+        model: with routed layers, after some training; modes, gradients and random numbers are left as found.
+        generate_fn: generates for a few fixed prompts the way that rollouts or evaluations do, syncing the engine with
+            `model` included: token ids (batch, seq), texts, or log-probabilities. It runs three times, each from the
+            same state of torch's and Python's random numbers; an engine with its own should decode greedily.
+
+    Returns:
+        The share of rows that differ, more than 0.
+
+    Raises:
+        GradRouteError: the same output in both views; a quarantine of zero net delta, or outputs that change from call
+            to call by themselves, which tell nothing; or no outputs.
+    """
+    layers = routed_layers(model)
+    views = sorted({layer.view for layer in layers.values()} - {"on"})
+    if views:
+        raise GradRouteError(
+            f"`model` should be in its on view, which is compared with the ablated one. Found {views[0]!r}. "
+            "Fix: leave ablate_quarantine / disable_adapters first."
+        )
+    if not any(layer.quarantine.delta_norm() > 0 for layer in layers.values()):
+        raise GradRouteError(
+            f"The quarantine should change the model. Found a net delta of zero in all {len(layers)} layers (B is zero "
+            "before the first step), so both views are one model. Fix: check after a few steps that trained it."
+        )
+    on = _generated(model, generate_fn)
+    with ablate_quarantine(model):
+        off = _generated(model, generate_fn)
+    if _generated(model, generate_fn) != on:
+        raise GradRouteError(
+            "`generate_fn` should give the same output for the same model. Found two, so a third one, with the "
+            "quarantine ablated, would tell nothing. Fix: decode greedily, or seed the engine in `generate_fn`."
+        )
+    if on == off:
+        raise GradRouteError(
+            f"`generate_fn` gave the same {len(on)} outputs with the quarantine ablated as with it in place: what "
+            "generates holds merged, fused or older weights and ignores the ablation, or the quarantine is too small "
+            "to change a token. Fix: sync inside of `generate_fn` (export_deployed for the ablated view, export_full "
+            "for the other), or return log-probabilities, which show any change."
+        )
+    if len(on) != len(off):
+        return 1.0
+    return float(sum(a != b for a, b in zip(on, off, strict=True)) / len(on))
+
+
+def _generated(model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> list[Any]:
+    with without_route(model), left_as_found(model), torch.no_grad():
+        outputs = generate_fn(model)
+    # What transformers' generate returns with return_dict_in_generate=True.
+    outputs = getattr(outputs, "sequences", outputs)
+    if isinstance(outputs, Tensor):
+        outputs = outputs.tolist()
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
+        found = "nothing" if isinstance(outputs, Sequence) and not outputs else type(outputs).__name__
+        raise GradRouteError(f"`generate_fn` should return one output per row, a tensor or a list. Found {found}.")
+    return [row.tolist() if isinstance(row, Tensor) else row for row in outputs]

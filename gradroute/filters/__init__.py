@@ -1,0 +1,20 @@
+"""Gradients between backward and the optimizer step: what is hack-ward is measured, taken out, or moved.
+
+`apply_filter` runs a filter by hand once per optimizer step, `attach_filter` has the optimizer run it."""
+
+from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters.base import FilteredGradients, GradientFilter
+from gradroute.filters.projection import ProjectionFilter
+from gradroute.filters.rollout import RolloutFilter
+from gradroute.filters.stats import FilterStats
+
+__all__ = [
+    "FilterStats",
+    "FilteredGradients",
+    "GradientFilter",
+    "ProjectionFilter",
+    "RolloutFilter",
+    "apply_filter",
+    "attach_filter",
+]

@@ -1,0 +1,240 @@
+"""Taking the hack-ward part out of a gradient: per module, orthonormal rows V (k x d), deployed gradient g (d,).
+
+    c = V g,    c_use = relu(c) ("one")  |  c ("two")  |  2c ("reverse")
+    removed = overshoot * c_use V,      kept = g - removed
+    erase: g <- kept (optionally rescaled to |g|)      route: g <- kept, quarantine's gradient += removed
+
+Which sign is hack-ward? Directions point from clean to hack: v = unit(grad NLL(hack) - grad NLL(clean)). A descent step
+p <- p - lr g changes NLL(hack) - NLL(clean) by -lr <v, g> (times |grad NLL(hack) - grad NLL(clean)|). So c > 0 means:
+*this step makes the hack likelier than the clean completion*, whatever loss g is the gradient of. A policy-gradient
+loss A NLL(rollout) has c > 0 for a hack with A > 0, and for a clean rollout with A < 0; both are hack-ward.
+
+This holds for directions of gradients: `feature="parameter"`, and on gains `feature="bottleneck"`, which is the same
+there. (Exactly so for the mean difference; rows of standardised features are divided by their scale, as in a score.) An
+activation difference has no sign here, for it does not say which change of a gain makes hacks likelier; it is accepted
+on gains as the formula stands, with a `GradRouteWarning` where the sign matters.
+
+In route mode the quarantine gets the removed part in addition to its own gradient, so that no gradient is lost. In the
+published scheme it gets nothing else: `route(model, RouteMask.weights(m=1.0, g_d=ones, g_q=0.0))`.
+Source: grpo_proj2 (wassname), "erase" and "route v1".
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._logging import warn
+from gradroute._protocol import BlockName, RoutedLayer
+from gradroute.adapters.svd_gain import SvdGain
+from gradroute.directions.directions import Directions, unit
+from gradroute.errors import GradRouteError
+from gradroute.filters._deployed_gradient import (
+    as_blocks,
+    as_row,
+    block_kind,
+    check_directions,
+    full_gradient,
+    scaled_rows,
+    wide,
+)
+from gradroute.filters.base import FilteredGradients, GradientFilter
+from gradroute.filters.stats import FilterStats, Sided, SquaredNorms, shares, squared_norms
+
+Mode = Literal["measure", "erase", "route"]
+Side = Literal["one", "two", "reverse"]
+
+# Above this cosine between two rows, the hack-ward orthant of the rows and that of an orthonormal basis differ.
+_OBLIQUE = 1e-3
+
+
+class ProjectionFilter(GradientFilter):
+    """kept = g - overshoot * c_use V per module; see the module's formulas. Use with `apply_filter` or `attach_filter`.
+
+    Args:
+        directions: read anew at every call, so a refresh is seen. Rows (k, d): of `feature="parameter"`, d that of the
+            flattened gradients of A and B, or of the gain; or of `feature="bottleneck"` on layers with a gain, d = r.
+            Rows are orthonormalised in order; rows that are not orthogonal are refused where their signs matter. A
+            module whose rows an estimator has dropped keeps its gradient.
+        mode: "measure" changes nothing; "erase" drops the hack-ward part; "route" moves it into the gradient of
+            `gain_quarantine` (gains without rotation only: there both blocks scale the same axes).
+        side: "one" removes what is hack-ward and leaves what is anti-hack-ward; "two" removes both; "reverse" turns
+            both around.
+        overshoot: multiple of c_use that is removed.
+        preserve_magnitude: with "erase", rescale kept to |g|; `residual` then says by how much conservation is broken.
+
+    Raises:
+        GradRouteError: arguments that contradict each other; when applied: a module without a direction, of another
+            width, or without a gradient.
+    """
+
+    def __init__(
+        self,
+        directions: Directions,
+        *,
+        mode: Mode,
+        side: Side = "one",
+        overshoot: float = 1.0,
+        preserve_magnitude: bool = False,
+    ) -> None:
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        for argument, value, options in (("mode", mode, Mode), ("side", side, Side)):
+            if value not in get_args(options):
+                raise GradRouteError(f"`{argument}` should be one of {get_args(options)}. Found {value!r}.")
+        if isinstance(overshoot, bool) or not isinstance(overshoot, int | float) or not 0 < overshoot < math.inf:
+            raise GradRouteError(f"`overshoot` should be a positive finite number. Found {overshoot!r}.")
+        if mode == "measure" and overshoot != 1.0:
+            raise GradRouteError('`overshoot` has no effect in mode="measure". Fix: leave it out, or mode="erase".')
+        if preserve_magnitude and mode != "erase":
+            raise GradRouteError(
+                f'`preserve_magnitude=True` needs mode="erase". Found {mode!r}: rescaling what is kept would break '
+                "removed + kept = gradient."
+            )
+        self.directions, self.mode, self.side = directions, mode, side
+        self.overshoot, self.preserve_magnitude = float(overshoot), preserve_magnitude
+        self._bases: dict[str, Tensor] = {}
+        self._version: int | None = None
+        made = directions.provenance
+        if made.feature not in ("parameter", "bottleneck"):
+            raise GradRouteError(
+                f'`directions` should be of feature "parameter" or "bottleneck". Found {made.feature!r}: these do not '
+                "live where a gradient does."
+            )
+        if made.source != "gradient" and side != "two" and made.estimator != "random":
+            warn(
+                f"`directions` of {made.source}s have no sign in gradient space: what side={side!r} takes for "
+                'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".',
+                stacklevel=2,
+            )
+
+    @property
+    def writes_blocks(self) -> tuple[BlockName, ...]:
+        """Route mode writes into both blocks."""
+        return ("deployed", "quarantine") if self.mode == "route" else ("deployed",)
+
+    def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
+        """The kept part of every module's deployed gradient; in route mode also where the removed part goes."""
+        check_directions(self.directions, layers, "ProjectionFilter")
+        if self._version != self.directions.version:
+            self._bases, self._version = {}, self.directions.version
+        writes: list[tuple[nn.Parameter, Tensor]] = []
+        norms: dict[str, SquaredNorms] = {}
+        for name, layer in layers.items():
+            self._check_kind(name, layer)
+            parameters = list(layer.block_parameters("deployed"))
+            gradients = [full_gradient(name, parameter) for parameter in parameters]
+            g = as_row(gradients)
+            V = self._basis(name, g)
+            blocks, removed, fired = self._project(name, g, V, gradients)
+            kept = as_row(blocks)
+            if self.mode != "measure":
+                writes += zip(parameters, blocks, strict=True)
+            if self.mode == "route":
+                # What rounding has left in `kept` is not moved: so the two add up to g.
+                quarantine, removed = _with_removed(name, layer, g - kept)
+                writes.append(quarantine)
+            norms[name] = squared_norms(g, kept, removed, V, sided=self._sided, fired=fired)
+        pooled, modules = shares(norms)
+        return FilteredGradients(writes, FilterStats(self._sided, pooled, modules))
+
+    @property
+    def _sided(self) -> Sided:
+        return "two" if self.side == "two" else "one"
+
+    def _project(
+        self, name: str, g: Float[Tensor, " d"], V: Float[Tensor, "k d"], like: list[Tensor]
+    ) -> tuple[list[Tensor], Float[Tensor, " d"], Float[Tensor, ""]]:
+        """(kept in the shapes and dtypes of the gradients, removed, share of rows that fired)."""
+        c = V @ g
+        c_use = {"one": c.clamp(min=0), "two": c, "reverse": 2 * c}[self.side]
+        fired = (c_use != 0).to(g.dtype).sum() / max(len(V), 1)
+        if self.mode == "measure":
+            return list(like), torch.zeros_like(g), fired
+        removed = self.overshoot * (c_use @ V)
+        kept = g - removed
+        if self.preserve_magnitude:
+            before, after = g.norm(), kept.norm()
+            if after <= 1e-6 * before and before > 0:
+                raise GradRouteError(
+                    f"The gradient of `{name}` lies within its directions, so that nothing is kept which could be "
+                    "rescaled. Fix: preserve_magnitude=False, or fewer directions."
+                )
+            kept = torch.where(after > 0, kept * (before / after), kept)
+        return as_blocks(kept, like), removed, fired
+
+    def _check_kind(self, name: str, layer: RoutedLayer) -> None:
+        made = self.directions.provenance
+        if block_kind(name, layer) == "lora":
+            if made.feature == "bottleneck":
+                raise GradRouteError(
+                    f"`{name}` trains LoRA matrices and has no gain that bottleneck directions could act on. Fix: "
+                    'directions of features="parameter", or attach(..., parametrization="svd_gain").'
+                )
+            if self.mode == "route":
+                raise GradRouteError(
+                    f'mode="route" needs gains. Found LoRA matrices in `{name}`: the gradient of one block\'s A is not '
+                    'one of the other\'s. Fix: attach(..., parametrization="svd_gain"), or mode="erase".'
+                )
+            return
+        assert isinstance(layer, SvdGain)
+        if self.mode == "route" and (layer.rotate or layer.r_quarantine < layer.r):
+            found = "rotate=True" if layer.rotate else f"r={layer.r}, r_quarantine={layer.r_quarantine}"
+            raise GradRouteError(
+                f'mode="route" needs a quarantine that scales the axes of the deployed gains. Found {found} in '
+                f"`{name}`. Fix: rotate=False and r_quarantine >= r."
+            )
+
+    def _basis(self, name: str, g: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
+        V = self._bases.get(name)
+        if V is None or V.device != g.device or V.dtype != g.dtype:
+            rows = scaled_rows(self.directions, name).to(g.device)
+            if rows.shape[1] != g.numel():
+                raise GradRouteError(
+                    f"`directions` of `{name}` should be {g.numel()} wide, as its deployed gradient. Found "
+                    f"{rows.shape[1]}. Fix: extract them from this model."
+                )
+            V = self._bases[name] = orthonormal_rows(name, rows, signs_matter=self.side == "one").to(g.dtype)
+        return V
+
+    def __repr__(self) -> str:
+        text = f"ProjectionFilter({self.mode}, side={self.side!r}, overshoot={self.overshoot:g}"
+        text += ", preserve_magnitude" if self.preserve_magnitude else ""
+        return f"{text}, {self.directions!r})"
+
+
+def orthonormal_rows(name: str, rows: Float[Tensor, "k d"], *, signs_matter: bool) -> Float[Tensor, "k d"]:
+    """Gram-Schmidt in the order of the rows, which keeps their signs.
+
+    Raises:
+        GradRouteError: dependent rows, or rows that are not orthogonal although the signs of `V g` matter.
+    """
+    if not len(rows):
+        return wide(rows)
+    rows = unit(wide(rows))
+    oblique = (rows @ rows.T).fill_diagonal_(0).abs().max().item()
+    if signs_matter and oblique > _OBLIQUE:
+        raise GradRouteError(
+            f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward along "
+            f'one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or side="two".'
+        )
+    Q, R = torch.linalg.qr(rows.T)
+    lengths = torch.diagonal(R)
+    if rows.shape[0] > rows.shape[1] or lengths.abs().min() < 1e-4:
+        raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
+    basis: Tensor = (Q * lengths.sign()).T.contiguous()
+    return basis
+
+
+def _with_removed(
+    name: str, layer: RoutedLayer, removed: Float[Tensor, " r"]
+) -> tuple[tuple[nn.Parameter, Tensor], Float[Tensor, " r"]]:
+    """The gain of the quarantine with its new gradient, and the part of it that was moved there."""
+    assert isinstance(layer, SvdGain)
+    own = full_gradient(name, layer.gain_quarantine)
+    moved = torch.zeros_like(own)
+    moved[: layer.r] = removed.to(own.dtype)
+    return (layer.gain_quarantine, own + moved), wide(moved[: layer.r])

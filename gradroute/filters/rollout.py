@@ -1,0 +1,236 @@
+"""Taking whole rollouts out of the deployed gradient, decided on their own gradients, in a single backward.
+
+    score_i = sum_modules <w, f_i> / (|w| |f_i|)      w = sum of a module's rows, over their scale; norms over modules
+    deployed gradient <- sum_i (1 - share_i) G_i,     share_i = 1 where score_i > threshold, or what the gate says
+
+f_i is rollout i's own gradient G_i (directions of `feature="parameter"`), or its bottleneck feature sum_t h_t * dL/dh_t
+(`feature="bottleneck"`). Directions point from the NLL gradients of clean completions to those of hacks, so a positive
+score means: descending along this rollout's gradient makes hacks likelier (see `filters.py`).
+Identity: the same as a second backward under `route` with g_d = 1 - share. The quarantine's gradient is not touched.
+Source: "route 2" of the founding commit (wassname), with threshold 0 on the cosine.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute.adapters.mask import RouteMask
+from gradroute.directions.controls import sides
+from gradroute.directions.directions import Directions
+from gradroute.errors import GradRouteError
+from gradroute.filters._deployed_gradient import block_kind, check_directions, scaled_rows, wide
+from gradroute.filters._kept_rollouts import KeptRollouts
+from gradroute.filters._rollout_gradients import Feature, LayerPass, RolloutRecorder
+from gradroute.filters.base import FilteredGradients, GradientFilter
+
+Score = Literal["cosine", "dot"]
+RolloutGate = Callable[[Tensor], RouteMask | Tensor]
+
+
+class RolloutRecord:
+    """What `RolloutFilter.record` found; filled when its block ends."""
+
+    scores: Float[Tensor, " rows"]
+    shares: Float[Tensor, " rows"]
+    kept_bytes: int
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("scores", "shares", "kept_bytes"):
+            raise GradRouteError(f"`{name}` is known when the block of `record` has ended. Fix: read it after it.")
+        raise AttributeError(name)
+
+    def __repr__(self) -> str:
+        if "shares" not in self.__dict__:
+            return "RolloutRecord(open)"
+        return (
+            f"RolloutRecord({len(self.shares)} rollouts, {float(self.shares.sum()):g} removed, "
+            f"kept {self.kept_bytes:,d} bytes)"
+        )
+
+
+class RolloutFilter(GradientFilter):
+    """deployed gradient <- sum_i (1 - share_i) G_i; see the module's formulas.
+
+        with rollout_filter.record(model):          # around forward and backward, for each micro-batch
+            loss(model, rollouts).backward()
+        apply_filter(model, rollout_filter)         # once per step, before clipping
+
+    Args:
+        directions: of gradients, `feature="parameter"` or "bottleneck"; read anew at every `record`.
+        gate: a threshold, above which a rollout is removed; or a function of the scores (rows,) that returns flags, or
+            shares in [0, 1] to remove, or a `RouteMask`, which removes 1 - g_d. Its m and g_q have to be 1: the forward
+            has run, and the quarantine's gradient stays.
+        score: "cosine", or "dot", which is `Directions.score` of the rollouts' features and grows with the loss.
+
+    Raises:
+        GradRouteError: directions of activations or other features; a gate that returns something else.
+    """
+
+    def __init__(self, directions: Directions, gate: float | RolloutGate = 0.0, *, score: Score = "cosine") -> None:
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        made = directions.provenance
+        if made.source != "gradient" or made.feature not in get_args(Feature):
+            raise GradRouteError(
+                f'`directions` should be of gradients, of feature "parameter" or "bottleneck". Found {made.source} '
+                f"{made.feature}. Fix: extract_gradient_directions."
+            )
+        if not callable(gate) and (isinstance(gate, bool) or not isinstance(gate, int | float) or math.isnan(gate)):
+            raise GradRouteError(f"`gate` should be a number or a function of the scores. Found {gate!r}.")
+        if score not in get_args(Score):
+            raise GradRouteError(f"`score` should be one of {get_args(Score)}. Found {score!r}.")
+        self.directions, self.gate, self.score = directions, gate, score
+        self._recording = False
+        self._kept: KeptRollouts | None = None
+
+    @contextmanager
+    def record(self, model: nn.Module, *, sources: Sequence[str] | None = None) -> Iterator[RolloutRecord]:
+        """Score and keep the rollouts whose forward and backward run inside the block; several blocks add up.
+
+        Args:
+            model: with routed layers; a row of its inputs is a rollout.
+            sources: a label per rollout, in the order of the forwards, by which `FilterStats` is split.
+
+        Raises:
+            GradRouteError: a layer that did not run forward and backward exactly once per forward, or on other rows;
+                reentrant checkpointing, whose first forward has no graph; scores that are not finite.
+        """
+        if self._recording:
+            raise GradRouteError("`record` inside `record` of the same filter. Fix: leave the outer block first.")
+        layers = routed_layers(model)
+        vectors = self._vectors(layers)
+        if self._kept is not None and self._kept.belongs_to_dropped_gradients(layers):
+            self._kept = None
+        feature = cast(Feature, self.directions.provenance.feature)
+        recorder = RolloutRecorder(layers, vectors, feature)
+        record = RolloutRecord()
+        self._recording = True
+        try:
+            with recorder.hooked():
+                yield record
+        finally:
+            self._recording = False
+        passes = recorder.passes
+        record.scores = self._scores(passes, vectors)
+        record.shares = self._shares(record.scores)
+        record.kept_bytes = recorder.kept_bytes
+        labels = ["all"] * len(record.scores) if sources is None else list(sources)
+        if len(labels) != len(record.scores):
+            raise GradRouteError(f"`sources` should label {len(record.scores)} rollouts. Found {len(labels)} labels.")
+        kept = self._kept or KeptRollouts(vectors, labelled=sources is not None)
+        kept.add(layers, passes, record.shares, labels if sources is not None else None, record.kept_bytes)
+        self._kept = kept
+
+    def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
+        """The deployed gradient of the rollouts that were kept, over all blocks recorded since the last call."""
+        if self._recording:
+            raise GradRouteError("The filter is applied inside its own `record`. Fix: leave the block first.")
+        if self._kept is None:
+            raise GradRouteError(
+                "No rollout was recorded since this filter was applied. Fix: enclose forward and backward of each "
+                "micro-batch in `with rollout_filter.record(model):`."
+            )
+        filtered = self._kept.filtered(layers)
+        self._kept = None
+        return filtered
+
+    def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """(hack, clean): scores of the directions' own pairs as this filter scores rollouts, to place thresholds by."""
+        made, known = self.directions.provenance, self.directions
+        found = []
+        for features in sides(known.hack, known.clean, made.control, made.seed):
+            pairs = {name: wide(features[name]) for name in known.rows}
+            vectors = {name: scaled_rows(known, name).sum(0).to(pairs[name]) for name in pairs}
+            dots = torch.stack([pairs[name] @ v for name, v in vectors.items()]).sum(0)
+            squares = torch.stack([rows.square().sum(1) for rows in pairs.values()]).sum(0)
+            found.append(self._scale(dots, squares, vectors))
+        return found[0], found[1]
+
+    def _vectors(self, layers: Mapping[str, RoutedLayer]) -> dict[str, Tensor]:
+        check_directions(self.directions, layers, "RolloutFilter")
+        bottleneck = self.directions.provenance.feature == "bottleneck"
+        vectors = {}
+        for name, layer in layers.items():
+            block_kind(name, layer)
+            A = layer.deployed.A
+            width = A.shape[0] if bottleneck else sum(p.numel() for p in layer.block_parameters("deployed"))
+            rows = scaled_rows(self.directions, name).to(A.device)
+            v = rows.sum(0)
+            if len(v) != width:
+                raise GradRouteError(
+                    f"`directions` of `{name}` should be {width} wide. Found {len(v)}. Fix: extract from this model."
+                )
+            if len(rows) and v.norm() <= 1e-4 * rows.norm():
+                raise GradRouteError(
+                    f"The rows of `directions` of `{name}` add up to nothing. Fix: drop opposite ones."
+                )
+            vectors[name] = v
+        return vectors
+
+    def _scores(
+        self, passes: Mapping[str, Sequence[LayerPass]], vectors: Mapping[str, Tensor]
+    ) -> Float[Tensor, " rows"]:
+        device = next(iter(vectors.values())).device
+        dots, squares = [], []
+        for name in self.directions.rows:
+            of_layer = passes[name]
+            dots.append(torch.cat([one.dots for one in of_layer]).to(device))
+            squares.append(torch.cat([one.squares for one in of_layer]).to(device))
+            if any(one.gradient_squares.any() for one in of_layer) and not squares[-1].any():
+                raise GradRouteError(
+                    f"The bottleneck gradients of `{name}` all vanish while its gradient does not, because B is zero: "
+                    'nothing could be scored. Fix: directions of features="parameter".'
+                )
+        scores = self._scale(torch.stack(dots).sum(0), torch.stack(squares).sum(0), vectors)
+        if not torch.isfinite(scores).all():
+            row = int((~torch.isfinite(scores)).nonzero()[0])
+            raise GradRouteError(f"The gradient of rollout {row} is not finite. Fix: skip this step.")
+        return scores
+
+    def _scale(
+        self, dots: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], vectors: Mapping[str, Tensor]
+    ) -> Float[Tensor, " rows"]:
+        if self.score == "dot":
+            centre = self.directions.centre
+            offset = (
+                sum(float(v @ centre[name].to(v)) for name, v in vectors.items() if name in centre) if centre else 0.0
+            )
+            return dots - offset
+        length = math.sqrt(sum(float(v.square().sum()) for v in vectors.values()))
+        # A rollout without a gradient (an advantage of zero) takes part in nothing: it scores 0.
+        return torch.where(squares > 0, dots / (length * squares.sqrt()), torch.where(squares == 0, 0.0, squares))
+
+    def _shares(self, scores: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        if not callable(self.gate):
+            return (scores > self.gate).to(scores)
+        found = self.gate(scores)
+        if isinstance(found, RouteMask):
+            if found.shape != scores.shape or not ((found.m == 1) & (found.g_q == 1)).all():
+                raise GradRouteError(
+                    f"`gate` should return a mask of {len(scores)} rows with m = g_q = 1: the forward has run, and the "
+                    f'quarantine\'s gradient stays. Found {found!r}. Fix: a gate with below="absorb", or a soft one as '
+                    "gate=lambda scores: soft.z(scores).clamp(0, 1)."
+                )
+            found = 1 - found.g_d
+        if not isinstance(found, Tensor) or found.shape != scores.shape:
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise GradRouteError(f"`gate` should return a tensor of shape {tuple(scores.shape)}. Found {what}.")
+        shares = found.detach().to(scores)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise GradRouteError(f"`gate` should return shares to remove in [0, 1]. Found {shares.tolist()[:5]}.")
+        return shares
+
+    def __repr__(self) -> str:
+        gate = f"{self.score} > {self.gate:g}" if not callable(self.gate) else f"{self.score} by {_name(self.gate)}"
+        return f"RolloutFilter({gate}, {self.directions!r})"
+
+
+def _name(gate: Any) -> str:
+    """A function by its name, without its address; a gate as it shows itself."""
+    return str(getattr(gate, "__name__", None) or repr(gate))

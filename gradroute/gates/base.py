@@ -1,0 +1,161 @@
+"""What every gate has: a look at whether it still tells rows apart, and a state dict.
+
+Over each window of calls:   no row was routed, or every row was   ->   `GradRouteWarning`, an error if strict.
+
+A gate that never routes is a gate that is off; one that always routes starves the deployed block. Both look like a run
+that works.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from gradroute._logging import warn
+from gradroute._state_dict import State, check_state, directions_in_force, format_of
+from gradroute.adapters.mask import RouteMask
+from gradroute.directions.directions import Directions
+from gradroute.errors import GradRouteError
+from gradroute.gates._histogram import Marked, plot_marked
+
+Below = Literal["absorb", "keep"]
+
+
+class Gate(ABC):
+    """From scores, labels or features to a `RouteMask`.
+
+    Args:
+        window: calls after which the gate says so if it routed nothing, or everything, in all of them.
+        strict: raise then instead of warning.
+    """
+
+    directions: Directions | None = None
+    """What the gate reads again after each refresh; None for a gate that reads no directions."""
+
+    def __init__(self, *, window: int, strict: bool) -> None:
+        self.window, self.strict = positive_integer("window", window), bool(strict)
+        self._checks: list[Callable[[], None]] = []
+        self._open_window()
+
+    @abstractmethod
+    def settings(self) -> State:
+        """What the gate was built with, as JSON values."""
+
+    def plot(
+        self, scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"] | None = None, ax: Any = None
+    ) -> tuple[Any, Any]:
+        """A histogram of scores with the gate's thresholds; returns (figure, axes). Needs matplotlib.
+
+        Args:
+            scores: of rollouts, as this gate is called with; a `QuantileGate`: as `directions.score` gives them.
+            labels: True for hacks, drawn apart.
+            ax: matplotlib axes to draw on; None makes a figure.
+
+        Raises:
+            GradRouteError: a gate that reads no scores, scores that are not finite, or labels of another shape.
+        """
+        if not isinstance(scores, Tensor) or scores.ndim != 1 or not len(scores):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise GradRouteError(f"`scores` should be a tensor with one score per rollout (rows,). Found {found}.")
+        if labels is not None and (labels.shape != scores.shape or labels.dtype != torch.bool):
+            raise GradRouteError(
+                f"`labels` should be booleans of shape {tuple(scores.shape)}. Found {labels.dtype}, "
+                f"{tuple(labels.shape)}."
+            )
+        return plot_marked(self._marked(finite_scores(scores)), labels, ax)
+
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:  # noqa: ARG002  (read by the gates that can)
+        raise GradRouteError(f"{type(self).__name__} should read scores to have a histogram. Found that it reads none.")
+
+    def check_before_calls(self, check: Callable[[], None]) -> None:
+        """Have `check` called at the start of each call; it raises where the gate must not be used."""
+        self._checks.append(check)
+
+    def state_dict(self) -> State:
+        """Everything that a resumed run needs, as JSON values and tensors."""
+        return {
+            "format": format_of(self),
+            "settings": {**self.settings(), "window": self.window, "strict": self.strict},
+            "directions": None if self.directions is None else directions_in_force(self.directions),
+            "calls": {"seen": self._calls, "routed": self._routed, "unrouted": self._unrouted},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state that a gate of the same class and settings saved.
+
+        Raises:
+            FileFormatError: a state of another class, format or settings, or saved with other directions.
+        """
+        calls = check_state(self, state, self.state_dict())["calls"]
+        self._calls, self._routed, self._unrouted = calls["seen"], calls["routed"], calls["unrouted"]
+
+    def _before_call(self) -> None:
+        for check in self._checks:
+            check()
+
+    def _counted(self, mask: RouteMask, share: Shaped[Tensor, "*rows"]) -> RouteMask:
+        """`mask`, after one more call of the window; `share` is how much of each row is routed, or a flag."""
+        self._routed |= bool((share > 0).any())
+        self._unrouted |= bool((share < 1).any())
+        self._calls += 1
+        if self._calls == self.window:
+            complaints = self._complaints()
+            self._open_window()
+            for complaint in complaints:
+                if self.strict:
+                    raise GradRouteError(complaint)
+                warn(complaint, stacklevel=3)
+        return mask
+
+    def _open_window(self) -> None:
+        self._calls, self._routed, self._unrouted = 0, False, False
+
+    def _complaints(self) -> list[str]:
+        if self._routed and self._unrouted:
+            return []
+        what, meaning = ("everything", "clean") if self._routed else ("nothing", "hacking")
+        return [
+            f"{self!r} routed {what} in {self.window} calls. Fix: compare its scores with labels of fifty rollouts; "
+            f"where it is right, no rollout was {meaning}."
+        ]
+
+
+def positive_integer(argument: str, value: Any) -> int:
+    """`value`, if it counts something."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GradRouteError(f"`{argument}` should be a positive integer. Found {value!r}.")
+    return value
+
+
+def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    """`scores`, if they are numbers: what is not would be on neither side of a threshold."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise GradRouteError(f"`scores` should be a floating point tensor, one score per row. Found {found}.")
+    if not torch.isfinite(scores).all():
+        where = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")
+    return scores
+
+
+def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:
+    """Two zones: route, and `below`."""
+    return RouteMask.classic(routed) if below == "absorb" else RouteMask.exclusive(routed)
+
+
+def checked_below(below: Below) -> Below:
+    """`below`, if it names one of the two zones that are not routed."""
+    if below not in ("absorb", "keep"):
+        raise GradRouteError(f'`below` should be "absorb" or "keep". Found {below!r}.')
+    return below
+
+
+def finite_number(argument: str, value: float) -> float:
+    """`value`, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise GradRouteError(f"`{argument}` should be finite. Found {value!r}.")
+    return float(value)

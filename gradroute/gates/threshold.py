@@ -1,0 +1,42 @@
+"""From scores with a scale of their own to a mask: s >= threshold -> route, else `below`."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradroute._state_dict import State
+from gradroute.adapters.mask import RouteMask
+from gradroute.gates._histogram import Marked
+from gradroute.gates.base import Below, Gate, below_mask, checked_below, finite_number, finite_scores
+
+
+class ThresholdGate(Gate):
+    """s >= threshold -> route, else `below`; for scores with a scale of their own, such as a classifier's.
+
+    A threshold on scores of `Directions` is off as soon as those are refreshed: use `BandGate` or `QuantileGate` there.
+
+    Args:
+        threshold: the lowest score that is routed.
+        below: zone of the other rows.
+        window, strict: see `LabelGate`.
+
+    Raises:
+        GradRouteError: a threshold or scores that are not finite.
+    """
+
+    def __init__(self, threshold: float, *, below: Below = "absorb", window: int = 50, strict: bool = False) -> None:
+        self.threshold, self.below = finite_number("threshold", threshold), checked_below(below)
+        super().__init__(window=window, strict=strict)
+
+    def __call__(self, scores: Float[Tensor, "*rows"]) -> RouteMask:
+        self._before_call()
+        routed = finite_scores(scores) >= self.threshold
+        return self._counted(below_mask(routed, self.below), routed)
+
+    def settings(self) -> State:
+        return {"threshold": self.threshold, "below": self.below}
+
+    def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:
+        return Marked(scores, "score", [(self.threshold, "threshold")], scores >= self.threshold)
+
+    def __repr__(self) -> str:
+        return f"ThresholdGate({self.threshold:g}, below={self.below!r})"

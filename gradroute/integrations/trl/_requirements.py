@@ -1,0 +1,174 @@
+"""What the mixin needs of TRL, looked up before a run, and what it refuses, with the reason.
+
+TRL's trainers are overridden by name. A method that was renamed would be overridden by nothing, and the run would look
+routed; so every name, and every argument that is read, is checked at construction.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+
+from gradroute._protocol import routed_layers
+from gradroute.adapters.check import check_model
+from gradroute.errors import GradRouteError
+
+LOWEST = "1.0"
+
+# Each method that is overridden or called, with the arguments that are read.
+METHODS = {
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_and_score_completions": ("inputs",),
+    "_generate_single_turn": ("prompt_ids",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_save_checkpoint": ("model", "trial"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "log": ("logs", "start_time"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}
+ATTRIBUTES = (
+    "_buffered_inputs", "_logs", "_metrics", "_step", "accelerator", "beta", "log_completions", "loss_type",
+    "num_generations", "reward_weights",
+)  # fmt: skip
+
+
+def check_trl(parent: Any) -> None:
+    """`parent` is `super()` of the mixin: the trainer as TRL made it.
+
+    Raises:
+        GradRouteError: TRL is older than 1.0, or something that is overridden is not there as expected.
+    """
+    if Version(trl.__version__) < Version(LOWEST):
+        raise GradRouteError(f"trl should be {LOWEST} or newer. Found {trl.__version__}. Fix: pip install -U trl.")
+    for name, needed in METHODS.items():
+        method = getattr(parent, name, None)
+        lacking = needed if method is None else [each for each in needed if each not in _arguments(method)]
+        if method is None or lacking:
+            found = "no such method" if method is None else f"none called {', '.join(lacking)}"
+            raise GradRouteError(_CHANGED.format(what=f"{name}({', '.join(needed)})", found=found))
+
+
+def check_attributes(trainer: Any) -> None:
+    """The trainer's state that is read and written, which exists once it has been built."""
+    for name in ATTRIBUTES:
+        if not hasattr(trainer, name):
+            raise GradRouteError(_CHANGED.format(what=f"an attribute `{name}`", found="none"))
+
+
+def check_run(trainer: Any, *, ablated_fraction: float, filters: bool) -> None:
+    """Refuse what cannot be routed in this run, or has not been shown to be.
+
+    Raises:
+        GradRouteError: the option, why it is refused, and what to do.
+    """
+    args = trainer.args
+    for refused, reason in _refused(trainer, args, ablated_fraction > 0, filters):
+        if refused:
+            raise GradRouteError(f"Not with gradient routing: {reason}")
+    if not hasattr(trainer.model, "peft_config"):
+        raise GradRouteError(
+            f"`model` should be trained through PEFT. Found a {type(trainer.model).__name__} without it, which TRL "
+            "would save, and copy as its reference, as a whole. Fix: peft_config=gradroute.QuarantineLoraConfig(...)."
+        )
+    routed_layers(trainer.model)
+    _check_reference(trainer.model)
+    errors = [str(finding) for finding in check_model(trainer.model) if finding.severity == "error"]
+    if errors:
+        more = f" And {len(errors) - 2} more: see check_model(model)." if len(errors) > 2 else ""
+        raise GradRouteError("`model` cannot be routed. Found " + " ".join(errors[:2]) + more)
+
+
+def group_share(fraction: float, group_size: int) -> int:
+    """How many rollouts of a group of `group_size` are sampled ablated; `fraction` has to give a whole number."""
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+        raise GradRouteError(f"`ablated_fraction` should be in [0, 1). Found {fraction!r}.")
+    share = round(fraction * group_size)
+    if abs(share - fraction * group_size) > 1e-6:
+        raise GradRouteError(
+            f"`ablated_fraction` should be a whole number of the {group_size} rollouts of a group (num_generations). "
+            f"Found {fraction:g} of {group_size}. Fix: {share}/{group_size}, or another num_generations."
+        )
+    return share
+
+
+def _check_reference(model: Any) -> None:
+    """The adapter `ref` that TRL makes of an already adapted model is to be a copy of both blocks."""
+    if "ref" not in model.peft_config or "default" not in model.peft_config:
+        return
+    parameters = dict(model.named_parameters())
+    pairs = [(name, name.replace(".default.", ".ref.")) for name in parameters if ".default." in name]
+    other = [name for name, ref in pairs if ref not in parameters or not torch.equal(parameters[name], parameters[ref])]
+    if other:
+        raise GradRouteError(
+            f"The reference adapter `ref` should start as a copy of `default`. Found other values of `{other[0]}`, so "
+            "the penalty would pull the policy elsewhere. Fix: give a model without an adapter called `ref`."
+        )
+
+
+def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tuple[bool, str]]:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
+    tools = bool(getattr(trainer, "tools", None)) or bool(getattr(trainer, "environment_factories", None))
+    return [
+        (
+            bool(getattr(args, "use_vllm", False)),
+            "`use_vllm=True`: the engine holds weights of its own, in which the quarantine is merged or missing, and "
+            "cannot ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
+        ),
+        (
+            bool(getattr(args, "use_transformers_continuous_batching", False)),
+            "`use_transformers_continuous_batching=True`: rows are packed into one, so none can be ablated apart, and "
+            "a captured graph keeps the view that it was captured in. Fix: leave it off.",
+        ),
+        (
+            bool(getattr(args, "use_liger_kernel", False)),
+            "`use_liger_kernel=True`: it replaces forwards that routed layers are part of, and in older versions the "
+            "loss. Fix: leave it off.",
+        ),
+        (
+            getattr(trainer, "rollout_func", None) is not None,
+            "`rollout_func`: which view it samples a rollout in is not known, and old log-probabilities would be taken "
+            "in another. Fix: let the trainer generate.",
+        ),
+        (
+            tools and ablates,
+            "`ablated_fraction` with tools: after a tool call some rows are generated again, and which ones is not "
+            "told. Fix: ablated_fraction=0.",
+        ),
+        (
+            bool(getattr(trainer, "_is_vlm", False)),
+            "a vision-language model: rows of its vision tower are images, which no mask of rollouts fits. Fix: a "
+            "text model.",
+        ),
+        (
+            deepspeed and filters,
+            "`grad_filter` under DeepSpeed, whose backward has consumed the gradients before a filter could read them. "
+            "Fix: train with DDP.",
+        ),
+        (
+            deepspeed and getattr(plugin, "zero_stage", None) == 3,
+            "DeepSpeed ZeRO stage 3: routed layers read parameters without the call that gathers them. Fix: stage 2.",
+        ),
+        (
+            bool(getattr(trainer, "is_fsdp_enabled", False)),
+            "FSDP: rollouts are scored past the root module, whose hooks would gather the parameters. Fix: DDP.",
+        ),
+        (
+            bool(getattr(args, "fp16", False)) and filters,
+            "`grad_filter` with fp16: gradients are scaled, and may overflow, until the optimizer steps. Fix: bf16.",
+        ),
+    ]  # fmt: skip
+
+
+def _arguments(method: Any) -> list[str]:
+    return list(inspect.signature(method).parameters)
+
+
+_CHANGED = (
+    f"trl {trl.__version__} is not what gradroute.integrations.trl was written for: the trainer should have {{what}}. "
+    "Found {found}. Fix: a version of trl that its tests ran with (see docs/trl.md)."
+)

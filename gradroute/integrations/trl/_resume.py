@@ -1,0 +1,114 @@
+"""What a checkpoint carries besides TRL's own files, so that a resumed run goes on as if it had never stopped.
+
+    gradroute_directions_<i>.safetensors      each Directions in use
+    gradroute_rank_<rank>.pt                  gate, refresher, and the rollouts that are not used up yet
+
+TRL itself starts a new batch of rollouts when it resumes; here the rest of the old one is trained first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradroute.directions.directions import Directions
+from gradroute.errors import FileFormatError
+from gradroute.gates.base import Gate
+from gradroute.integrations.trl.options import RoutingOptions
+
+_FORMAT = "gradroute-trl-1"
+
+
+def save(folder: Path, trainer: Any, options: RoutingOptions) -> None:
+    """Write both files; directions on the main process only."""
+    if trainer.args.should_save:
+        for i, directions in enumerate(options.all_directions):
+            directions.save(_directions_file(folder, i))
+    unfinished = trainer._step % _generate_every(trainer) != 0
+    state = {
+        "format": _FORMAT,
+        "directions": len(options.all_directions),
+        "gates": [gate.state_dict() for gate in _gates(options)],
+        "refresher": None if options.refresher is None else options.refresher.state_dict(),
+        "step": trainer._step,
+        "rollouts": trainer._buffered_inputs if unfinished else None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, _state_file(folder, trainer))
+
+
+def load(folder: Path, trainer: Any, options: RoutingOptions) -> None:
+    """Put back what `save` wrote, into the objects that the trainer was built with.
+
+    Raises:
+        FileFormatError: no such files, files of another format, or of a run with other keywords.
+    """
+    file = _state_file(folder, trainer)
+    if not file.is_file():
+        raise FileFormatError(
+            f"{folder} should hold {file.name}. Found none: it was not saved by a routed trainer, or with "
+            "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start anew."
+        )
+    state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
+    gates = _gates(options)
+    found = (state.get("format"), state.get("directions"), len(state.get("gates", ())), state["refresher"] is not None)
+    expected = (_FORMAT, len(options.all_directions), len(gates), options.refresher is not None)
+    if found != expected:
+        raise FileFormatError(
+            f"{file} should be of a run with the same keywords: (format, directions, gates, refreshed) = {expected}. "
+            f"Found {found}."
+        )
+    for i, directions in enumerate(options.all_directions):
+        _take_over(directions, Directions.load(_directions_file(folder, i), model=trainer.model), folder)
+    holders: list[Any] = [*gates, options.grad_filter]
+    for holder in holders:
+        # What was read from the directions before has the version of other values.
+        if hasattr(holder, "_version"):
+            holder._version = None
+    for gate, saved in zip(gates, state["gates"], strict=True):
+        gate.load_state_dict(_on_cpu(saved))
+    if options.refresher is not None:
+        options.refresher.load_state_dict(_on_cpu(state["refresher"]))
+    trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
+
+
+def _generate_every(trainer: Any) -> int:
+    every: int = trainer.args.steps_per_generation * trainer.num_iterations
+    return every
+
+
+def _gates(options: RoutingOptions) -> list[Gate]:
+    inside = getattr(options.grad_filter, "gate", None)
+    return [gate for gate in (options.gate, inside) if isinstance(gate, Gate)]
+
+
+def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:
+    mine, theirs = directions.provenance, saved.provenance
+    if (mine.pair_hash, mine.feature, mine.control) != (theirs.pair_hash, theirs.feature, theirs.control):
+        raise FileFormatError(
+            f"The directions in {folder} should be of the same pairs, feature and control as `directions`. Found "
+            f"{saved!r} instead of {directions!r}."
+        )
+    device = next(iter(directions.hack.values())).device
+    for name in ("rows", "hack", "clean", "centre", "scale"):
+        group = getattr(saved, name)
+        setattr(directions, name, None if group is None else {key: value.to(device) for key, value in group.items()})
+    for name in ("provenance", "version", "step", "heldout"):
+        setattr(directions, name, getattr(saved, name))
+
+
+def _on_cpu(state: Any) -> Any:
+    """States of gates hold generators and buffers that live on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
+def _state_file(folder: Path, trainer: Any) -> Path:
+    return folder / f"gradroute_rank_{trainer.args.process_index}.pt"
+
+
+def _directions_file(folder: Path, i: int) -> Path:
+    return folder / f"gradroute_directions_{i}.safetensors"

@@ -1,0 +1,93 @@
+"""Directions in the space of the deployed parameters: one row of a module = its parameters, flattened and joined.
+
+svd_gain: width r, bottleneck directions          LoRA: A then B, width r (d_in + d_out), parameter-shaped directions
+"""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._logging import warn
+from gradroute._protocol import routed_layers
+from gradroute.directions.directions import Directions
+from gradroute.errors import GradRouteError
+from gradroute.filters._deployed_gradient import as_row, check_directions, check_layout, whole
+from gradroute.filters.projection import orthonormal_rows
+
+Side = Literal["one", "two"]
+
+
+class DeployedRows:
+    """The deployed parameters of each routed layer, and the rows of directions in their space, as of now.
+
+    Args:
+        model: with routed layers.
+        directions: rows (k, d) per routed layer, d = number of its deployed parameters; see `ProjectionFilter`.
+        side: "one" or "two"; on one side the signs of the rows matter, so they must be orthogonal.
+
+    Warns where directions of activations are used on one side.
+
+    Raises:
+        GradRouteError: rows missing, of another width, standardised, dependent, or oblique where signs matter.
+    """
+
+    def __init__(self, model: nn.Module, directions: Directions, side: Side) -> None:
+        if side not in get_args(Side):
+            raise GradRouteError(f'`side` should be "one" or "two". Found {side!r}.')
+        if not isinstance(directions, Directions):
+            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        made = directions.provenance
+        if side == "one" and made.source != "gradient" and made.estimator != "random":
+            warn(
+                f"`directions` of {made.source}s have no sign in gradient space: what passes for hack-ward may be "
+                'the opposite. Fix: extract_gradient_directions, or side="two".',
+                stacklevel=4,
+            )
+        self.directions, self.side = directions, side
+        self._layers = routed_layers(model)
+        self.parameters = {name: list(layer.block_parameters("deployed")) for name, layer in self._layers.items()}
+        for name, parameters in self.parameters.items():
+            for parameter in parameters:
+                check_layout(name, parameter)
+        self._bases: dict[str, Tensor] = {}
+        self._version: int | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Read the rows again if the directions were refreshed; raises unless they fit."""
+        if self._version == self.directions.version:
+            return
+        check_directions(self.directions, self._layers, "update projection")
+        if self.directions.scale is not None:
+            raise GradRouteError(
+                "`directions` should have rows in the space of the parameters. Found rows of standardised features. "
+                "Fix: an estimator without a scale."
+            )
+        bases = {}
+        for name, parameters in self.parameters.items():
+            rows, width = self.directions.rows[name], sum(p.numel() for p in parameters)
+            if rows.shape[1] != width:
+                raise GradRouteError(
+                    f"`directions` of `{name}` should be {width} wide, as its deployed parameters together are. Found "
+                    f"{rows.shape[1]}. Fix: bottleneck directions for svd_gain blocks, parameter-shaped ones for LoRA."
+                )
+            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+            basis = orthonormal_rows(name, rows.detach(), signs_matter=self.side == "one")
+            bases[name] = basis.to(parameters[0].device, dtype)
+        self._bases, self._version = bases, self.directions.version
+
+    def joined(self) -> dict[str, Float[Tensor, " d"]]:
+        """A copy of the parameters, a row per module, in float32 or wider; gathered where they are sharded."""
+        return {
+            name: as_row([whole(parameter, name) for parameter in parameters]).clone()
+            for name, parameters in self.parameters.items()
+        }
+
+    def hackward(self, name: str, update: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """The part of an update that runs against V, relu(-V D) (-V); two-sided: along or against it, V^T V D."""
+        V = self._bases[name]
+        against = -(V @ update)
+        part: Tensor = -((against.clamp(min=0) if self.side == "one" else against) @ V)
+        return part

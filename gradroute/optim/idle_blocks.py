@@ -1,0 +1,132 @@
+"""A block that no row was to train is not stepped at all.
+
+    eligible(deployed)   = some row of some forward since the last step has g_d != 0
+    eligible(quarantine) = some row of some forward since the last step has m g_q != 0
+    not eligible on any rank  ->  p.grad = None for the step: no moment, no decay, no step count
+
+With AdamW a gradient of zero still moves a weight, by what its moments remember and by weight decay. Fifty batches
+without a flagged row would wear the quarantine down although nothing was to train it. Source: shawnghu/small-rl.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradroute._protocol import BlockName
+from gradroute._step_hooks import StepHooks, torch_optimizer
+from gradroute.adapters._state import ForwardState
+from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.errors import GradRouteError
+
+_BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
+
+
+def skip_idle_blocks(model: nn.Module, optimizer: Optimizer) -> "IdleBlockSkip":
+    """From now on, `optimizer` leaves a block out of each step for which no row was eligible.
+
+    Which rows were is read from the routes under which routed layers run forward with gradients on (no route: all
+    rows train both blocks), over all forwards since the last step, so that gradients may be accumulated. Where
+    torch.distributed is initialised the ranks agree: a block is left out if it was eligible on none of them.
+
+    Args:
+        model: with routed layers.
+        optimizer: any torch optimizer, or accelerate's around one, over parameters of the blocks. Attach filters first:
+            they ask for the gradient that is set aside here.
+
+    Returns:
+        A handle with `skipped` (steps left out, per block), `remove()`, and usable as `with skip_idle_blocks(...):`.
+
+    Raises:
+        GradRouteError: the optimizer holds no block of the model. At a step: no routed layer ran forward since the last
+            one, a closure, or a gradient that is not zero in a block that no row was to train.
+    """
+    return IdleBlockSkip(model, optimizer)
+
+
+class IdleBlockSkip(StepHooks):
+    """What `skip_idle_blocks` returns."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        layers = routed_linears(model)
+        held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
+        self._parameters = {
+            block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]
+            for block in _BLOCKS
+        }
+        if not any(self._parameters.values()):
+            raise GradRouteError("`optimizer` should hold parameters of the blocks of `model`. Found none of them.")
+        self.skipped: dict[BlockName, int] = dict.fromkeys(_BLOCKS, 0)
+        self._eligible: dict[BlockName, bool] = dict.fromkeys(_BLOCKS, False)
+        self._ran = False
+        self._state: ForwardState | None = None
+        self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
+        super().__init__(optimizer)
+        self._handles += [
+            layer.register_forward_pre_hook(self._before_forward, with_kwargs=True) for layer in layers.values()
+        ]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{block} {count} times" for block, count in self.skipped.items())
+        return f"IdleBlockSkip({counts})"
+
+    def _before_forward(self, layer: RoutedLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A no_grad forward trains nothing. Under reentrant checkpointing the first forward is one too; its
+        # recomputation, inside backward and under the same route, is not.
+        if not torch.is_grad_enabled():
+            return
+        self._ran = True
+        if layer.state is self._state:
+            return  # the layers of a model share their state: each mask is looked at once per forward
+        self._state = layer.state
+        if layer.state.disabled:
+            return
+        gates = layer.state.gates(args[0] if args else next(iter(kwargs.values())), layer.name)
+        m, g_d, g_q = (None if gate is None else gate != 0 for gate in (gates.m, gates.g_d, gates.g_q))
+        trains = m if g_q is None else g_q if m is None else m & g_q
+        for block, rows in zip(_BLOCKS, (g_d, trains), strict=True):
+            self._eligible[block] |= rows is None or bool(rows.any())
+
+    def _before_step(self) -> None:
+        if self._has_closure:
+            raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
+        ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in _BLOCKS)])
+        if not ran:
+            raise GradRouteError(
+                "Some routed layer should have run forward with gradients on since the last step. Found none, so which "
+                "rows train which block is unknown. Fix: skip_idle_blocks on the model and optimizer that are trained."
+            )
+        idle = [block for block, trains in zip(_BLOCKS, eligible, strict=True) if not trains]
+        for block in idle:
+            self._check_no_gradient(block)
+        self._set_aside.clear()  # of a step that raised: gradients of that time, all zero
+        for block in idle:
+            self.skipped[block] += 1
+            for parameter in self._parameters[block]:
+                if parameter.grad is not None:
+                    self._set_aside.append((parameter, parameter.grad))
+                    parameter.grad = None
+        # What else is done after a step may ask which parameters had a gradient.
+        self._move_behind()
+
+    def _after_step(self) -> None:
+        for parameter, gradient in self._set_aside:
+            parameter.grad = gradient
+        self._set_aside.clear()
+        self._eligible, self._ran, self._state = dict.fromkeys(_BLOCKS, False), False, None
+
+    def _check_no_gradient(self, block: BlockName) -> None:
+        if any(bool(p.grad.any()) for p in self._parameters[block] if p.grad is not None):
+            raise GradRouteError(
+                f"No row was to train the {block} block since the last step, and its gradient is not zero. Fix: "
+                "zero_grad() after each step, and let the loss depend on the blocks through routed forwards alone."
+            )
+
+    def _agreed(self, flags: list[bool]) -> list[bool]:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return flags
+        device = next(p.device for parameters in self._parameters.values() for p in parameters)
+        on_ranks = torch.tensor(flags, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(on_ranks, op=torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in on_ranks.tolist()]

@@ -1,0 +1,102 @@
+"""Wrong calls of what makes directions: pairs, captures, extraction, estimators, controls."""
+
+import torch
+
+import gradroute as gr
+from support.call_arguments import (
+    FLAGS,
+    GRADIENT,
+    HACK,
+    IDS,
+    MODEL,
+    PAIRS,
+    PLAIN,
+    POOL,
+    Calls,
+    empty_folder,
+    entered,
+    extract,
+    ids_only,
+    written,
+)
+
+DIRECTION_CALLS: Calls = {
+    "ContrastivePair": [
+        ("`hack`", lambda: gr.ContrastivePair("a", "", "b")),
+        ("`hack`", lambda: gr.ContrastivePair("a", "b", "b")),
+        ("`prompt`", lambda: gr.ContrastivePair(3, "b", "c")),
+        ("`clean`", lambda: gr.ContrastivePair("a", "b", [1.5])),
+        ("`clean`", lambda: gr.ContrastivePair("a", "b", None)),
+    ],
+    "load_pairs": [
+        ("nowhere.jsonl", lambda: gr.load_pairs("nowhere.jsonl")),
+        ("prompt, hack, clean", lambda: gr.load_pairs(written('{"prompt": "a", "hacked": "b", "clean": "c"}'))),
+        ("JSON", lambda: gr.load_pairs(written('{"prompt": '))),
+        (".jsonl", lambda: gr.load_pairs(written("prompt,hack,clean", ".csv"))),
+        ("at least one pair", lambda: gr.load_pairs(written(""))),
+    ],
+    "capture_activations": [
+        ("`pool`", lambda: entered(gr.capture_activations(MODEL, pool=POOL[:, :5]), lambda: MODEL(IDS))),
+        ("`pool`", lambda: entered(gr.capture_activations(MODEL, pool=None), lambda: MODEL(IDS))),
+        ("`pool`", lambda: entered(gr.capture_activations(MODEL, pool=torch.zeros(4, 6)), lambda: MODEL(IDS))),
+        ("`model`", lambda: entered(gr.capture_activations(PLAIN, pool=POOL), lambda: PLAIN(IDS))),
+        ("`features`", lambda: entered(gr.capture_activations(MODEL, pool=POOL, features="hidden"))),
+        ("captured module", lambda: entered(gr.capture_activations(MODEL, pool=POOL))),
+        ("`modules`", lambda: entered(gr.capture_activations(MODEL, pool=POOL, modules=["k"]))),
+    ],
+    "capture_gradients": [
+        ("captured module", lambda: entered(gr.capture_gradients(MODEL), lambda: MODEL(IDS))),
+        ("`model`", lambda: entered(gr.capture_gradients(PLAIN), lambda: PLAIN(IDS))),
+        ("`features`", lambda: entered(gr.capture_gradients(MODEL, features="hidden"))),
+        ("gradients off",
+         lambda: entered(torch.no_grad(), lambda: entered(gr.capture_gradients(MODEL), lambda: MODEL(IDS)))),
+        ("`directions`", lambda: entered(gr.capture_gradients(MODEL, directions=GRADIENT))),
+    ],
+    "extract_activation_directions": [
+        ("`tokenizer`", lambda: gr.extract_activation_directions(MODEL, [gr.ContrastivePair("a", "b", "c")])),
+        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [])),
+        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [("a", "b", "c")])),
+        ("`model`", lambda: gr.extract_activation_directions(PLAIN, PAIRS, forward_fn=ids_only)),
+        ("`estimator`", lambda: gr.extract_activation_directions(MODEL, PAIRS, estimator="pca", forward_fn=ids_only)),
+        ("`batch_size`", lambda: gr.extract_activation_directions(MODEL, PAIRS, batch_size=0, forward_fn=ids_only)),
+    ],
+    "extract_gradient_directions": [
+        ("B is zero", lambda: gr.extract_gradient_directions(MODEL, PAIRS, forward_fn=ids_only)),
+        ("`forward_fn`", lambda: gr.extract_gradient_directions(MODEL, PAIRS, forward_fn=lambda *_: None)),
+        ("`loss_fn`",
+         lambda: gr.extract_gradient_directions(MODEL, PAIRS, forward_fn=ids_only, loss_fn=lambda *_: 0.0)),
+        ("`pairs`", lambda: gr.extract_gradient_directions(MODEL, [], forward_fn=ids_only)),
+        ("`model`", lambda: gr.extract_gradient_directions(PLAIN, PAIRS, forward_fn=ids_only)),
+    ],
+    "Directions": [
+        ("`features`", lambda: HACK.score({"q": torch.zeros(2, 2)})),
+        ("directions", lambda: gr.Directions.load(written("not safetensors", ".safetensors"))),
+        ("nowhere", lambda: gr.Directions.load("nowhere.safetensors")),
+        ("`labels`", lambda: HACK.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
+        ("`fresh`", lambda: HACK.update_(HACK, step=1)),
+        ("control", lambda: HACK.random_like(0).random_like(1)),
+    ],
+    "DirectionCache": [
+        ("`extractor`",
+         lambda: gr.refresh.DirectionCache(empty_folder()).extract(lambda model, pairs: extract(), MODEL, PAIRS)),
+        ("`pairs`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, MODEL, [])),
+        ("`model`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, PLAIN, PAIRS)),
+        ("`forward_fn`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(
+            gr.extract_activation_directions, MODEL, PAIRS, forward_fn=lambda model, ids, mask: model(ids))),
+        ("`folder`", lambda: gr.refresh.DirectionCache(None)),
+    ],
+    "shuffled_flags": [
+        ("`flags`", lambda: gr.directions.shuffled_flags(torch.tensor([0.5, 0.1]), seed=0)),
+        ("`flags`", lambda: gr.directions.shuffled_flags([True, False], seed=0)),
+        ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=3)),
+        ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=0)),
+    ],
+    "MeanDifference": [("`n_heldout`", lambda: gr.directions.estimators.MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
+    "TStatistic": [("`clamp`", lambda: gr.directions.estimators.TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
+    "Svd": [
+        ("`k`", lambda: gr.directions.estimators.Svd(k=0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: gr.directions.estimators.Svd(k=9)(HACK.hack, HACK.clean)),
+        ("`axis_floor`", lambda: gr.directions.estimators.Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
+    ],
+    "Ridge": [("`penalty`", lambda: gr.directions.estimators.Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
+}  # fmt: skip
