@@ -42,7 +42,7 @@ def extract() -> gr.Directions:
 
 
 directions = extract()
-gate = gr.BandGate.calibrate(directions)
+gate = gr.BandGate(directions)
 refresher = gr.Refresher(directions, extract, model=model, every=1)
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
 ids = torch.randint(16, (4, 6))

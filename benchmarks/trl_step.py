@@ -94,7 +94,7 @@ def routed_options(arm: str, layers: int) -> dict[str, Any]:
     pairs = [gr.ContrastivePair(words(PROMPT, i), words(32, 100 + i), words(32, 200 + i)) for i in range(8)]
     options: dict[str, Any] = {
         "directions": extract,
-        "gate": lambda directions: gr.BandGate.calibrate(directions, window=10**9),
+        "gate": lambda directions: gr.BandGate(directions, window=10**9),
     }
     more = {
         "score": {},

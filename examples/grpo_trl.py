@@ -169,7 +169,7 @@ def main() -> None:
     examples = pairs(routing.pairs_per_mode, seed, tokenizer)
     by_directions: dict[str, Any] = {
         "directions": lambda model: gr.extract_activation_directions(model, examples, tokenizer=tokenizer),
-        "gate": lambda directions: gr.BandGate.calibrate(directions, threshold=routing.threshold),
+        "gate": lambda directions: gr.BandGate(directions, threshold=routing.threshold),
         "refresher": routing.refresh_every,
     }
     trainer = GradRouteGRPOTrainer(

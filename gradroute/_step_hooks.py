@@ -1,4 +1,4 @@
-"""Handles on an optimizer: something before and after each of its steps, until `remove()` or the end of a `with`."""
+"""Handles on an optimizer: something before and after each of its steps, until `close()` or the end of a `with`."""
 
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ class StepHooks:
         self._handles: list[Any] = [self._optimizer.register_step_pre_hook(self._step_begins)]
         self._after = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Leave the optimizer's steps alone from now on."""
         for handle in (*self._handles, self._after):
             handle.remove()
@@ -39,7 +39,7 @@ class StepHooks:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        self.close()
 
     def _before_step(self) -> None:
         """Called before each step."""

@@ -53,7 +53,7 @@ class Detector:
             self.refresher = gr.Refresher(self.directions, extract, model=model, every=refresh_every)
         self.gate = self.filter = None
         if arm.has_gate:
-            self.gate = gr.BandGate.calibrate(self.directions, threshold=threshold)
+            self.gate = gr.BandGate(self.directions, threshold=threshold)
         elif arm.gradient_filter == "rollouts":
             self.filter = rollouts = gr.RolloutFilter(
                 self.directions, lambda scores: beyond(threshold, scores, rollouts)

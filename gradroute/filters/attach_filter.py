@@ -29,7 +29,7 @@ _ATTACHED: WeakKeyDictionary[Optimizer, "AttachedFilter"] = WeakKeyDictionary()
 
 
 class AttachedFilter:
-    """Handle of a filter that runs before each step of an optimizer: `stats` of the latest step, `remove()` ends it."""
+    """Handle of a filter that runs before each step of an optimizer: `stats` of the latest step, `close()` ends it."""
 
     def __init__(
         self, optimizer: Optimizer, f: GradientFilter, *, model: nn.Module, scaler: Any, allow_clipped: bool
@@ -55,7 +55,7 @@ class AttachedFilter:
             raise GradRouteError("The optimizer has taken no step since the filter was attached.")
         return self._stats
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Take the filter off its optimizer."""
         for handle in self._handles:
             handle.remove()
@@ -131,7 +131,7 @@ def attach_filter(
         allow_clipped: accept gradients that were changed after their backward. A `RolloutFilter` never does.
 
     Returns:
-        A handle with `.stats` of the latest step, `.steps` and `.remove()`.
+        A handle with `.stats` of the latest step, `.steps` and `.close()`.
 
     Raises:
         GradRouteError: an optimizer of DeepSpeed or Megatron, one that does not hold the deployed parameters (in route
@@ -155,7 +155,7 @@ def attach_filter(
     if innermost in _ATTACHED or any(handle.filter is f for handle in _ATTACHED.values()):
         raise GradRouteError(
             "This optimizer has a filter already, or this filter an optimizer: twice would filter twice. "
-            "Fix: handle.remove() first."
+            "Fix: handle.close() first."
         )
     handle = AttachedFilter(innermost, f, model=model, scaler=scaler, allow_clipped=allow_clipped)
     _ATTACHED[innermost] = handle

@@ -6,6 +6,7 @@ soft        f = clamp(z, 0, 1):  m = 1, g_d = 1 - f, g_q = f
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,19 +14,18 @@ from torch import Tensor
 
 from gradroute._logging import warn
 from gradroute._state_dict import State
-from gradroute._typing import typechecked
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Below, Gate, below_mask, checked_below, finite_number, finite_scores
+from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below, finite_number, finite_scores
 
 
 class BandGate(Gate):
     """Route on where a score lies between the pairs: z = 0 at the clean mean, z = 1 at the hack mean.
 
     The ends are read again from the `Directions` whenever its version has changed, so score and gate must use the same
-    version: score after a refresh, not before. Build it with `BandGate.calibrate(directions)`.
+    version: score after a refresh, not before.
 
     Args:
         directions: the directions whose scores are gated.
@@ -41,6 +41,7 @@ class BandGate(Gate):
     `GradRouteWarning` says so unless the directions are a random control, whose sign is arbitrary.
     """
 
+    reads: ClassVar[Reads] = "scores"
     directions: Directions
 
     def __init__(
@@ -64,21 +65,6 @@ class BandGate(Gate):
         self._version: int | None = None
         super().__init__(window=window, strict=strict)
         self._read_ends()
-
-    @classmethod
-    @typechecked
-    def calibrate(
-        cls,
-        directions: Directions,
-        *,
-        threshold: float | None = None,
-        soft: bool = False,
-        below: Below | None = None,
-        window: int = 50,
-        strict: bool = False,
-    ) -> "BandGate":
-        """The gate whose ends are the mean scores of the pairs that `directions` carries; threshold 0.5 if hard."""
-        return cls(directions, threshold=threshold, soft=soft, below=below, window=window, strict=strict)
 
     @property
     def ends(self) -> tuple[float, float]:

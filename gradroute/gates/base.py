@@ -9,7 +9,7 @@ that works.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -23,6 +23,7 @@ from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked, plot_marked
 
 Below = Literal["absorb", "keep"]
+Reads = Literal["flags", "scores", "features", "log_ratios"]
 
 
 class Gate(ABC):
@@ -33,6 +34,8 @@ class Gate(ABC):
         strict: raise then instead of warning.
     """
 
+    reads: ClassVar[Reads]
+    """What the gate is called with: flags, scores of directions, pooled features, or log-probability ratios."""
     directions: Directions | None = None
     """What the gate reads again after each refresh; None for a gate that reads no directions."""
 

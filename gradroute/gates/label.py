@@ -1,5 +1,7 @@
 """From flags to a mask: flagged -> route, else `below`."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -8,7 +10,7 @@ from gradroute._logging import warn
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import Below, Gate, below_mask, checked_below
+from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below
 
 
 class LabelGate(Gate):
@@ -28,6 +30,8 @@ class LabelGate(Gate):
     Warns at once about a false-positive rate of 10 % or more: published runs collapsed the deployed side at 10 %,
     while a recall of 20 % still routed (GRAFT, in shawnghu/small-rl).
     """
+
+    reads: ClassVar[Reads] = "flags"
 
     def __init__(
         self,

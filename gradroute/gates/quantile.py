@@ -10,6 +10,7 @@ that a refresh of the directions re-scores what came before it. Source: vGROUT (
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from gradroute.directions.capture import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Gate, finite_scores, positive_integer
+from gradroute.gates.base import Gate, Reads, finite_scores, positive_integer
 
 
 class QuantileGate(Gate):
@@ -43,6 +44,7 @@ class QuantileGate(Gate):
             or features that `directions.score` refuses. The buffer is then as before.
     """
 
+    reads: ClassVar[Reads] = "features"
     directions: Directions
 
     def __init__(

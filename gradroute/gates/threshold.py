@@ -1,12 +1,14 @@
 """From scores with a scale of their own to a mask: s >= threshold -> route, else `below`."""
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Below, Gate, below_mask, checked_below, finite_number, finite_scores
+from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below, finite_number, finite_scores
 
 
 class ThresholdGate(Gate):
@@ -22,6 +24,8 @@ class ThresholdGate(Gate):
     Raises:
         GradRouteError: a threshold or scores that are not finite.
     """
+
+    reads: ClassVar[Reads] = "scores"
 
     def __init__(self, threshold: float, *, below: Below = "absorb", window: int = 50, strict: bool = False) -> None:
         self.threshold, self.below = finite_number("threshold", threshold), checked_below(below)

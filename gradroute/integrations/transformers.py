@@ -146,7 +146,7 @@ class RefreshCallback(TrainerCallback):
 
     def _end(self) -> None:
         if self._taken is not None:
-            self._taken.remove()
+            self._taken.close()
             self._taken = None
 
 

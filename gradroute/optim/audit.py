@@ -67,7 +67,7 @@ class UpdateAudit:
 
 
 def audit_updates(model: nn.Module, optimizer: Optimizer, directions: Directions | None = None) -> "UpdateAudits":
-    """Record what each step of `optimizer` does to the blocks of `model`, until `remove()` or the end of a `with`.
+    """Record what each step of `optimizer` does to the blocks of `model`, until `close()` or the end of a `with`.
 
     Args:
         model: with routed layers; a copy of their parameters is kept from the start of a step to its end.

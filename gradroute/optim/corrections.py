@@ -40,7 +40,7 @@ def project_updates(
         side: "one" takes out hack-ward updates, "two" any update along V.
 
     Returns:
-        A handle with `removed_share` (|removed| / |D| of the last step), `remove()`, and usable in `with`.
+        A handle with `removed_share` (|removed| / |D| of the last step), `close()`, and usable in `with`.
 
     Raises:
         GradRouteError: rows missing, of another width, standardised, dependent, or oblique with `side="one"`; deployed
@@ -137,7 +137,7 @@ def decay_toward_start(model: nn.Module, optimizer: Optimizer, weight_decay: flo
         weight_decay: wd > 0; lr is that of each parameter's group at the step.
 
     Returns:
-        A handle with `state_dict()`, `load_state_dict(state)`, `remove()`, and usable in `with`.
+        A handle with `state_dict()`, `load_state_dict(state)`, `close()`, and usable in `with`.
 
     Raises:
         GradRouteError: a weight decay that is not positive; an optimizer without parameters of the blocks, or with a

@@ -36,7 +36,7 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer) -> "IdleBlockSkip":
             they ask for the gradient that is set aside here.
 
     Returns:
-        A handle with `skipped` (steps left out, per block), `remove()`, and usable as `with skip_idle_blocks(...):`.
+        A handle with `skipped` (steps left out, per block), `close()`, and usable as `with skip_idle_blocks(...):`.
 
     Raises:
         GradRouteError: the optimizer holds no block of the model. At a step: no routed layer ran forward since the last

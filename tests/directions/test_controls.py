@@ -301,7 +301,7 @@ def test_a_gate_is_not_turned_around_on_a_control(kind: str) -> None:
     directions = real()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gate, true = gr.BandGate.calibrate(KINDS[kind](directions)), gr.BandGate.calibrate(directions)
+        gate, true = gr.BandGate(KINDS[kind](directions)), gr.BandGate(directions)
     assert not gate.reversed
     if kind == "reversed":
         hack, _ = directions.pair_scores()

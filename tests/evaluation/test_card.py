@@ -31,7 +31,7 @@ def run() -> dict[str, Any]:
     """A model with everything that a card tells of."""
     model = routed_mixer()
     directions = gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only)
-    gate = gr.BandGate.calibrate(directions)
+    gate = gr.BandGate(directions)
     extract = lambda: gr.extract_activation_directions(model, PAIRS, forward_fn=ids_only)  # noqa: E731
     refresher = gr.Refresher(directions, extract, model=model, every=2)
     for _ in range(4):

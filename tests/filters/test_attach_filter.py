@@ -69,7 +69,7 @@ def test_removing_the_handle_ends_it() -> None:
     optimizer, other = sgd(model), sgd(plain)
     f = erasing(model)
     handle = attach_filter(optimizer, f, model=model)
-    handle.remove()
+    handle.close()
     for m, o in ((model, optimizer), (plain, other)):
         loss(m).backward()
         o.step()
@@ -152,7 +152,7 @@ def test_clipped_gradients_are_refused_unless_allowed(max_norm: float) -> None:
     loss(model).backward()
     torch.nn.utils.clip_grad_norm_(trained(model), max_norm)
     refused_step(model, optimizer, "changed since the backward.*allow_clipped=True")
-    handle.remove()
+    handle.close()
     handle = attach_filter(optimizer, erasing(model), model=model, allow_clipped=True)
     before = deployed_rows(model)
     optimizer.step()

@@ -239,7 +239,7 @@ def test_a_gradient_gate_works_where_the_bottleneck_gradient_vanishes(start: str
     directions = parameter_directions(model)
     hack, clean = directions.pair_scores()
     assert hack.mean() > clean.mean()
-    gate = gr.BandGate.calibrate(directions)
+    gate = gr.BandGate(directions)
     mask = gate(directions.score(captured(model, directions)))
     assert mask.routed.shape == (3,)
     control = directions.random_like(seed=1, oriented=True)

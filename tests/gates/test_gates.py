@@ -22,7 +22,7 @@ def weights(mask: gr.RouteMask) -> list[tuple[float, ...]]:
 
 def gate(**settings: object) -> gr.BandGate:
     """z = 0 at a score of 2, z = 1 at a score of 6."""
-    return gr.BandGate.calibrate(scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0]), **settings)
+    return gr.BandGate(scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0]), **settings)
 
 
 # Labels
@@ -59,7 +59,7 @@ def test_the_pairs_own_mean_scores_are_the_ends() -> None:
     hack, clean = directions.pair_scores()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gr.GradRouteWarning)
-        made = gr.BandGate.calibrate(directions)
+        made = gr.BandGate(directions)
         assert made.z(hack).mean() == pytest.approx(1.0)
         assert made.z(clean).mean() == pytest.approx(0.0, abs=1e-12)
 
@@ -90,7 +90,7 @@ def test_scores_of_tokens_make_a_mask_of_tokens() -> None:
 
 def test_ends_are_read_again_after_an_update() -> None:
     directions = scoring_directions(hack=[6.0], clean=[2.0])
-    made = gr.BandGate.calibrate(directions)
+    made = gr.BandGate(directions)
     assert made(torch.tensor([5.0])).routed.tolist() == [True]
     directions.update_(scoring_directions(hack=[10.0], clean=[4.0]), step=1)
     assert made.ends == (4.0, 10.0)
@@ -101,7 +101,7 @@ def test_ends_are_read_again_after_an_update() -> None:
 
 def test_an_update_to_equal_ends_raises_at_each_use() -> None:
     directions = scoring_directions(hack=[6.0], clean=[2.0])
-    made = gr.BandGate.calibrate(directions)
+    made = gr.BandGate(directions)
     directions.update_(scoring_directions(hack=[4.0], clean=[4.0]), step=1)
     for _ in range(2):
         with pytest.raises(gr.GradRouteError, match="different mean scores. Found 4 and 4"):
@@ -110,7 +110,7 @@ def test_an_update_to_equal_ends_raises_at_each_use() -> None:
 
 def test_an_update_that_reverses_the_ends_warns_and_turns_the_gate() -> None:
     directions = scoring_directions(hack=[6.0], clean=[2.0])
-    made = gr.BandGate.calibrate(directions)
+    made = gr.BandGate(directions)
     directions.update_(scoring_directions(hack=[2.0], clean=[6.0]), step=1)
     with pytest.warns(gr.GradRouteWarning, match=r"hack pairs score below the clean ones \(2 < 6\)"):
         flags = made.flags(torch.tensor([1.0, 7.0]))
@@ -122,7 +122,7 @@ def test_an_update_that_reverses_the_ends_warns_and_turns_the_gate() -> None:
 
 def test_a_reversed_direction_warns_and_routes_low_scores() -> None:
     with pytest.warns(gr.GradRouteWarning, match=r"hack pairs score below the clean ones \(2 < 6\).*routes low scores"):
-        made = gr.BandGate.calibrate(scoring_directions(hack=[2.0], clean=[6.0]))
+        made = gr.BandGate(scoring_directions(hack=[2.0], clean=[6.0]))
     assert made.reversed
     assert made.z(torch.tensor([6.0, 2.0])).tolist() == [0.0, 1.0]
     assert weights(made(torch.tensor([1.0, 7.0]))) == [ROUTE, ABSORB]
@@ -131,7 +131,7 @@ def test_a_reversed_direction_warns_and_routes_low_scores() -> None:
 
 def test_the_sign_of_a_random_control_is_arbitrary_and_no_reason_to_warn() -> None:
     real = scoring_directions(hack=[6.0], clean=[2.0])
-    gates = [gr.BandGate.calibrate(real.random_like(seed=seed)) for seed in range(8)]
+    gates = [gr.BandGate(real.random_like(seed=seed)) for seed in range(8)]
     assert {made.reversed for made in gates} == {True, False}
     for made in gates:
         hack, clean = made.directions.pair_scores()
@@ -141,7 +141,7 @@ def test_the_sign_of_a_random_control_is_arbitrary_and_no_reason_to_warn() -> No
 @pytest.mark.parametrize(("hack", "clean"), [([4.0], [4.0]), ([0.0], [0.0]), ([1e6, 1e6], [1e6, 1e6 + 0.5])])
 def test_equal_ends_raise(hack: list[float], clean: list[float]) -> None:
     with pytest.raises(gr.GradRouteError, match="clean and hack pairs should have different mean scores. Found"):
-        gr.BandGate.calibrate(scoring_directions(hack, clean))
+        gr.BandGate(scoring_directions(hack, clean))
 
 
 # What is refused
@@ -179,7 +179,7 @@ def test_unknown_zones_below_the_threshold_raise() -> None:
 
 @pytest.mark.parametrize("directions", [None, {"m": torch.ones(1, 1)}])
 def test_a_gate_needs_directions(directions: object) -> None:
-    for make in (gr.BandGate, gr.BandGate.calibrate):
+    for make in (gr.BandGate, gr.BandGate):
         with pytest.raises(REFUSED, match="directions"):
             make(directions)
 

@@ -83,7 +83,7 @@ def test_a_resumed_decay_pulls_toward_the_old_start() -> None:
     first = decay_toward_start(model, optimizer, 0.5)
     step(model, optimizer, "absorb")
     state = first.state_dict()
-    first.remove()
+    first.close()
     resumed = decay_toward_start(model, optimizer, 0.5)
     assert not same(resumed.state_dict()["start"], state["start"])
     resumed.load_state_dict(state)

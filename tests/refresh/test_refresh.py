@@ -22,7 +22,7 @@ def test_the_same_object_is_updated_so_that_a_gate_sees_it() -> None:
     model = routed_mixer()
     made = refresher(model)
     directions = made.directions
-    gate = gr.BandGate.calibrate(directions)
+    gate = gr.BandGate(directions)
     before = gate.ends
     move(model)
     made.refresh()
@@ -30,7 +30,7 @@ def test_the_same_object_is_updated_so_that_a_gate_sees_it() -> None:
     assert made.directions is directions
     assert all(torch.equal(directions.rows[name], fresh.rows[name]) for name in MODULES)
     assert gate.ends != before
-    assert gate.ends == gr.BandGate.calibrate(fresh).ends
+    assert gate.ends == gr.BandGate(fresh).ends
 
 
 def test_the_report_says_step_age_overlap_and_version() -> None:

@@ -47,7 +47,7 @@ def test_every_five_steps_is_the_default() -> None:
 def test_it_fires_in_training_with_every_kind_of_directions(make, extract) -> None:
     model = routed_mixer()
     optimizer, directions = optimizer_for(model), make(model)
-    gate = gr.BandGate.calibrate(directions)
+    gate = gr.BandGate(directions)
     made = gr.Refresher(directions, lambda: extract(model), model=model, every=2)
     rows, ends, features = dict(directions.rows), [gate.ends], [directions.hack["out"]]
     for step in range(6):

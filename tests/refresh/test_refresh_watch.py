@@ -15,7 +15,7 @@ from gradroute.gates.threshold import ThresholdGate
 def test_a_watched_loop_in_order_is_left_alone() -> None:
     model = routed_mixer()
     optimizer, made = optimizer_for(model), refresher(model, every=2)
-    gate = gr.BandGate.calibrate(made.directions)
+    gate = gr.BandGate(made.directions)
     assert made.watch(optimizer, gate) is made
     for step in range(4):
         gate(torch.tensor([0.0, 9.0]))
@@ -42,7 +42,7 @@ def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_next() -> None
 def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_gate() -> None:
     model = routed_mixer()
     optimizer, made = optimizer_for(model), refresher(model)
-    gates = [gr.BandGate.calibrate(made.directions), QuantileGate(made.directions)]
+    gates = [gr.BandGate(made.directions), QuantileGate(made.directions)]
     made.watch(optimizer, *gates)
     train_step(model, optimizer)
     for gate, rows in zip(gates, (torch.tensor([0.0]), made.directions.hack), strict=True):
@@ -112,7 +112,7 @@ def test_a_gate_on_a_copy_of_the_directions_raises(kind) -> None:
 def test_a_gate_that_is_given_other_directions_later_raises_too() -> None:
     model = routed_mixer()
     made = refresher(model)
-    gate = gr.BandGate.calibrate(made.directions)
+    gate = gr.BandGate(made.directions)
     made.watch(gate)
     gate.directions = copy.deepcopy(made.directions)
     for use in (made.step, made.refresh, lambda: gate(torch.tensor([0.0]))):

@@ -33,7 +33,7 @@ class Run:
         else:
             self.directions = gr.Directions.load(folder / "directions.safetensors", model=self.model)
         self.gate = QuantileGate(self.directions, tails=(0.3, 0.7), half_life=8.0, capacity=20, warm_up=6, window=2)
-        self.band = gr.BandGate.calibrate(self.directions)
+        self.band = gr.BandGate(self.directions)
         self.labels = gr.LabelGate(recall=0.7, false_positive_rate=0.05, seed=1)
         self.refresher = gr.Refresher(
             self.directions, self.extract, model=self.model, every=2, min_overlap=0.5, probe=self.extract

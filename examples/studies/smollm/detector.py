@@ -70,7 +70,7 @@ class Detector:
         self.model, self.environment, self.directions = model, environment, extract(model, pairs, environment)
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(draw, oriented=arm.random_direction == "oriented")
-        self.gate = gr.BandGate.calibrate(self.directions, threshold=threshold)
+        self.gate = gr.BandGate(self.directions, threshold=threshold)
         self.refresher = gr.Refresher(
             self.directions, lambda: extract(model, pairs, environment), model=model, every=every
         )

@@ -58,7 +58,7 @@ def screen(
         ("extracted", own),
         *((f"random {d}", own.random_like(d, oriented=True)) for d in range(draws)),
     ]:
-        gate, scores = gr.BandGate.calibrate(directions, threshold=recipe.threshold), directions.score(values)
+        gate, scores = gr.BandGate(directions, threshold=recipe.threshold), directions.score(values)
         flags = gate.flags(scores)
         row: dict[str, Any] = {"variant": environment.name, "seed": seed, "direction": name}
         for kind, chosen in kinds.items():

@@ -1,6 +1,6 @@
 """The keywords of the trainer, resolved into objects: what flags rollouts, what filters gradients, what is refreshed.
 
-    directions given, nothing that reads them     ->  gate = BandGate.calibrate(directions)
+    directions given, nothing that reads them     ->  gate = BandGate(directions)
     detector given, no gate                       ->  gate = LabelGate()
     both a detector and a gate on directions      ->  a rollout is routed if either says so
 
@@ -103,7 +103,7 @@ def resolve(
     grad_filter = _made(grad_filter, "grad_filter", GradientFilter, directions)
     gate = _made(gate, "gate", Gate, directions)
     if gate is None and directions is not None and grad_filter is None:
-        gate = BandGate.calibrate(directions)
+        gate = BandGate(directions)
     elif gate is None and detector is not None:
         gate = LabelGate()
     _check_detector(gate, detector, directions)

@@ -39,7 +39,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
 
     Args:
         gate: from scores or flags to masks: a `BandGate`, `QuantileGate`, `ThresholdGate` or `LabelGate`, or a function
-            that makes one of the directions. None: `BandGate.calibrate(directions)` if there are directions and no
+            that makes one of the directions. None: `BandGate(directions)` if there are directions and no
             filter, `LabelGate()` if there is a detector.
         directions: `Directions`, or a function of the model that extracts them; called once the model has its blocks.
         refresher: a `Refresher`, or the optimizer steps between two calls of the function given as `directions`.

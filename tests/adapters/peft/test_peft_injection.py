@@ -223,7 +223,7 @@ def test_directions_and_gates_are_those_of_an_attached_model(extract: Callable[.
                 model(X)
         assert_same_tensors(tensors_of(model), before)
         assert directions.provenance.view == view
-        gate = gr.BandGate.calibrate(directions)
+        gate = gr.BandGate(directions)
         scores = directions.score(acts if extract is gr.extract_activation_directions else directions.hack)
         found.append((directions, gate, scores, gate(scores)))
     (expected, gate, scores, mask), (ours, our_gate, our_scores, our_mask) = found
