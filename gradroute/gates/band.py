@@ -140,6 +140,5 @@ class BandGate(Gate):
         if hi < lo and self.directions.provenance.estimator != "random":
             warn(
                 f"The hack pairs score below the clean ones ({hi:.4g} < {lo:.4g}); the gate routes low scores.",
-                stacklevel=3,
             )
         self._lo, self._hi, self._version = lo, hi, self.directions.version

@@ -55,7 +55,6 @@ class LabelGate(Gate):
             warn(
                 f"`false_positive_rate` is {self.false_positive_rate:g}: routing a tenth of the clean rollouts has "
                 "collapsed the deployed block in published runs. Recall matters less: prefer a stricter monitor.",
-                stacklevel=2,
             )
 
     def __call__(self, flags: Bool[Tensor, "*rows"]) -> RouteMask:
