@@ -28,7 +28,7 @@ class AfterSteps(TrainerCallback):
         if refresher is None:
             return
         state = self._trainer.state
-        if refresher.every is not None and refresher.min_overlap is None and not refresher.reports:
+        if not refresher.reports:
             due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
             left = state.max_steps - state.global_step
             if due > left:
