@@ -128,7 +128,6 @@ def validate_scores(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"
         warn(
             f"The scores are inverted on the labelled rollouts: AUROC {value:.2f} [{found.low:.2f}, {found.high:.2f}]. "
             "Gates would route the clean ones. Fix: take pairs from the distribution of the rollouts.",
-            stacklevel=3,
         )
     return found
 
