@@ -73,7 +73,12 @@ def _are_shares(shares: tuple[float, ...]) -> bool:
 class ArmRuns:
     """One arm: a method, a control, or one random direction, trained with one or more seeds.
 
+<<<<<<< HEAD:gradroute/evaluation/verdict/arms.py
         ArmRuns.from_reports("route", {seed: gr.evaluate_on_off(models[seed], evaluate) for seed in models})
+=======
+        reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
+        ArmRuns.from_reports("route", reports)
+>>>>>>> h-filters-optim:gradroute/evaluation/verdict/arm_runs.py
         ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
 
     Args:

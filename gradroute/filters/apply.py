@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._protocol import routed_layers
+from gradroute._sharding import overwrite
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import overwrite
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 
