@@ -22,7 +22,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import RouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._flagging import Flagging, rollout_table
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
