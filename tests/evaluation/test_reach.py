@@ -116,15 +116,10 @@ def test_sampling_from_the_models_own_random_state_is_repeated_and_left_as_found
     assert model.training
 
 
-def test_it_starts_from_the_on_view_and_runs_outside_of_routes() -> None:
+def test_it_starts_from_the_on_view() -> None:
     model = model_of()
     with gr.ablate_quarantine(model), pytest.raises(gr.GradRouteError, match="on view"):
         gr.evaluation.assert_ablation_reaches(model, greedy)
-    keep = gr.RouteMask.zones(["keep"] * 3)
-    with gr.route(model, keep):
-        # Under this mask both views would be the same: m is 0.
-        assert gr.evaluation.assert_ablation_reaches(model, logprobs) == 1.0
-        model(input_ids=token_ids())
 
 
 @pytest.mark.parametrize("output", [[], "text", 3])

@@ -11,7 +11,7 @@ from support.tiny_models import peft_model, token_ids
 
 import gradroute as gr
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 
 # Directions
