@@ -83,7 +83,7 @@ class ArmRuns:
 
         Args:
             name: of the arm, for reports.
-            runs: seed -> mode -> outcomes. A seed is what tells the runs of one arm apart and all arms share: the RL seed,
+            runs: seed -> mode -> outcomes. A seed tells the runs of one arm apart, and all arms share it: the RL seed,
                 or (base seed, RL seed). Runs of the same seed are compared with each other.
 
         Raises:
