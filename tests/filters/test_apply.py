@@ -158,10 +158,20 @@ def test_rescaling_what_is_only_rounding_raises() -> None:
         apply_filter(model, ProjectionFilter(along, mode="erase", preserve_magnitude=True))
 
 
-@pytest.mark.parametrize("mode", ["erase", "measure"])
-def test_a_filter_runs_once_on_a_gradient(mode: str) -> None:
+def test_measuring_again_changes_nothing_and_tells_the_same() -> None:
     model = lora()
-    f = ProjectionFilter(drawn_directions(model), mode=mode)
+    f = ProjectionFilter(drawn_directions(model), mode="measure")
+    first = apply_filter(model, f)
+    assert apply_filter(model, f) == first
+    erased = apply_filter(model, ProjectionFilter(drawn_directions(model), mode="erase"))
+    assert erased.cin == first.cin
+    # What the other filter has left.
+    assert apply_filter(model, f).cin == pytest.approx(erased.cout)
+
+
+def test_a_filter_changes_a_gradient_once() -> None:
+    model = lora()
+    f = ProjectionFilter(drawn_directions(model), mode="erase")
     apply_filter(model, f)
     with pytest.raises(GradRouteError, match="filtered by this filter already"):
         apply_filter(model, f)
