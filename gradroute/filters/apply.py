@@ -46,7 +46,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
         GradRouteError: a module without a direction, a gradient that is None, not finite, or that `f` has changed
             already; gradients in a form that cannot be filtered (FSDP1, DeepSpeed). Nothing is written then.
     """
-    instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")
+    instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)

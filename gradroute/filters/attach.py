@@ -50,7 +50,7 @@ def attach_filter(
             mode, the quarantine's too), or one that has a filter already; `f` is attached elsewhere. From `step()`:
             the reason why the filter cannot run, and the step is not taken.
     """
-    instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")
+    instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     check_module(model)
     for wrapper in unwrapped(optimizer):
         if _is_of_engine(wrapper):
