@@ -6,10 +6,9 @@ changes steps is kept by its optimizer, since nobody else need hold it.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -35,19 +34,6 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
             f"`optimizer` should be a torch optimizer, or accelerate's around one. Found {type(optimizer).__name__}."
         )
     return innermost[0]
-
-
-def check_held(optimizers: Sequence[Any], parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise unless every trainable one of `parameters` (by the names to report) is in one of the optimizers."""
-    groups = (group for optimizer in optimizers for group in torch_optimizer(optimizer).param_groups)
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    missing = list(dict.fromkeys(name for name, p in parameters if p.requires_grad and id(p) not in held))
-    if missing:
-        raise GradRouteError(
-            f"`optimizer` should hold every trainable parameter of the blocks. It lacks those of {missing[:5]}"
-            f"{' ...' if len(missing) > 5 else ''}, which it would never train. Fix: make the optimizer after attach, "
-            "and after wrapping or moving the model, from deployed_parameters(model) and quarantine_parameters(model)."
-        )
 
 
 class WeakHook:

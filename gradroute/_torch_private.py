@@ -1,9 +1,10 @@
 """Everything that is read from private names of torch, in one file, so that a new version breaks in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def backward_task() -> int:
@@ -32,3 +33,8 @@ def is_still_scaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
         return False
     stage = scaler._per_optimizer_states.get(id(optimizer), {}).get("stage")
     return stage is None or stage.name == "READY"
+
+
+def times_written(tensors: Iterable[Tensor]) -> int:
+    """How often these tensors were written in place, as torch counts. No value is read, so no device is waited for."""
+    return sum(tensor._version for tensor in tensors)

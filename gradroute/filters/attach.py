@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._checks import instance_of
+from gradroute._optimized import check_held
 from gradroute._protocol import check_module, routed_layers
-from gradroute._step_hooks import StepHooks, WeakHook, check_held, torch_optimizer, unwrapped
+from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer, unwrapped
 from gradroute._torch_private import backward_task, call_after_backward, is_still_scaled
 from gradroute.errors import GradRouteError
 from gradroute.filters.apply import apply_filter

@@ -99,7 +99,6 @@ class ProjectionFilter(GradientFilter):
             warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what side={side!r} takes for "
                 'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".',
-                stacklevel=2,
             )
 
     @property

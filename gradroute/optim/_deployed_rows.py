@@ -43,7 +43,6 @@ class DeployedRows:
             warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what passes for hack-ward may be "
                 'the opposite. Fix: extract_gradient_directions, or side="two".',
-                stacklevel=4,
             )
         self.directions, self.side = directions, side
         self._layers = routed_layers(model)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._optimized import block_parameters, check_held
 from gradroute._sharding import check_layout, whole, wide
-from gradroute._step_hooks import StepHooks, check_held
+from gradroute._step_hooks import StepHooks
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
@@ -101,7 +102,7 @@ class UpdateAudits(StepHooks):
         for block in self._blocks:
             for name, parameter in block.items():
                 check_layout(name, parameter)
-        check_held([optimizer, *others], (each for block in self._blocks for each in block.items()))
+        check_held([optimizer, *others], block_parameters(model))
         self._before: list[dict[str, Tensor]] = []
         self._rows_before: dict[str, Tensor] = {}
         self._latest: UpdateAudit | None = None

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._optimized import block_parameters, check_held
 from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
-from gradroute._step_hooks import StepHooks, check_held, torch_optimizer
+from gradroute._step_hooks import StepHooks, torch_optimizer
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError, GradRouteError
@@ -157,7 +158,7 @@ class DecayTowardStart(StepHooks):
             raise GradRouteError(f"`weight_decay` should be a positive number. Found {weight_decay!r}.")
         self.weight_decay = float(weight_decay)
         blocks = {**dict(deployed_parameters(model)), **dict(quarantine_parameters(model))}
-        check_held([optimizer, *others], blocks.items())
+        check_held([optimizer, *others], block_parameters(model))
         self._start: dict[str, Tensor] = {}
         self._names = {id(p): name for name, p in blocks.items()}
         for group in torch_optimizer(optimizer).param_groups:

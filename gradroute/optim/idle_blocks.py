@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._optimized import block_parameters, check_held
 from gradroute._protocol import BlockName
-from gradroute._step_hooks import StepHooks, WeakHook, check_held, torch_optimizer
+from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import GradRouteError
 
@@ -52,10 +53,7 @@ class IdleBlockSkip(StepHooks):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         layers = routed_linears(model)
-        check_held(
-            [optimizer, *others],
-            ((name, p) for name, layer in layers.items() for block in _BLOCKS for p in layer.block_parameters(block)),
-        )
+        check_held([optimizer, *others], block_parameters(model))
         held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
         self._parameters = {
             block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]

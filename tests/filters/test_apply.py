@@ -117,6 +117,7 @@ def test_modules_without_a_direction_and_directions_without_a_module_raise() -> 
 # Gradients
 
 
+@pytest.mark.corner("a block has no gradient when the filter runs", "`GradRouteError`; no gradient is touched")
 def test_a_gradient_of_none_raises_and_leaves_the_others_alone() -> None:
     model = lora()
     f = ProjectionFilter(drawn_directions(model), mode="erase", side="two")
@@ -169,6 +170,7 @@ def test_measuring_again_changes_nothing_and_tells_the_same() -> None:
     assert apply_filter(model, f).cin == pytest.approx(erased.cout)
 
 
+@pytest.mark.corner("a filter is applied to the same gradient twice", "`GradRouteError`")
 def test_a_filter_changes_a_gradient_once() -> None:
     model = lora()
     f = ProjectionFilter(drawn_directions(model), mode="erase")
