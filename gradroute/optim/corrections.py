@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._checks import positive_number
 from gradroute._optimized import block_parameters, check_held
 from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
@@ -154,9 +155,7 @@ class DecayTowardStart(StepHooks):
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, weight_decay: float, others: Sequence[Optimizer]
     ) -> None:
-        if isinstance(weight_decay, bool) or not 0 < weight_decay < math.inf:
-            raise GradRouteError(f"`weight_decay` should be a positive number. Found {weight_decay!r}.")
-        self.weight_decay = float(weight_decay)
+        self.weight_decay = positive_number("weight_decay", weight_decay)
         blocks = {**dict(deployed_parameters(model)), **dict(quarantine_parameters(model))}
         check_held([optimizer, *others], block_parameters(model))
         self._start: dict[str, Tensor] = {}
