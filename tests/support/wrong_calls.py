@@ -82,7 +82,7 @@ def reprs() -> tuple[list[str], list[str]]:
         gr.RolloutFilter(GRADIENT), gr.RolloutFilter(GRADIENT, lambda scores: scores > 0), gr.BandGate(HACK),
         gr.ThresholdGate(0.5), gr.LabelGate(), gr.QuantileGate(HACK), gr.evaluation.Rate(1, 2), RECORD, ROUTE, gr.evaluation.Criteria(),
         gr.evaluation.Controls(SHUFFLE), gr.evaluation.Controls(SHUFFLE, [RANDOM]), gr.directions.estimators.Svd(k=2), gr.directions.estimators.Ridge(), gr.directions.estimators.MeanDifference(),
-        gr.directions.estimators.TStatistic(), gr.refresh.DirectionCache("directions"), gr.parameter_summary(MODEL), outcomes(3), validation,
+        gr.directions.estimators.TStatistic(), gr.parameter_summary(MODEL), outcomes(3), validation,
         gr.check_model(MODEL), gr.check_model(nn.MultiheadAttention(4, 2)),
     ]  # fmt: skip
     tables = [REPORT, HACK.summary(), gr.evaluation.dose_curve(MODEL, lambda _: [RECORD])]
