@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from torch import nn
 from support.language_models import PAIRS, Mixer, ids_only, routed_mixer
 from support.refreshing import REFUSED, ablated, activations, move, refresher
+from torch import nn
 
 import gradroute as gr
 
@@ -175,5 +175,5 @@ def test_extraction_with_other_names_of_the_modules_is_refused_for_that() -> Non
     wrapped = nn.Sequential(model)
     made = refresher(model, lambda: gr.extract_activation_directions(wrapped, PAIRS, forward_fn=ids_only))
     move(model)
-    with pytest.raises(gr.errors.RefreshError, match="same modules and shapes. Different: .*'0.q', 'k'"):
+    with pytest.raises(gr.errors.RefreshError, match="should have the same modules"):
         made.refresh()

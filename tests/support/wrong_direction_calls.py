@@ -14,7 +14,6 @@ from support.call_arguments import (
     POOL,
     Calls,
     entered,
-    extract,
     ids_only,
     written,
 )
