@@ -28,27 +28,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._logging import warn
+from gradroute._parameter_rows import check_directions, orthonormal_rows, scaled_rows
+from gradroute._per_rollout import block_kind
 from gradroute._protocol import BlockName, RoutedLayer
+from gradroute._sharding import as_blocks, as_row, full_gradient, wide
 from gradroute.adapters.svd_gain import SvdGain
-from gradroute.directions.directions import Directions, unit
+from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import (
-    as_blocks,
-    as_row,
-    block_kind,
-    check_directions,
-    full_gradient,
-    scaled_rows,
-    wide,
-)
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.stats import FilterStats, Sided, SquaredNorms, shares, squared_norms
 
 Mode = Literal["measure", "erase", "route"]
 Side = Literal["one", "two", "reverse"]
-
-# Above this cosine between two rows, the hack-ward orthant of the rows and that of an orthonormal basis differ.
-_OBLIQUE = 1e-3
 
 
 class ProjectionFilter(GradientFilter):
@@ -140,6 +131,9 @@ class ProjectionFilter(GradientFilter):
         pooled, modules = shares(norms)
         return FilteredGradients(writes, FilterStats(self._sided, pooled, modules))
 
+    def describe(self) -> str:
+        return f"none: the part of the deployed gradient along the direction was filtered ({self.mode})"
+
     @property
     def _sided(self) -> Sided:
         return "two" if self.side == "two" else "one"
@@ -203,29 +197,6 @@ class ProjectionFilter(GradientFilter):
         text = f"ProjectionFilter({self.mode}, side={self.side!r}, overshoot={self.overshoot:g}"
         text += ", preserve_magnitude" if self.preserve_magnitude else ""
         return f"{text}, {self.directions!r})"
-
-
-def orthonormal_rows(name: str, rows: Float[Tensor, "k d"], *, signs_matter: bool) -> Float[Tensor, "k d"]:
-    """Gram-Schmidt in the order of the rows, which keeps their signs.
-
-    Raises:
-        GradRouteError: dependent rows, or rows that are not orthogonal although the signs of `V g` matter.
-    """
-    if not len(rows):
-        return wide(rows)
-    rows = unit(wide(rows))
-    oblique = (rows @ rows.T).fill_diagonal_(0).abs().max().item()
-    if signs_matter and oblique > _OBLIQUE:
-        raise GradRouteError(
-            f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward along "
-            f'one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or side="two".'
-        )
-    Q, R = torch.linalg.qr(rows.T)
-    lengths = torch.diagonal(R)
-    if rows.shape[0] > rows.shape[1] or lengths.abs().min() < 1e-4:
-        raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
-    basis: Tensor = (Q * lengths.sign()).T.contiguous()
-    return basis
 
 
 def _with_removed(

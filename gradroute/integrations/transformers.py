@@ -25,7 +25,7 @@ from gradroute._step_hooks import StepHooks
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.route import route
 from gradroute.errors import GradRouteError, RefreshError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._logging import warn
+from gradroute._parameter_rows import check_directions, orthonormal_rows
 from gradroute._protocol import routed_layers
+from gradroute._sharding import as_row, check_layout, whole
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import as_row, check_directions, check_layout, whole
-from gradroute.filters.projection import orthonormal_rows
 
 Side = Literal["one", "two"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._sharding import check_layout, whole, wide
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import check_layout, whole, wide
 from gradroute.optim._deployed_rows import DeployedRows
 
 

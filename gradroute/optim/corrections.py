@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, torch_optimizer
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError, GradRouteError
-from gradroute.filters._deployed_gradient import as_blocks, as_row, overwrite, whole
 from gradroute.optim._deployed_rows import DeployedRows, Side
 
 _MOMENTS = ("exp_avg", "momentum_buffer")

@@ -18,7 +18,7 @@ from support.models import gradients
 import gradroute as gr
 from gradroute._protocol import routed_layers
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 
 MODELS = {"lora": lora, "gain": gains}

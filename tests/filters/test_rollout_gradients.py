@@ -111,7 +111,7 @@ def test_the_parameters_of_svd_gains_are_their_gains() -> None:
 def test_layers_that_train_neither_matrices_nor_gains_have_no_parameter_features() -> None:
     model = routed_mixer()
     model.k.block_parameters = lambda block: iter([model.k.lora_A])
-    with pytest.raises(gr.GradRouteError, match="train A and B, or gains. Found a QuarantineLoRA"):
+    with pytest.raises(gr.GradRouteError, match="`k` should train LoRA matrices or gains. Found a QuarantineLoRA"):
         captured(model)
 
 

@@ -41,6 +41,7 @@ def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_next() -> None
     assert made.step() is None
 
 
+@pytest.mark.corner("an optimizer step without `refresher.step()`", "the watched gate raises at its next call")
 def test_a_step_that_the_refresher_does_not_hear_of_raises_at_the_gate() -> None:
     model = routed_mixer()
     optimizer, made = optimizer_for(model), refresher(model)
@@ -287,6 +288,7 @@ def test_a_gate_without_directions_cannot_be_reached_by_a_refresh(make) -> None:
         refresher(routed_mixer()).watch(make())
 
 
+@pytest.mark.corner("a gate holds a copy of the directions that are refreshed", "`watch` raises `RefreshError`")
 @pytest.mark.parametrize("kind", [gr.BandGate, QuantileGate])
 def test_a_gate_on_a_copy_of_the_directions_raises(kind) -> None:
     made = refresher(routed_mixer())

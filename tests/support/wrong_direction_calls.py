@@ -3,6 +3,7 @@
 import torch
 
 import gradroute as gr
+from gradroute.directions.estimators import MeanDifference, Ridge, Svd, TStatistic
 from support.call_arguments import (
     FLAGS,
     GRADIENT,
@@ -80,12 +81,12 @@ DIRECTION_CALLS: Calls = {
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=3)),
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=0)),
     ],
-    "MeanDifference": [("`n_heldout`", lambda: gr.directions.estimators.MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
-    "TStatistic": [("`clamp`", lambda: gr.directions.estimators.TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
+    "MeanDifference": [("`n_heldout`", lambda: MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
+    "TStatistic": [("`clamp`", lambda: TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
     "Svd": [
-        ("`k`", lambda: gr.directions.estimators.Svd(k=0)(HACK.hack, HACK.clean)),
-        ("`k`", lambda: gr.directions.estimators.Svd(k=9)(HACK.hack, HACK.clean)),
-        ("`axis_floor`", lambda: gr.directions.estimators.Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: Svd(k=0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: Svd(k=9)(HACK.hack, HACK.clean)),
+        ("`axis_floor`", lambda: Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
     ],
-    "Ridge": [("`penalty`", lambda: gr.directions.estimators.Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
+    "Ridge": [("`penalty`", lambda: Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
 }  # fmt: skip

@@ -16,7 +16,8 @@ from gradroute.adapters.check import check_model
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.card._method import Blocks, RoutedBy, blocks_of, directions_of, masks_of
-from gradroute.evaluation.on_off import GROUPS, OnOffReport
+from gradroute.evaluation.on_off import OnOffReport
+from gradroute.evaluation.rates import GROUPS
 from gradroute.evaluation.verdict.criteria import Criteria
 from gradroute.evaluation.verdict.verdict import Verdict
 from gradroute.refresh.refresher import Refresher

@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._before_use import before_use
 from gradroute._protocol import routed_layers
+from gradroute._sharding import overwrite
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import overwrite
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 

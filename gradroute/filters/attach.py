@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._protocol import check_module, routed_layers
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters.apply import apply_filter
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 

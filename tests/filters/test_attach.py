@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
-from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters import apply_filter, attach_filter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
 
