@@ -26,6 +26,13 @@ def instance_of(
     return value
 
 
+def integer_from_zero(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> int:
+    """`value`, if it is 0, 1, 2 or so on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise error(f"`{argument}` should be an integer from 0 on. Found {value!r}.")
+    return value
+
+
 def one_of(argument: str, value: Any, options: Sequence[T], error: type[GradRouteError] = GradRouteError) -> T:
     """`value`, if it is one of `options`."""
     if value not in options:

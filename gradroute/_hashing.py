@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from gradroute._protocol import BlockName, RoutedLayer, routed_layers
+from gradroute._protocol import RoutedLayer, routed_layers
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -91,15 +90,3 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     bits = [p.detach().reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
-
-
-def trained_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape, type and bytes of both blocks of every layer, and of all else that is trained."""
-    blocks: tuple[BlockName, ...] = ("deployed", "quarantine")
-    in_blocks = {id(p) for layer in routed_layers(model).values() for b in blocks for p in layer.block_parameters(b)}
-    values = {
-        name: parameter.detach().cpu().contiguous().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or id(parameter) in in_blocks
-    }
-    return hashlib.sha256(save(values)).hexdigest()

@@ -11,8 +11,8 @@ Hooks = TypeVar("Hooks", bound="StepHooks")
 
 
 def torch_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps: accelerate and others wrap it, and hooks on the wrapper would never run."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    """The optimizer that takes the steps: hooks on a wrapper (accelerate's, DeepSpeed's) would never run."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise GradRouteError(

@@ -55,6 +55,7 @@ def test_without_flags_both_are_the_plain_group_advantage() -> None:
     assert found.full.any()
 
 
+@pytest.mark.corner("every rollout of a group is flagged", "clean advantages are 0; the quarantine trains")
 @pytest.mark.parametrize("std_normalize", [False, True])
 def test_a_group_with_all_rows_flagged_trains_the_quarantine_only(std_normalize: bool) -> None:
     found = advantages([1, 0, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0], 3, std_normalize=std_normalize)
@@ -70,6 +71,7 @@ def test_a_single_unflagged_row_is_its_own_baseline(std_normalize: bool) -> None
     assert found.full.all()
 
 
+@pytest.mark.corner("all rewards of a group are equal", "both advantages are exactly 0")
 @pytest.mark.parametrize("std_normalize", [False, True])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1e8])
 def test_a_group_without_spread_is_exactly_zero(reward: float, std_normalize: bool) -> None:

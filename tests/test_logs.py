@@ -95,11 +95,6 @@ def test_what_is_quick_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_a_bar_changes_no_result_and_no_key_of_a_cache(tmp_path: Any) -> None:
+def test_a_bar_changes_no_result() -> None:
     model = routed_mixer()
     assert torch.equal(extracted(model, progress=False).rows["q"], extracted(model).rows["q"])
-    cache = gr.refresh.DirectionCache(tmp_path)
-    settings = {"forward_fn": ids_only}
-    cache.extract(gr.extract_activation_directions, model, PAIRS, **settings)
-    cache.extract(gr.extract_activation_directions, model, PAIRS, progress=False, **settings)
-    assert (cache.hits, cache.misses) == (1, 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradroute._before_use import before_use
 from gradroute._protocol import routed_layers
 from gradroute._sharding import overwrite
 from gradroute.errors import GradRouteError
@@ -47,6 +48,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     """
     if not isinstance(f, GradientFilter):
         raise GradRouteError(f"`f` should be a ProjectionFilter or a RolloutFilter. Found {type(f).__name__}.")
+    before_use(f)
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)

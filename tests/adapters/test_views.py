@@ -114,6 +114,7 @@ def test_a_view_changes_no_parameter_and_ends_with_an_exception(view: object) ->
     assert flags == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.corner("an optimizer step inside an open ablation", "the view shows the new parameters")
 def test_a_view_made_before_an_optimizer_step_shows_the_parameters_after_it() -> None:
     model = routed_tower()
     with gr.ablate_quarantine(model):
@@ -157,6 +158,7 @@ def test_nested_rows_of_different_batches_raise() -> None:
             pass
 
 
+@pytest.mark.corner("two views are left in another order than they were entered", "`RouteError`")
 def test_views_left_in_another_order_than_entered_raise() -> None:
     model = routed_tower()
     outer, inner = gr.ablate_quarantine(model), gr.ablate_quarantine(model, 0.5)

@@ -117,6 +117,7 @@ def test_modules_without_a_direction_and_directions_without_a_module_raise() -> 
 # Gradients
 
 
+@pytest.mark.corner("a block has no gradient when the filter runs", "`GradRouteError`; no gradient is touched")
 def test_a_gradient_of_none_raises_and_leaves_the_others_alone() -> None:
     model = lora()
     f = ProjectionFilter(drawn_directions(model), mode="erase", side="two")
@@ -158,6 +159,7 @@ def test_rescaling_what_is_only_rounding_raises() -> None:
         apply_filter(model, ProjectionFilter(along, mode="erase", preserve_magnitude=True))
 
 
+@pytest.mark.corner("a filter is applied to the same gradient twice", "`GradRouteError`")
 @pytest.mark.parametrize("mode", ["erase", "measure"])
 def test_a_filter_runs_once_on_a_gradient(mode: str) -> None:
     model = lora()

@@ -179,6 +179,9 @@ def test_a_step_without_a_forward_raises() -> None:
         optimizer.step()
 
 
+@pytest.mark.corner(
+    "a block without eligible rows has a gradient from another loss", "`GradRouteError` before the step"
+)
 def test_a_gradient_from_elsewhere_in_an_idle_block_raises() -> None:
     model = routed_tower()
     optimizer = adamw(model)
@@ -189,6 +192,7 @@ def test_a_gradient_from_elsewhere_in_an_idle_block_raises() -> None:
         optimizer.step()
 
 
+@pytest.mark.corner("the optimizer step itself raises", "gradients are as they were")
 def test_a_step_that_raises_leaves_nothing_behind() -> None:
     model = routed_tower()
     optimizer = adamw(model)

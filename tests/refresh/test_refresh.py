@@ -89,6 +89,7 @@ def test_deployed_parameters_that_did_not_move_are_no_error_and_are_reported() -
     assert not made.step().moved
 
 
+@pytest.mark.corner("a step exchanges two weights, so that every sum stays", "counts as moved parameters")
 def test_a_swap_of_two_weights_is_a_move() -> None:
     model = routed_mixer()
     stale = ablated(model)

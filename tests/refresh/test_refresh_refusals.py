@@ -62,6 +62,9 @@ def test_an_extract_that_returns_the_same_object_raises() -> None:
     assert made.directions.version == 0
 
 
+@pytest.mark.corner(
+    "`extract` returns cached features of an earlier policy", "`RefreshError` once the deployed parameters have moved"
+)
 def test_a_stale_cache_raises_once_the_deployed_parameters_moved() -> None:
     model = routed_mixer()
     cache = ablated(model)
@@ -90,6 +93,7 @@ def test_features_that_do_not_depend_on_the_trained_blocks_raise() -> None:
         made.refresh()
 
 
+@pytest.mark.corner("`extract` reads a copy of the model that is not trained", "`RefreshError`")
 def test_extraction_from_a_copy_of_the_model_raises() -> None:
     model = routed_mixer()
     frozen = copy.deepcopy(model)
@@ -158,6 +162,7 @@ def test_extraction_with_other_settings_raises() -> None:
         made.refresh()
 
 
+@pytest.mark.corner("two refreshers update the same directions", "`RefreshError`")
 def test_two_refreshers_of_the_same_directions_raise() -> None:
     model = routed_mixer()
     first = refresher(model)

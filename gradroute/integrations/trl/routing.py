@@ -8,7 +8,6 @@ A function stands for what can be made once the model has its blocks: `direction
 `grad_filter(directions)`; `refresher=5` makes a `Refresher` out of such a function.
 """
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from gradroute.filters.rollout import RolloutFilter
 from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate
 from gradroute.gates.label import LabelGate
-from gradroute.gates.threshold import ThresholdGate
 from gradroute.refresh.refresher import Refresher
 
 Detector = Callable[..., Any]
@@ -40,38 +38,60 @@ def directions_from(pairs: str | Path, tokenizer: Any, **options: Any) -> Callab
     Args:
         pairs: a file that `load_pairs` reads; it is read now.
         tokenizer, options: as the extractor takes them.
+
+    The trainer calls the function with the quarantine ablated, which is the view that it scores rollouts in.
     """
     loaded = load_pairs(pairs)
     return lambda model: extract_activation_directions(model, loaded, tokenizer=tokenizer, **options)
 
 
 @dataclass
-class RoutingOptions:
-    """What the trainer was given, resolved and checked against each other."""
+class Routing:
+    """`trainer.routing`: what the run routes by, resolved from the trainer's keywords and checked against each other.
+
+    Args:
+        gate: decides over rollouts before their backward; None with a filter alone.
+        directions: what rollouts are scored with, or the filter reads.
+        refresher: keeps the directions fresh; None where they stay as they were extracted.
+        filter: of the gradients, once per optimizer step.
+        detector: called like a reward function; returns flags or scores.
+        clean_baseline: whether the deployed block's advantages are relative to unflagged rollouts.
+        ablated_per_group: how many rollouts of a group are sampled without the quarantine.
+    """
 
     gate: Gate | None
     directions: Directions | None
     refresher: Refresher | None
-    grad_filter: GradientFilter | None
+    filter: GradientFilter | None
     detector: Detector | None
     clean_baseline: bool
     ablated_per_group: int
 
     @property
     def detector_scores(self) -> bool:
-        """Whether the detector returns scores, for a threshold, and not flags."""
-        return isinstance(self.gate, ThresholdGate) and self.detector is not None
+        """Whether the detector returns scores and not flags: for a gate that reads scores and holds no directions."""
+        return self.detector is not None and self.gate is not None and reads_given_scores(self.gate)
+
+    @property
+    def detector_decides(self) -> bool:
+        """Whether the gate is called with the detector's answers."""
+        return self.detector_scores or (self.gate is not None and self.gate.reads == "flags")
 
     @property
     def by_rollout(self) -> RolloutFilter | None:
         """The filter, if it decides on whole rollouts and has to see their backward."""
-        return self.grad_filter if isinstance(self.grad_filter, RolloutFilter) else None
+        return self.filter if isinstance(self.filter, RolloutFilter) else None
 
     @property
     def all_directions(self) -> list[Directions]:
         """Each `Directions` that a checkpoint has to carry, once."""
-        held = [self.directions, *(getattr(each, "directions", None) for each in (self.gate, self.grad_filter))]
+        held = [self.directions, *(getattr(each, "directions", None) for each in (self.gate, self.filter))]
         return list({id(each): each for each in held if each is not None}.values())
+
+
+def reads_given_scores(gate: Gate) -> bool:
+    """Whether `gate` takes scores of whatever origin: a `ThresholdGate`, and not a gate that holds directions."""
+    return gate.reads == "scores" and gate.directions is None
 
 
 def resolve(
@@ -85,7 +105,7 @@ def resolve(
     clean_baseline: bool | None,
     ablated_per_group: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> RoutingOptions:
+) -> Routing:
     """Make what is given as functions, fill in what follows from the rest, and refuse what contradicts itself.
 
     Raises:
@@ -106,14 +126,14 @@ def resolve(
         gate = BandGate(directions)
     elif gate is None and detector is not None:
         gate = LabelGate()
-    _check_detector(gate, detector, directions)
+    _check_gate(gate, detector, directions)
     refresher = _refresher(refresher, directions, extract, model)
-    options = RoutingOptions(gate, directions, refresher, grad_filter, detector, False, ablated_per_group)
-    options.clean_baseline = _clean_baseline(options, clean_baseline)
-    _check_something_routes(options)
+    routing = Routing(gate, directions, refresher, grad_filter, detector, False, ablated_per_group)
+    routing.clean_baseline = _clean_baseline(routing, clean_baseline)
+    _check_something_routes(routing)
     if refresher is not None and gate is not None and gate.directions is refresher.directions:
         refresher.watch(gate)
-    return options
+    return routing
 
 
 def _is_function(given: Any, kind: type) -> bool:
@@ -144,21 +164,33 @@ def _made(given: Any, argument: str, kind: type, directions: Directions | None) 
     return given
 
 
-def _check_detector(gate: Gate | None, detector: Any, directions: Directions | None) -> None:
-    if detector is not None and (not callable(detector) or inspect.iscoroutinefunction(detector)):
-        raise GradRouteError(f"`detector` should be a function like a reward function, not async. Found {detector!r}.")
-    if gate is not None and gate.reads == "flags" and detector is None:
-        raise GradRouteError(
-            f"A {type(gate).__name__} needs labels. Found no `detector`. Fix: detector=..., or another gate."
-        )
-    if isinstance(gate, ThresholdGate) and detector is None and directions is None:
-        raise GradRouteError("A ThresholdGate needs scores. Found neither `detector` nor `directions`.")
-    read = gate.directions if gate is not None else None
-    read = directions if isinstance(gate, ThresholdGate) and detector is None else read
-    if read is not None and read.provenance.source != "activation":
+def _check_gate(gate: Gate | None, detector: Any, directions: Directions | None) -> None:
+    """Everything that the gate reads has to be there, in the form in which rollouts have it."""
+    if detector is not None and not callable(detector):
+        raise GradRouteError(f"`detector` should be a function like a reward function. Found {detector!r}.")
+    if gate is None:
+        return
+    name = type(gate).__name__
+    if gate.reads == "log_ratios":
+        raise GradRouteError(f"`gate` should read flags, scores or features. Found a {name}, which reads log ratios.")
+    if gate.reads == "flags" and detector is None:
+        raise GradRouteError(f"A {name} needs labels. Found no `detector`. Fix: detector=..., or another gate.")
+    by_detector = detector is not None and reads_given_scores(gate)
+    if gate.reads == "flags" or by_detector:
+        return
+    read = gate.directions or directions
+    if read is None:
+        raise GradRouteError(f"A {name} needs scores. Found neither `detector` nor `directions`.")
+    if read.provenance.source != "activation":
         raise GradRouteError(
             "A gate scores rollouts by activations, before their backward. Found directions of gradients. Fix: "
             "grad_filter=RolloutFilter(directions), which scores them in the backward that trains."
+        )
+    if read.provenance.view != "ablated":
+        raise GradRouteError(
+            "`directions` should be extracted with the quarantine ablated, since rollouts are scored that way. Found "
+            f"directions of the view {read.provenance.view!r}. Fix: with gradroute.ablate_quarantine(model): extract; "
+            "or directions=lambda model: extract_activation_directions(model, pairs), which the trainer calls ablated."
         )
 
 
@@ -177,34 +209,34 @@ def _refresher(
     raise GradRouteError(f"`refresher` should be a Refresher, or a number of optimizer steps. Found {given!r}.")
 
 
-def _clean_baseline(options: RoutingOptions, asked: bool | None) -> bool:
-    flags = options.gate is not None
+def _clean_baseline(routing: Routing, asked: bool | None) -> bool:
+    flags = routing.gate is not None
     if asked and not flags:
         raise GradRouteError(
             "`clean_baseline=True` is the mean over unflagged rollouts. Found nothing that flags before backward. "
             "Fix: gate=, directions= or detector=, or leave it out."
         )
-    if asked and options.by_rollout is not None:
+    if asked and routing.by_rollout is not None:
         raise GradRouteError(
             "`clean_baseline=True` with a RolloutFilter, which decides after backward over which rollouts a baseline "
             "would be taken. Fix: clean_baseline=False."
         )
-    return asked if asked is not None else flags and options.by_rollout is None
+    return asked if asked is not None else flags and routing.by_rollout is None
 
 
-def _check_something_routes(options: RoutingOptions) -> None:
-    if options.gate is None and options.grad_filter is None and not options.ablated_per_group:
+def _check_something_routes(routing: Routing) -> None:
+    if routing.gate is None and routing.filter is None and not routing.ablated_per_group:
         raise GradRouteError(
             "Found nothing to route by: the quarantine would learn whatever the deployed block learns. Fix: "
             "directions=, gate=, detector= or grad_filter=; or TRL's own trainer."
         )
-    if isinstance(options.gate, ThresholdGate) and options.detector is None:
-        return  # scores of the directions
-    readers = [getattr(each, "directions", None) for each in (options.gate, options.grad_filter)]
-    refreshed = options.refresher and options.refresher.directions
-    for argument, given in (("directions", options.directions), ("refresher", refreshed)):
+    if routing.gate is not None and reads_given_scores(routing.gate) and not routing.detector_scores:
+        return  # the gate gets scores of the directions
+    readers = [getattr(each, "directions", None) for each in (routing.gate, routing.filter)]
+    refreshed = routing.refresher and routing.refresher.directions
+    for argument, given in (("directions", routing.directions), ("refresher", refreshed)):
         if given is not None and given not in readers:
             raise GradRouteError(
                 f"`{argument}` should be of directions that a gate or a filter reads. Found none that holds them: "
-                f"gate {options.gate!r}, grad_filter {options.grad_filter!r}."
+                f"gate {routing.gate!r}, grad_filter {routing.filter!r}."
             )
