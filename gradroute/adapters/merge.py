@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
 from gradroute.adapters.attach import detach
-from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
@@ -83,6 +84,9 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
         block = layer.deployed
+        check_in_memory(name, block.A, block.B)
+        if isinstance(layer, WrappedLinear):
+            check_in_memory(name, layer.base_weight())  # PEFT fetches the weights that it merges into
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             raise GradRouteError(
                 f"The deployed block of `{name}` should be finite. Found inf or nan. Fix: go back to an earlier step."

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradroute._hashing import deployed_hash, hash_in_card
+from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer, check_module, routed_layers
 from gradroute._wrappers import plain_name, unwrapped
 from gradroute.adapters.peft._reload import check_reloads
@@ -121,6 +122,7 @@ def _base_name(model: nn.Module, name: str) -> str:
 
 
 def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
     A = torch.cat([block.A.detach() for block in blocks])
     # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
     dtype = torch.promote_types(A.dtype, torch.float32)
