@@ -32,14 +32,14 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     layers = routed_linears(model)
     _check_mergeable(layers)
     _check_untied(model)
-    if hasattr(model, "merge_and_unload"):
+    if not any(isinstance(layer, WrappedLinear) for layer in layers.values()):
+        if not hasattr(model, "merge_and_unload"):
+            _unload_injected(model, layers)
+            return model
         peft_model: Any = model
         with ablate_quarantine(model):
             merged: nn.Module = peft_model.merge_and_unload()
         return merged
-    if any(hasattr(layer, "merge") for layer in layers.values()):
-        _unload_injected(model, layers)
-        return model
     deltas = [(layer.deployed, layer.base_weight()) for layer in layers.values()]
     detach(model)
     with torch.no_grad():

@@ -104,7 +104,7 @@ def _plain_twin(model: nn.Module) -> nn.Module:
             twin: nn.Module = object.__new__(type(module))
             twins[module] = twin
             state = {name: value for name, value in module.__dict__.items() if name not in _MARKS}
-            hooks = {name: OrderedDict() for name, value in state.items() if _is_hooks(name, value)}
+            hooks: dict[str, Any] = {name: OrderedDict() for name, value in state.items() if _is_hooks(name, value)}
             children = {n: None if child is None else twin_of(child) for n, child in module._modules.items()}
             own = {name: dict(state[name]) for name in ("_parameters", "_buffers")}
             twin.__dict__.update({**state, **hooks, **own, "_modules": children})

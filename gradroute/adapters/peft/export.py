@@ -25,6 +25,8 @@ from gradroute._wrappers import plain_name, unwrapped
 from gradroute.adapters.peft._reload import check_reloads
 from gradroute.errors import GradRouteError, GradRouteWarning
 
+BlocksOf = Callable[[RoutedLayer], list[Block]]
+
 _PREFIX = "base_model.model."
 
 
@@ -80,9 +82,37 @@ def _card_of(model: nn.Module, file: Path, *, given: bool) -> str | None:
     return None if found is None else file.read_text(encoding="utf-8")
 
 
-def _export(model: nn.Module, path: Path, blocks_of: Callable[[RoutedLayer], list[Block]]) -> None:
+def export_refusal(model: nn.Module) -> str | None:
+    """Why `export_deployed` would refuse the model; None if it would not."""
+    try:
+        _plain_lora(unwrapped(model), lambda layer: [layer.deployed])
+    except GradRouteError as error:
+        return str(error)
+    return None
+
+
+def _export(model: nn.Module, path: Path, blocks_of: BlocksOf) -> None:
     check_module(model)
     model = unwrapped(model)
+    config, factors = _plain_lora(model, blocks_of)
+    whole = _trained_whole(model)
+    if whole:
+        warnings.warn(
+            f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(_PREFIX)}` (`modules_to_save`): "
+            "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model.",
+            GradRouteWarning,
+            stacklevel=3,
+        )
+    tensors = {
+        f"{_PREFIX}{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def _plain_lora(model: nn.Module, blocks_of: BlocksOf) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """The config and the factors by name in the base model, which stock PEFT is known to load."""
     layers = {_base_name(model, name): layer for name, layer in routed_layers(model).items()}
     factors = {name: _folded(name, blocks_of(layer)) for name, layer in layers.items()}
     r = max(A.shape[0] for A, _ in factors.values())
@@ -100,20 +130,7 @@ def _export(model: nn.Module, path: Path, blocks_of: Callable[[RoutedLayer], lis
         inference_mode=True,
     )
     check_reloads(model, config, factors)
-    whole = _trained_whole(model, trained)
-    if whole:
-        warnings.warn(
-            f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(_PREFIX)}` (`modules_to_save`): "
-            "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model.",
-            GradRouteWarning,
-            stacklevel=3,
-        )
-    tensors = {
-        f"{_PREFIX}{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(path))
+    return config, factors
 
 
 def _base_name(model: nn.Module, name: str) -> str:
@@ -161,9 +178,9 @@ def _peft_config(model: nn.Module) -> Any:
     return None if configs is None else configs[layer.routed_adapter]
 
 
-def _trained_whole(model: nn.Module, config: Any) -> dict[str, Tensor]:
+def _trained_whole(model: nn.Module) -> dict[str, Tensor]:
     """The modules that PEFT trained whole (`modules_to_save`); both exports carry them."""
-    if config is None:
+    if _peft_config(model) is None:
         return {}
     layer: Any = next(iter(routed_layers(model).values()))
     state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter, save_embedding_layers=False)

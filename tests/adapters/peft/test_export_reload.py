@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.models import Tower, randomize_blocks
-from support.tiny_models import config, llama, moe_with_dense_layers
 from support.peft_cases import Case, assert_near, unnamed_base
+from support.tiny_models import config, llama, moe_with_dense_layers
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
