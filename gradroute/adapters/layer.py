@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
 from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
 from gradroute.adapters._checkpointing import record_forward
@@ -174,6 +175,8 @@ class WrappedLinear(RoutedLinear):
         return self.base_layer.out_features
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        if "_hf_hook" in self.__dict__ and torch.is_grad_enabled() and is_offloaded(self):
+            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
         return self.with_blocks(x, self.base_layer)
 
     def extra_repr(self) -> str:
@@ -248,6 +251,7 @@ def _check_linear(base_layer: nn.Module) -> None:
             "`base_layer` is the output projection of nn.MultiheadAttention, which reads its weight and never calls "
             "it: blocks there would never run. Fix: exclude it from `target_modules`."
         )
+    check_not_offloaded("base_layer", base_layer)
     if not base_layer.weight.is_floating_point():
         raise TargetError(f"`base_layer` should have floating point weights. Found {base_layer.weight.dtype}.")
 

@@ -1,7 +1,8 @@
 """What to route on: directions from contrastive pairs, and the features of rollouts that are scored along them.
 
-`load_pairs` reads pairs, `extract_activation_directions` and `extract_gradient_directions` make `Directions` of them with
-an estimator of `gradroute.directions.estimators`, `capture_activations` and `capture_gradients` read what is scored."""
+`load_pairs` reads pairs, `extract_activation_directions` and `extract_gradient_directions` make `Directions` of them
+with an estimator of `gradroute.directions.estimators`; `capture_activations` and `capture_gradients` read what is
+scored."""
 
 from gradroute.directions.capture import Capture, capture_activations, capture_gradients
 from gradroute.directions.controls import shuffled_flags

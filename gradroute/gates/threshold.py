@@ -5,10 +5,11 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import finite_number, one_of
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below, finite_number, finite_scores
+from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
 
 
 class ThresholdGate(Gate):
@@ -28,13 +29,16 @@ class ThresholdGate(Gate):
     reads: ClassVar[Reads] = "scores"
 
     def __init__(self, threshold: float, *, below: Below = "absorb", window: int = 50, strict: bool = False) -> None:
-        self.threshold, self.below = finite_number("threshold", threshold), checked_below(below)
+        self.threshold, self.below = finite_number("threshold", threshold), one_of("below", below, BELOW)
         super().__init__(window=window, strict=strict)
 
     def __call__(self, scores: Float[Tensor, "*rows"]) -> RouteMask:
         self._before_call()
         routed = finite_scores(scores) >= self.threshold
         return self._counted(below_mask(routed, self.below), routed)
+
+    def describe(self) -> str:
+        return below_sentence(self.below)
 
     def settings(self) -> State:
         return {"threshold": self.threshold, "below": self.below}

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from gradroute._optimized import check_optimized
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.route import route
 from gradroute.errors import GradRouteError, RefreshError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats
@@ -53,7 +54,8 @@ class RefreshCallback(TrainerCallback):
         if not isinstance(refresher, Refresher):
             raise RefreshError(f"`refresher` should be a Refresher. Found {type(refresher).__name__}.")
         self.refresher, self.gates = refresher, list(gates)
-        refresher.watch(*self.gates)
+        if self.gates:
+            refresher.watch(*self.gates)
         self._loaded_at: int | None = None
         self._counted = refresher.steps
         self._taken: _StepsTaken | None = None
@@ -96,17 +98,17 @@ class RefreshCallback(TrainerCallback):
             )
         self._loaded_at = None
         refresher, left = self.refresher, state.max_steps - state.global_step
-        if refresher.every is not None and refresher.min_overlap is None:
-            due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
-            if due > left:
-                raise RefreshError(
-                    f"`every` should be less: no refresh would come due in the {left} steps of this run, the first "
-                    f"after {due}. Fix: Refresher(every=...), or no RefreshCallback for frozen directions."
-                )
+        due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
+        if due > left:
+            raise RefreshError(
+                f"`every` should be less: no refresh would come due in the {left} steps of this run, the first "
+                f"after {due}. Fix: Refresher(every=...), or no RefreshCallback for frozen directions."
+            )
         self._counted = refresher.steps
         self._end()
         # DeepSpeed steps inside backward, on an optimizer of its own: there only its word counts.
         if not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
+            check_optimized(refresher.model, [kwargs["optimizer"]], RefreshError)
             self._taken = _StepsTaken(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

@@ -38,6 +38,7 @@ def test_checkpointed_equals_plain_with_the_route_around_forward_and_backward(us
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
+@pytest.mark.corner("the route is closed before backward, with activation checkpointing", "`RouteError` in backward")
 @both_modes
 def test_a_route_closed_before_backward_raises(use_reentrant: bool) -> None:
     model = routed_tower()
@@ -57,6 +58,7 @@ def test_a_sticky_route_cleared_before_backward_raises(use_reentrant: bool) -> N
         loss.backward()
 
 
+@pytest.mark.corner("backward runs under another route than the checkpointed forward", "`RouteError` in backward")
 @both_modes
 def test_backward_under_another_route_raises(use_reentrant: bool) -> None:
     model = routed_tower()

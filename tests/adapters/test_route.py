@@ -115,6 +115,9 @@ def test_per_row_per_token_and_packed_masks_agree() -> None:
         torch.testing.assert_close(per_packed_token[name], rows[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.corner(
+    "the route is closed before backward, without checkpointing", "exact: the masks are saved in the graph"
+)
 def test_closing_the_route_before_backward_is_exact() -> None:
     model, (x, upstream), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     inside = routed_backward(model, mask, x, upstream)
@@ -125,6 +128,7 @@ def test_closing_the_route_before_backward_is_exact() -> None:
     assert all(torch.equal(inside[name], gradient) for name, gradient in gradients(model).items())
 
 
+@pytest.mark.corner("two routed forwards before one backward", "exact: each forward keeps its mask")
 def test_two_routed_forwards_before_one_backward_keep_their_own_masks() -> None:
     model, (x, upstream) = routed_tower(), batch()
     first, second = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])
@@ -176,6 +180,9 @@ def test_a_mask_that_does_not_fit_the_batch_raises(shape: tuple[int, ...], zones
         model(torch.zeros(shape, dtype=torch.float64))
 
 
+@pytest.mark.corner(
+    "a targeted layer does not run under the route", "`RouteError` at the end of the block, naming the layers"
+)
 def test_a_layer_that_did_not_run_raises_at_exit() -> None:
     model, (x, _) = routed_tower(), batch()
     with pytest.raises(gr.errors.RouteError, match="1 of 2 routed layers did not run.*`upper`"):
@@ -184,6 +191,7 @@ def test_a_layer_that_did_not_run_raises_at_exit() -> None:
     assert not model.upper.has_open_route
 
 
+@pytest.mark.corner("only backward is inside the route, the forward was before it", "`RouteError`")
 def test_a_backward_of_a_forward_without_a_route_raises_inside_one() -> None:
     model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     loss = model(x).sum()
@@ -247,6 +255,9 @@ def test_other_rows_run_while_a_route_is_suspended_and_do_not_count() -> None:
         model(x[:2])
 
 
+@pytest.mark.corner(
+    "the only forward under the route has the adapters disabled", "`RouteError`: a reference pass is no routed forward"
+)
 def test_a_reference_pass_with_adapters_off_does_not_count_as_running() -> None:
     model, (x, _) = routed_tower(), batch()
     with pytest.raises(gr.errors.RouteError, match="did not run"), gr.route(model, gr.RouteMask.zones(ZONES)):

@@ -3,6 +3,7 @@
 import torch
 
 import gradroute as gr
+from gradroute.directions.estimators import MeanDifference, Ridge, Svd, TStatistic
 from support.call_arguments import (
     FLAGS,
     GRADIENT,
@@ -13,9 +14,7 @@ from support.call_arguments import (
     PLAIN,
     POOL,
     Calls,
-    empty_folder,
     entered,
-    extract,
     ids_only,
     written,
 )
@@ -76,27 +75,18 @@ DIRECTION_CALLS: Calls = {
         ("`fresh`", lambda: HACK.update_(HACK, step=1)),
         ("control", lambda: HACK.random_like(0).random_like(1)),
     ],
-    "DirectionCache": [
-        ("`extractor`",
-         lambda: gr.refresh.DirectionCache(empty_folder()).extract(lambda model, pairs: extract(), MODEL, PAIRS)),
-        ("`pairs`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, MODEL, [])),
-        ("`model`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, PLAIN, PAIRS)),
-        ("`forward_fn`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(
-            gr.extract_activation_directions, MODEL, PAIRS, forward_fn=lambda model, ids, mask: model(ids))),
-        ("`folder`", lambda: gr.refresh.DirectionCache(None)),
-    ],
     "shuffled_flags": [
         ("`flags`", lambda: gr.directions.shuffled_flags(torch.tensor([0.5, 0.1]), seed=0)),
         ("`flags`", lambda: gr.directions.shuffled_flags([True, False], seed=0)),
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=3)),
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=0)),
     ],
-    "MeanDifference": [("`n_heldout`", lambda: gr.directions.estimators.MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
-    "TStatistic": [("`clamp`", lambda: gr.directions.estimators.TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
+    "MeanDifference": [("`n_heldout`", lambda: MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
+    "TStatistic": [("`clamp`", lambda: TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
     "Svd": [
-        ("`k`", lambda: gr.directions.estimators.Svd(k=0)(HACK.hack, HACK.clean)),
-        ("`k`", lambda: gr.directions.estimators.Svd(k=9)(HACK.hack, HACK.clean)),
-        ("`axis_floor`", lambda: gr.directions.estimators.Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: Svd(k=0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: Svd(k=9)(HACK.hack, HACK.clean)),
+        ("`axis_floor`", lambda: Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
     ],
-    "Ridge": [("`penalty`", lambda: gr.directions.estimators.Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
+    "Ridge": [("`penalty`", lambda: Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
 }  # fmt: skip

@@ -26,6 +26,7 @@ METHODS = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_save_checkpoint": ("model", "trial"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "get_high_entropy_mask": ("entropies", "mask", "threshold"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "log": ("logs", "start_time"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
