@@ -28,7 +28,8 @@ def check_on_view(model: nn.Module) -> None:
     views = sorted({layer.view for layer in layers.values()} - {"on"})
     if views:
         raise GradRouteError(
-            f"`model` should be in its on view. Found {views[0]!r}. Fix: leave ablate_quarantine / disable_adapters first."
+            f"`model` should be in its on view. Found {views[0]!r}. "
+            "Fix: leave ablate_quarantine / disable_adapters first."
         )
     routed = [name for name, layer in layers.items() if layer.has_open_route]
     if routed:
