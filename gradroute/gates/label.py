@@ -113,6 +113,7 @@ class LabelGate(Gate):
             precision = self._hits / (self._hits + self._false_alarms)
             complaints.append(
                 f"{self!r} routed more clean rows than hacks in {self.window} calls: its precision was "
-                f"{precision:.2f}. The deployed block loses what those rows would have taught it. Fix: fewer false positives."
+                f"{precision:.2f}. The deployed block loses what those rows would have taught it. "
+                "Fix: fewer false positives."
             )
         return complaints
