@@ -49,6 +49,13 @@ def positive_integer(argument: str, value: Any, error: type[GradRouteError] = Gr
     return value
 
 
+def positive_number(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:
+    """`value` as a float, if it is positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise error(f"`{argument}` should be a positive finite number. Found {value!r}.")
+    return float(value)
+
+
 def share(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:
     """`value` as a float, if it lies in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

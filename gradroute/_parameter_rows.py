@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._logging import warn
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import wide
 from gradroute.directions.directions import Directions, unit
@@ -21,7 +22,7 @@ _OBLIQUE = 1e-3
 
 
 def check_directions(directions: Directions, layers: Mapping[str, RoutedLayer], filter_name: str) -> None:
-    """Raise unless `directions` were extracted from every layer, and from none besides.
+    """Raise unless `directions` were extracted from exactly these layers.
 
     A layer that they were extracted from and that has no rows was dropped as noise, by an estimator that was asked to.
     """
@@ -32,6 +33,16 @@ def check_directions(directions: Directions, layers: Mapping[str, RoutedLayer], 
             f"`directions` of the {filter_name} should name every routed layer of `model` and nothing else. Without a "
             f"direction: {missing[:5] or 'none'}; not in the model: {unknown[:5] or 'none'}. Fix: extract from this "
             "very model object, wrapped or unwrapped alike, and with modules=None."
+        )
+
+
+def warn_without_sign(directions: Directions) -> None:
+    """Warn that of directions of activations nobody knows which side is hack-ward; random ones have none anyway."""
+    provenance = directions.provenance
+    if provenance.source != "gradient" and provenance.estimator != "random":
+        warn(
+            f"`directions` of {provenance.source}s have no sign in gradient space: what passes for hack-ward may be "
+            'the opposite. Fix: extract_gradient_directions, or side="two".'
         )
 
 

@@ -34,7 +34,7 @@ ALLOWED = {
     "schemes": SHARED | {"adapters"},
     "gates": SHARED | BLOCKS_AND_DIRECTIONS | {"gates"},
     "filters": SHARED | BLOCKS_AND_DIRECTIONS | {"filters"},
-    "refresh": SHARED | BLOCKS_AND_DIRECTIONS | {"gates", "refresh"},
+    "refresh": SHARED | BLOCKS_AND_DIRECTIONS | {"filters", "gates", "refresh"},
     "optim": SHARED | BLOCKS_AND_DIRECTIONS | {"filters", "optim"},
     "evaluation": SHARED | BLOCKS_AND_DIRECTIONS | METHODS | {"evaluation"},
     "integrations": SHARED | BLOCKS_AND_DIRECTIONS | METHODS | {"evaluation", "integrations"},

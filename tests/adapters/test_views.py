@@ -192,3 +192,17 @@ def test_rows_that_do_not_fit_the_batch_raise() -> None:
     with pytest.raises(gr.errors.RouteError, match=r"ablation rows.*\(3,\).*\(4,\)"):
         with gr.ablate_quarantine(model, rows=torch.tensor([True, False, True])):
             model(X)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32])
+def test_the_scale_of_ablated_rows_is_not_rounded_to_the_default_type(default: torch.dtype) -> None:
+    model, rows = routed_tower(), torch.tensor([True, False, False, True])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with gr.ablate_quarantine(model, 0.3, rows=rows):
+            output = model(X)
+    finally:
+        torch.set_default_dtype(before)
+    expected = reference(model, torch.where(rows, torch.tensor(0.3, dtype=torch.float64), 1.0))
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)

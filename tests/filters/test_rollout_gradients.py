@@ -314,7 +314,7 @@ def test_directions_go_with_parameter_features_alone(settings: dict) -> None:
 def test_directions_of_another_shape_raise() -> None:
     model = routed_mixer()
     bottleneck = gr.extract_gradient_directions(model, PAIRS, forward_fn=ids_only)
-    with pytest.raises(gr.GradRouteError, match="`directions` should be 24 wide here. Found 2"):
+    with pytest.raises(gr.GradRouteError, match="`directions` of `q` should be 24 wide. Found 2"):
         captured(model, bottleneck)
 
 

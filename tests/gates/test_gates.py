@@ -363,3 +363,13 @@ def test_a_gate_says_what_it_reads_and_which_rows_train_which_block() -> None:
     for made, (reads, sentence) in said.items():
         assert made.reads == reads
         assert made.describe().startswith(sentence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scores_of_half_precision_are_compared_in_float32(dtype: torch.dtype) -> None:
+    """In bf16 the z of 0.7438 is 0.742: the row would not be routed, and a soft weight be off by 0.2 %."""
+    directions, scores = scoring_directions(hack=[5.03], clean=[1.01]), torch.tensor([4.0, 1.0], dtype=dtype)
+    assert gr.BandGate(directions, threshold=0.7435)(scores).routed.tolist() == [True, False]
+    mask = gr.BandGate(directions, soft=True)(scores)
+    assert mask.g_q.dtype == torch.promote_types(dtype, torch.float32)
+    assert mask.g_q.tolist() == pytest.approx([2.99 / 4.02, 0.0], abs=1e-6)

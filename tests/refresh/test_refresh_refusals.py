@@ -5,6 +5,7 @@ import copy
 import pytest
 from support.language_models import PAIRS, Mixer, ids_only, routed_mixer
 from support.refreshing import REFUSED, ablated, activations, move, refresher
+from torch import nn
 
 import gradroute as gr
 
@@ -171,3 +172,13 @@ def test_two_refreshers_of_the_same_directions_raise() -> None:
     first.refresh()
     with pytest.raises(gr.errors.RefreshError, match="updated by this refresher alone. Found version 1 instead of 0"):
         second.refresh()
+
+
+def test_extraction_with_other_names_of_the_modules_is_refused_for_that() -> None:
+    """A wrapper around the model names them otherwise; that no name is shared does not make features the same."""
+    model = routed_mixer()
+    wrapped = nn.Sequential(model)
+    made = refresher(model, lambda: gr.extract_activation_directions(wrapped, PAIRS, forward_fn=ids_only))
+    move(model)
+    with pytest.raises(gr.errors.RefreshError, match="should have the same modules"):
+        made.refresh()

@@ -109,7 +109,7 @@ def test_an_optimizer_that_was_made_before_attach_raises() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     gr.attach(model, r=2, lora_alpha=4.0, target_modules=MODULES)
     made = refresher(model)
-    message = r"none that holds 16 of 16, those of `q`, `k`, `v` and 1 layers more: .*make the optimizer after attach"
+    message = r"lacks 16 of 16, those of `q`, `k`, `v` and 1 layers more: .*make the optimizer after attach"
     with pytest.raises(gr.errors.RefreshError, match=message):
         made.watch(optimizer)
     optimizer.step()
@@ -120,7 +120,7 @@ def test_an_optimizer_of_one_block_raises_unless_the_other_is_frozen(missing: in
     model = routed_mixer()
     made, optimizers = refresher(model), one_per_block(model)
     del optimizers[missing]
-    with pytest.raises(gr.errors.RefreshError, match="none that holds 8 of 16.*give all of them in one call"):
+    with pytest.raises(gr.errors.RefreshError, match="lacks 8 of 16.*name all of them"):
         made.watch(*optimizers)
     for _, parameter in (gr.deployed_parameters, gr.quarantine_parameters)[missing](model):
         parameter.requires_grad_(False)
@@ -131,7 +131,7 @@ def test_an_optimizer_of_another_model_raises_and_nothing_is_watched() -> None:
     model = routed_mixer()
     made = refresher(model)
     gate, other = gr.BandGate(made.directions), optimizer_for(routed_mixer())
-    with pytest.raises(gr.errors.RefreshError, match="should hold every parameter of both blocks"):
+    with pytest.raises(gr.errors.RefreshError, match="should hold every parameter of the blocks"):
         made.watch(gate, other)
     made.step()
     gate(torch.tensor([0.0]))
