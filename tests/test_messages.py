@@ -17,6 +17,8 @@ from support.public_names import PUBLIC, RETURNED
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 TESTS = Path(__file__).parent
 # What says what should have been, and what was instead.
 EXPECTED = (
@@ -52,6 +54,7 @@ def is_clear(answer: dict[str, str]) -> bool:
     return answer["type"] in OURS and named in message and bool(says)
 
 
+@pytest.mark.slow
 def test_every_wrong_call_is_answered_clearly(answered: dict[str, Any]) -> None:
     assert len(answered["answers"]) > 200
     assert [answer for answer in answered["answers"] if not is_clear(answer)] == []
@@ -73,6 +76,7 @@ def test_a_message_that_is_not_clear_is_seen(kind: str, message: str) -> None:
     assert not is_clear({"named": "`model`", "type": kind, "message": message})
 
 
+@pytest.mark.slow
 def test_every_public_name_is_called_wrongly(answered: dict[str, Any]) -> None:
     called = [answer["function"] for answer in answered["answers"]]
     assert set(called) | UNCALLED | ERRORS == PUBLIC.keys()
@@ -80,6 +84,7 @@ def test_every_public_name_is_called_wrongly(answered: dict[str, Any]) -> None:
     assert sum(called.count(name) >= 5 for name in set(called)) >= 35
 
 
+@pytest.mark.slow
 def test_reprs_are_a_readable_line_or_a_table(answered: dict[str, Any]) -> None:
     lines, tables = answered["lines"], answered["tables"]
     assert len(lines) > 30
