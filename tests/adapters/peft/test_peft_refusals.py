@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 LLAMA = Case("llama")
 OPTIONS = {field.name for field in dataclasses.fields(LoraConfig)}
 
