@@ -25,10 +25,12 @@ class AfterSteps(TrainerCallback):
         if refresher is None:
             return
         check_comes_due(refresher, self._trainer.state.max_steps - self._trainer.state.global_step)
-        optimizer = torch_optimizer(self._trainer.optimizer)
-        if id(optimizer) not in self._watched:
-            refresher.watch(optimizer)
-            self._watched.add(id(optimizer))
+        # DeepSpeed steps inside backward, on an optimizer of its own.
+        if not type(self._trainer.optimizer).__name__.startswith("DeepSpeed"):
+            optimizer = torch_optimizer(self._trainer.optimizer)
+            if id(optimizer) not in self._watched:
+                refresher.watch(optimizer)
+                self._watched.add(id(optimizer))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The optimizer has stepped, and the gradients are gone."""
