@@ -5,6 +5,7 @@ for programs that filter those.
 """
 
 import logging
+import sys
 import warnings
 
 from gradroute.errors import GradRouteWarning
@@ -14,7 +15,16 @@ logger = logging.getLogger("gradroute")
 logger.addHandler(logging.NullHandler())
 
 
-def warn(message: str, *, stacklevel: int = 2) -> None:
-    """A `GradRouteWarning` at the caller's line, and a line in the log; `stacklevel` as for `warnings.warn`."""
+_BETWEEN = {
+    "accelerate", "beartype", "contextlib", "functools", "gradroute", "jaxtyping", "torch", "transformers", "trl"
+}  # fmt: skip
+"""Packages that may lie between the user's line and a warning."""
+
+
+def warn(message: str) -> None:
+    """A `GradRouteWarning` at the user's line, however deep in the library it is found, and a line in the log."""
     logger.warning("%s", " ".join(message.split()))
-    warnings.warn(message, GradRouteWarning, stacklevel=stacklevel + 1)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, GradRouteWarning, stacklevel=level)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
 
@@ -129,7 +130,7 @@ def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[st
                     f"Adapter {adapter!r} should have a quarantine in `{name}`. Found plain LoRA: the layer was made "
                     "for an adapter without one. Fix: add the adapter with a quarantine first, or unload the other one."
                 )
-        names = [name for name, layer in layers.items() if _has_adapter(layer, adapter)]
+        names = [plain_name(name) for name, layer in layers.items() if _has_adapter(layer, adapter)]
         targets = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
         idle = [str(t) for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
         for pattern in (*config.rank_pattern, *config.alpha_pattern):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.language_models import IMPORT_HOOK, PAIRS, ids_only, routed_mixer, scoring_directions
+from support.language_models import PAIRS, ids_only, routed_mixer, scoring_directions
 
 import gradroute as gr
 from gradroute import _progress as progress
@@ -35,10 +35,22 @@ def test_a_warning_is_raised_and_one_line_in_the_log(caplog: pytest.LogCaptureFi
         gr.BandGate(scoring_directions([0.0, 0.0], [2.0, 2.0]))
     assert [(r.name, r.levelno) for r in caplog.records] == [("gradroute", logging.WARNING)]
     assert caplog.records[0].getMessage() == str(found[0].message)
-    with pytest.warns(gr.GradRouteWarning, match="false_positive_rate") as found:
-        gr.LabelGate(false_positive_rate=0.2)
-    # At the line of the caller, where it can be filtered and found; the import hook puts itself in between.
-    assert IMPORT_HOOK or found[0].filename == __file__
+
+
+def test_a_warning_points_to_the_users_line_however_deep_it_is_found() -> None:
+    directions = scoring_directions([2.0], [0.0])
+    gate, soft = gr.BandGate(directions, window=1), gr.BandGate(directions, soft=True)
+    directions.update_(scoring_directions([0.0], [2.0]), step=1)
+    for warns, message in (
+        (lambda: gr.LabelGate(false_positive_rate=0.2), "false_positive_rate"),
+        (lambda: soft(torch.tensor([1.0])), "score below the clean"),
+        (lambda: gate.reversed, "score below the clean"),
+        (lambda: gate(torch.tensor([9.0])), "routed nothing"),
+        (lambda: directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])), "AUROC"),
+    ):
+        with pytest.warns(gr.GradRouteWarning, match=message) as found:
+            warns()
+        assert [each.filename for each in found] == [__file__]
 
 
 def test_the_logger_prints_nothing_unless_asked() -> None:
@@ -83,11 +95,6 @@ def test_what_is_quick_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_a_bar_changes_no_result_and_no_key_of_a_cache(tmp_path: Any) -> None:
+def test_a_bar_changes_no_result() -> None:
     model = routed_mixer()
     assert torch.equal(extracted(model, progress=False).rows["q"], extracted(model).rows["q"])
-    cache = gr.refresh.DirectionCache(tmp_path)
-    settings = {"forward_fn": ids_only}
-    cache.extract(gr.extract_activation_directions, model, PAIRS, **settings)
-    cache.extract(gr.extract_activation_directions, model, PAIRS, progress=False, **settings)
-    assert (cache.hits, cache.misses) == (1, 1)

@@ -1,19 +1,21 @@
 """Where gradients may land: layers with a deployed and a quarantine block, masks, routes and views.
 
 `attach` or `QuarantineLoraConfig` puts the blocks in, `route` says which rows train which block, `ablate_quarantine`
-and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it."""
+and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradroute.adapters import init as init
 from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
-from gradroute.adapters.check import Finding, ParameterSummary, check_model, parameter_summary
+from gradroute.adapters.check import Finding, check_model
 from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.merge import merge_deployed
 from gradroute.adapters.route import clear_route, route, set_route
+from gradroute.adapters.summary import ParameterSummary, parameter_summary
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 

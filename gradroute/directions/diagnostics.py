@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradroute._logging import warn
+from gradroute._tables import aligned_table
 from gradroute.directions.controls import haar_rows
 from gradroute.directions.estimators.base import Estimate, Estimator, Features, unit
 from gradroute.errors import GradRouteError
@@ -73,15 +74,10 @@ class DirectionsSummary:
 
     def __repr__(self) -> str:
         head = ("module", "k x d", "AUROC", "effect", "halves", "share", "null", "random 95%", "S0^2", "angle")
-        rows = [head, *(_row(name, m) for name, m in self.modules.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        table = aligned_table([head, *(_row(name, m) for name, m in self.modules.items())], numbers=True)
         low, high = self.interval
         pooled = f"all modules: AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}], effect {self.effect_size:.2f}"
-        return "\n".join([self.title, f"measured on {self.measured_on}", *lines, pooled])
+        return "\n".join([self.title, f"measured on {self.measured_on}", table, pooled])
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,6 @@ def validate_scores(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"
         warn(
             f"The scores are inverted on the labelled rollouts: AUROC {value:.2f} [{found.low:.2f}, {found.high:.2f}]. "
             "Gates would route the clean ones. Fix: take pairs from the distribution of the rollouts.",
-            stacklevel=3,
         )
     return found
 

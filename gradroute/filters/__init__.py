@@ -2,8 +2,8 @@
 
 `apply_filter` runs a filter by hand once per optimizer step, `attach_filter` has the optimizer run it."""
 
-from gradroute.filters.apply_filter import apply_filter
-from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters.apply import apply_filter
+from gradroute.filters.attach import attach_filter
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter

@@ -19,14 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._parameter_rows import check_directions, scaled_rows
+from gradroute._per_rollout import block_kind
 from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._sharding import wide
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.controls import sides
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import block_kind, check_directions, scaled_rows, wide
 from gradroute.filters._kept_rollouts import KeptRollouts
-from gradroute.filters._rollout_gradients import Feature, LayerPass, RolloutRecorder
+from gradroute.filters._recorder import Feature, LayerPass, RolloutRecorder
 from gradroute.filters.base import FilteredGradients, GradientFilter
 
 Score = Literal["cosine", "dot"]

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import instance_of, positive_integer
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.capture import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Gate, Reads, finite_scores, positive_integer
+from gradroute.gates.base import Gate, Reads, finite_scores
 
 
 class QuantileGate(Gate):
@@ -58,13 +59,11 @@ class QuantileGate(Gate):
         window: int = 50,
         strict: bool = False,
     ) -> None:
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        self.directions = instance_of("directions", directions, Directions)
         if len(tails) != 2 or not 0 < tails[0] < tails[1] < 1:
             raise GradRouteError(f"`tails` should be two quantiles 0 < q_lo < q_hi < 1. Found {tails!r}.")
         if not 0 < half_life < float("inf"):
             raise GradRouteError(f"`half_life` should be a positive number of rollouts. Found {half_life!r}.")
-        self.directions = directions
         self.tails, self.half_life = (float(tails[0]), float(tails[1])), float(half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from gradroute._optimized import check_optimized
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.route import route
 from gradroute.errors import GradRouteError, RefreshError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats
@@ -56,7 +57,8 @@ class RefreshCallback(TrainerCallback):
         if not isinstance(refresher, Refresher):
             raise RefreshError(f"`refresher` should be a Refresher. Found {type(refresher).__name__}.")
         self.refresher, self.gates = refresher, list(gates)
-        refresher.watch(*self.gates)
+        if self.gates:
+            refresher.watch(*self.gates)
         self._loaded_at: int | None = None
         self._counted = refresher.steps
         self._taken: _StepsTaken | None = None
@@ -103,6 +105,7 @@ class RefreshCallback(TrainerCallback):
         self._end()
         # DeepSpeed steps inside backward, on its own optimizer: what its wrapper says of a step has to be believed.
         if not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
+            check_optimized(self.refresher.model, [kwargs["optimizer"]], RefreshError)
             self._taken = _StepsTaken(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

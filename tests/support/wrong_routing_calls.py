@@ -94,7 +94,6 @@ ROUTING_CALLS: Calls = {
         ("`mode`", lambda: gr.ProjectionFilter(GRADIENT, mode="remove")),
         ("`side`", lambda: gr.ProjectionFilter(GRADIENT, mode="erase", side="left")),
         ("`overshoot`", lambda: gr.ProjectionFilter(GRADIENT, mode="erase", overshoot=0)),
-        ("`preserve_magnitude", lambda: gr.ProjectionFilter(GRADIENT, mode="route", preserve_magnitude=True)),
     ],
     "RolloutFilter": [
         ("`directions`", lambda: gr.RolloutFilter(HACK)),

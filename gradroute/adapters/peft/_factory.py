@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from gradroute._offloading import check_not_offloaded
+from gradroute.adapters._targets import gives_one_tensor
 from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
 from gradroute.adapters.peft.routed_lora import RoutedLoraLayer
 from gradroute.errors import TargetError
@@ -60,6 +62,12 @@ def build_routed_layer(
     if isinstance(target, nn.MultiheadAttention):
         # Before PEFT builds its layer, which changes the module it wraps.
         raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
+    if isinstance(target, nn.Linear) and not gives_one_tensor(target):
+        raise TargetError(
+            f"`{target_name}` is a {type(target).__name__}, whose forward does not give one tensor of its out_features "
+            "(a router): blocks could not be added to it. Fix: exclude_modules."
+        )
+    check_not_offloaded(target_name, target)
     factories, config._custom_modules = config._custom_modules, None
     try:
         create: Any = LoraModel._create_new_module

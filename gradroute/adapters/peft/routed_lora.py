@@ -17,6 +17,7 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute._protocol import Block, BlockName
 from gradroute.adapters.peft._merging import MergedLayer
 from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
@@ -31,6 +32,7 @@ class RoutedLoraLayer(MergedLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
         _check_no_combination()
+        check_not_offloaded(self.name, self._peft_layer().get_base_layer())
         if isinstance(config, QuarantineLoraConfig):
             check_options(config)
             if config.stop_gradient != self.stop_gradient:
@@ -74,11 +76,13 @@ class RoutedLoraLayer(MergedLayer):
 
     @property
     def deployed(self) -> Block:
-        return self._blocks(self.routed_adapter, alone=True)[0]
+        with torch.no_grad():  # offloaded blocks can be read, but not trained
+            return self._blocks(self.routed_adapter, alone=True)[0]
 
     @property
     def quarantine(self) -> Block:
-        quarantine = self._blocks(self.routed_adapter, alone=False)[1]
+        with torch.no_grad():
+            quarantine = self._blocks(self.routed_adapter, alone=False)[1]
         assert quarantine is not None
         return quarantine
 
@@ -88,16 +92,38 @@ class RoutedLoraLayer(MergedLayer):
         A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
         peft_layer: Any = self
         scaling = peft_layer.scaling[adapter]
+        if A.is_meta:
+            A, B = self._fetched("lora_A", adapter), self._fetched("lora_B", adapter)
         if alone:
             return Block(A, B, scaling), None
         A_q, B_q = _weight(modules["lora_A_quarantine"], adapter), _weight(modules["lora_B_quarantine"], adapter)
+        if A_q.is_meta:
+            A_q, B_q = self._fetched("lora_A_quarantine", adapter), self._fetched("lora_B_quarantine", adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
         s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
         return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
+    def _fetched(self, matrix: str, adapter: str) -> Tensor:
+        """A matrix on the meta device: its values, if accelerate has them."""
+        factor = self.get_submodule(matrix)[adapter]  # type: ignore[index]
+        weight: Tensor = factor.weight
+        if not is_offloaded(factor):
+            if self._peft_layer().get_base_layer().weight.is_meta:
+                return weight  # the whole model is without values
+            raise RouteError(
+                f"`{self.name}` should have blocks with values. Found `{matrix}` on the meta device. "
+                "Fix: load_quarantined onto the base model, or inject without low_cpu_mem_usage."
+            )
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
+        return in_memory(factor, "weight")
+
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
-        yield from getattr(self, block)[:2]
+        suffix, adapter, modules = "" if block == "deployed" else "_quarantine", self.routed_adapter, self._modules
+        for side in ("lora_A", "lora_B"):
+            factor: Any = _weight(modules[f"{side}{suffix}"], adapter)
+            yield factor
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
         peft_layer = self._peft_layer()
@@ -139,6 +165,7 @@ class RoutedLoraLayer(MergedLayer):
                 return plain
         base_layer = modules["base_layer"]
         if peft_layer._disable_adapters or peft_layer.merged_adapters or self.state.disabled:
+            self.mark_as_run()
             base_output: Tensor = base_layer(x, *args, **kwargs)
             if peft_layer.merged and not peft_layer.disable_adapters:
                 self._check_merged_view()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradroute.evaluation.verdict._bootstrap import Stratum
-from gradroute.evaluation.verdict.arm_runs import ModeOutcomes
+from gradroute.evaluation.verdict.arms import ModeOutcomes
 
 Outcome = Literal["drop", "ablated", "solve"]
 """Hack rate on minus ablated, hack rate ablated, solve rate ablated."""

@@ -23,7 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import RouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._after_steps import AfterSteps
 from gradroute.integrations.trl._flagging import Flagging, sampled_ablated

@@ -1,33 +1,9 @@
-"""What a treatment is compared with, and whether it can be."""
+"""Whether arms can be compared: different runs on the same seeds, modes and prompts, and enough draws."""
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
 
 from gradroute.errors import GradRouteError
-from gradroute.evaluation.verdict.arm_runs import ArmRuns
-
-
-@dataclass(frozen=True)
-class Controls:
-    """The two controls that a verdict needs, each refreshed on the treatment's own schedule.
-
-    Args:
-        shuffled: trained with the treatment's own flags at random places (`shuffled_flags`), with all of its seeds.
-        random: one arm per random direction, oriented on the treatment's pairs
-            (`Directions.random_like(seed, oriented=True)`), each with some or all of the treatment's seeds. Without
-            any, no verdict is "directional".
-
-    Raises:
-        GradRouteError: something other than `ArmRuns`.
-    """
-
-    shuffled: ArmRuns
-    random: Sequence[ArmRuns] = ()
-
-    def __post_init__(self) -> None:
-        for arm in (self.shuffled, *self.random):
-            if not isinstance(arm, ArmRuns):
-                raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 
 
 def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -> None:
@@ -39,8 +15,8 @@ def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -
                 raise GradRouteError(f"Every arm should have its own name. Found {arm.name!r} twice. Fix: rename one.")
             if arm.runs is earlier.runs or _same_outcomes(arm, earlier):
                 raise GradRouteError(
-                    f"`controls` should be runs of their own. Found that {arm.name} and {earlier.name} hold the same "
-                    "outcomes. Fix: give each arm the evaluations of its own models."
+                    f"`controls` should have their own runs. Found the same outcomes in {arm.name} and {earlier.name}. "
+                    "Fix: give each arm the evaluations of its own models."
                 )
     if 0 < len(controls.random) < least_draws:
         raise GradRouteError(

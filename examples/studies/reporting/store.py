@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arms import ARMS
-from .environment import ENVIRONMENTS
+from loopholes.arms import ARMS
+from loopholes.environment import ENVIRONMENTS
+
 from .result_file import ResultError, read_entry, write_file
 
 VERSION = 1

@@ -13,8 +13,8 @@ from typing import Any
 from scipy.stats import t as student
 
 import gradroute as gr
+from loopholes.arms import ARMS
 
-from .arms import ARMS
 from .markdown import markdown_table
 from .store import Job
 from .suite_figures import write_figures

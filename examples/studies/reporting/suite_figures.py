@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .arms import ARMS
+from loopholes.arms import ARMS
+
 from .store import Job
 
 Runs = dict[str, list[Mapping[str, Any]]]

@@ -3,7 +3,7 @@
     kept = f(g),    removed + kept = g,    p.grad <- kept        for the deployed gradients g
 
 Call it after the last backward of the step, after any reduction across ranks and on unscaled gradients, before
-clipping. A filter runs once on a gradient: again without a new backward raises.
+clipping. A filter changes a gradient once: again without a new backward raises. Measuring changes none.
 """
 
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradroute._before_use import before_use
+from gradroute._checks import instance_of
 from gradroute._protocol import routed_layers
+from gradroute._sharding import overwrite
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import overwrite
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 
@@ -42,11 +44,11 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
         `FilterStats`: hack-ward share before and after, its random null, share fired, conservation.
 
     Raises:
-        GradRouteError: a module without a direction, a gradient that is None, not finite, or that `f` has filtered
+        GradRouteError: a module without a direction, a gradient that is None, not finite, or that `f` has changed
             already; gradients in a form that cannot be filtered (FSDP1, DeepSpeed). Nothing is written then.
     """
-    if not isinstance(f, GradientFilter):
-        raise GradRouteError(f"`f` should be a ProjectionFilter or a RolloutFilter. Found {type(f).__name__}.")
+    instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
+    before_use(f)
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)
@@ -62,6 +64,8 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
         writes, stats = f.filtered(layers)
         for parameter, values in writes:
             overwrite(parameter.grad, values)
+    if not writes:
+        return stats
     for (_, parameter), filters in zip(parameters, earlier, strict=True):
         gradient: Any = parameter.grad
         # Filters that ran before are not forgotten because this one has written.

@@ -1,15 +1,16 @@
-"""What the trained models of one arm did, seed by seed and mode by mode: the data of a comparison.
+"""The arms of a comparison: what the trained models of each did, seed by seed and mode by mode.
 
 drop of one run in one mode = hack rate on - hack rate ablated
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
-from gradroute.evaluation.on_off import EvalRecord, OnOffReport, Records
+from gradroute.evaluation.on_off import OnOffReport, Records
 from gradroute.evaluation.rates import Rate
+from gradroute.evaluation.records import EvalRecord
 
 Prompts = Mapping[int | str, tuple[float, float, float]]
 
@@ -44,7 +45,6 @@ class ModeOutcomes:
             raise GradRouteError(
                 f"A mode's rates should all be of the same rollouts, one or more. Found n of {sorted(sizes)}."
             )
-
         if self.prompts is None:
             return
         wrong = [(p, shares) for p, shares in self.prompts.items() if len(shares) != 3 or not _are_shares(shares)]
@@ -73,17 +73,21 @@ def _are_shares(shares: tuple[float, ...]) -> bool:
 class ArmRuns:
     """One arm: a method, a control, or one random direction, trained with one or more seeds.
 
-        reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
-        ArmRuns.from_reports("route", reports)
-        ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
+    <<<<<<< HEAD:gradroute/evaluation/verdict/arms.py
+            ArmRuns.from_reports("route", {seed: gr.evaluate_on_off(models[seed], evaluate) for seed in models})
+    =======
+            reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
+            ArmRuns.from_reports("route", reports)
+    >>>>>>> h-filters-optim:gradroute/evaluation/verdict/arm_runs.py
+            ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
 
-    Args:
-        name: of the arm, for reports.
-        runs: seed -> mode -> outcomes. A seed is whatever the arms have in common and runs do not: the RL seed, or
-            (base seed, RL seed). Runs of the same seed are compared with each other.
+        Args:
+            name: of the arm, for reports.
+            runs: seed -> mode -> outcomes. A seed tells the runs of one arm apart, and all arms share it: the RL seed,
+                or (base seed, RL seed). Runs of the same seed are compared with each other.
 
-    Raises:
-        GradRouteError: no runs, no exploit mode, or runs that were not evaluated on the same modes.
+        Raises:
+            GradRouteError: no runs, no exploit mode, or runs that were not evaluated on the same modes.
     """
 
     name: str
@@ -139,6 +143,29 @@ class ArmRuns:
 
     def __repr__(self) -> str:
         return f"ArmRuns({self.name}, {len(self.runs)} seeds, modes {', '.join(self.monitored)})"
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The two controls that a verdict needs, each refreshed on the treatment's own schedule.
+
+    Args:
+        shuffled: trained with the treatment's own flags at random places (`shuffled_flags`), with all of its seeds.
+        random: one arm per random direction, oriented on the treatment's pairs
+            (`Directions.random_like(seed, oriented=True)`), each with some or all of the treatment's seeds. Without
+            any, no verdict is "directional".
+
+    Raises:
+        GradRouteError: something other than `ArmRuns`.
+    """
+
+    shuffled: ArmRuns
+    random: Sequence[ArmRuns] = ()
+
+    def __post_init__(self) -> None:
+        for arm in (self.shuffled, *self.random):
+            if not isinstance(arm, ArmRuns):
+                raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
 
 
 def _by_mode(records: Records) -> dict[str, ModeOutcomes]:

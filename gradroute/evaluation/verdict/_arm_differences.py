@@ -5,8 +5,8 @@
     solve difference = the same of ablated solve rates, on prompts without a loophole where there are any
 
 A mode counts in a seed if both on views exploit it there: where one never learned the exploit, there is no drop to
-compare. Solving is compared without a loophole because hacked prompts are not solved, so that whoever hacks less
-solves more of the others.
+compare. Solving is compared on prompts without a loophole, because a prompt that is hacked is not solved: elsewhere an
+arm that hacks less would solve more.
 
 Random draws are themselves a sample, and the extracted direction is one direction: if it were worth no more than they
 are, it would be one more draw. So the variance of D draws enters their hack difference as in the prediction of another
@@ -27,7 +27,7 @@ import numpy as np
 from gradroute.evaluation.verdict._bootstrap import Over, SeedDifference, standard_error
 from gradroute.evaluation.verdict._cells import Outcome, rate_of, stratum_of
 from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict.arm_runs import ArmRuns
+from gradroute.evaluation.verdict.arms import ArmRuns
 from gradroute.evaluation.verdict.criteria import LEAST_SEEDS, Criteria
 
 _Cells = dict[Hashable, dict[str, list[ArmRuns]]]
@@ -35,8 +35,8 @@ _Cells = dict[Hashable, dict[str, list[ArmRuns]]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What was measured of a treatment and its control.
+class ArmDifferences:
+    """How a treatment differs from its control, or from the mean of several.
 
     Args:
         hack: how much larger the treatment's drop is; None where no mode counts in any seed.
@@ -97,7 +97,7 @@ class Comparison:
         return min(1.0, 2 * max(self.hack.p_above(criteria.margin), self.solve.p_above(-criteria.solve_margin)))
 
 
-def compare_runs(
+def arm_differences(
     treatment: ArmRuns,
     controls: Sequence[ArmRuns],
     modes: Sequence[str],
@@ -105,7 +105,7 @@ def compare_runs(
     *,
     resamples: int,
     seed: int,
-) -> Comparison:
+) -> ArmDifferences:
     """Measure the treatment against one control, or several random draws.
 
     Args:
@@ -131,7 +131,7 @@ def compare_runs(
         solve = solve.with_added(float(np.var(solves, ddof=1)) / len(solves), df=len(solves) - 1)
     if hack is not None and len(drops) > 1:
         hack = hack.with_added(float(np.var(drops, ddof=1)) * (1 + 1 / len(drops)), df=len(drops) - 1)
-    return Comparison(
+    return ArmDifferences(
         hack=hack,
         solve=solve,
         solved=fmean(rate_of(treatment.runs[s][mode], "solve") for s in shared for mode in solved_on),

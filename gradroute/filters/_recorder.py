@@ -18,10 +18,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._per_rollout import block_kind, formed, gain_sum, lora_factors, sum_over_tokens
 from gradroute._protocol import RoutedLayer
+from gradroute._sharding import as_blocks, wide
+from gradroute._torch_private import in_backward
 from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import as_blocks, block_kind, wide
 
 Feature = Literal["parameter", "bottleneck"]
 
@@ -192,19 +194,19 @@ class RolloutRecorder:
             gated_u, gated_dz = (torch.where(gates == 0, 0.0, gates * t).to(compute) for t in (u, dz))
         gradients: tuple[RolloutMatrices, ...]
         if block_kind(name, layer) == "gain":
-            gains = (wide(dy) @ layer.gain_readout.to(wide(dy)) * gated_u).sum(1)
-            formed, gradients = [gains], (RolloutMatrices(gains),)
+            matrices = [gain_sum(gated_u, wide(dy), layer.gain_readout)]
+            gradients = (RolloutMatrices(matrices[0]),)
         else:
-            factors = ((gated_dz, x), (dy, s * gated_u))
-            formed = [left.mT @ right for left, right in factors]
-            gradients = tuple(_smaller(*pair, product) for pair, product in zip(factors, formed, strict=True))
-        gradient_squares, eps = sum_of_squares(formed), torch.finfo(compute).eps
+            factors = lora_factors(x, dy, gated_u, gated_dz, s)
+            matrices = [formed(each) for each in factors]
+            gradients = tuple(_smaller(*pair, matrix) for pair, matrix in zip(factors, matrices, strict=True))
+        gradient_squares, eps = sum_of_squares(matrices), torch.finfo(compute).eps
         if self.feature == "bottleneck":
-            features = formed[0] if len(formed) == 1 else wide(gated_u * dz).sum(1)
+            features = matrices[0] if len(matrices) == 1 else sum_over_tokens(wide(gated_u * dz))
             dots, squares = features @ v.to(features), sum_of_squares([features])
             return LayerPass(gradients, features, dots, squares, gradient_squares, len(shape), eps)
-        parts = as_blocks(v.to(x.device), [wide(matrix[0]) for matrix in formed])
-        pairs = [(wide(matrix).flatten(1), part.flatten()) for matrix, part in zip(formed, parts, strict=True)]
+        parts = as_blocks(v.to(x.device), [wide(matrix[0]) for matrix in matrices])
+        pairs = [(wide(matrix).flatten(1), part.flatten()) for matrix, part in zip(matrices, parts, strict=True)]
         dots = torch.stack([matrix @ part.to(matrix) for matrix, part in pairs]).sum(0)
         return LayerPass(gradients, None, dots, gradient_squares, gradient_squares, len(shape), eps)
 
@@ -227,7 +229,7 @@ class RolloutRecorder:
 
 def _is_first_forward() -> bool:
     """Neither a recomputation inside backward nor a forward without a graph."""
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+    return torch.is_grad_enabled() and not in_backward()
 
 
 def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> RolloutMatrices:
