@@ -16,6 +16,8 @@ from torch import nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 matplotlib.use("agg")
 
 
