@@ -133,6 +133,8 @@ class UpdateAudits(StepHooks):
             self._rows.read()
             self._rows_before = self._rows.joined()
         self._before = [{name: p.detach().clone() for name, p in block.items()} for block in self._blocks]
+        # Corrections by other handles, whenever they were made, are part of the update.
+        self._move_behind()
 
     @torch.no_grad()
     def _after_step(self) -> None:

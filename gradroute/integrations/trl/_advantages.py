@@ -37,7 +37,7 @@ def clean_advantages(
     Raises:
         GradRouteError: TRL's advantages are no multiple of r - mean(r) in some group, so no such factor exists.
     """
-    centred, clean = clean_baseline_advantages(rewards, flagged, group_size)
+    centred, clean = clean_baseline_advantages(rewards, flagged, group_size, no_reward=rewards.isnan())
     centred, clean, full = (
         rearrange(each, "(group member) -> group member", member=group_size) for each in (centred, clean, full)
     )
