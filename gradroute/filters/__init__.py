@@ -7,12 +7,13 @@ from gradroute.filters.attach import attach_filter
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
-from gradroute.filters.stats import FilterStats
+from gradroute.filters.stats import FilterStats, HackwardShare
 
 __all__ = [
     "FilterStats",
     "FilteredGradients",
     "GradientFilter",
+    "HackwardShare",
     "ProjectionFilter",
     "RolloutFilter",
     "apply_filter",
