@@ -19,6 +19,8 @@ import pytest
 
 import gradroute
 
+pytestmark = pytest.mark.touches_peft
+
 PACKAGE = Path(gradroute.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,7 +10,7 @@ def check_comes_due(refresher: Refresher, steps_left: int) -> None:
     Raises:
         RefreshError: the first refresh lies behind the last of `steps_left` optimizer steps.
     """
-    if refresher.reports or refresher.every is None:
+    if refresher.reports:
         return
     due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
     if due > steps_left:

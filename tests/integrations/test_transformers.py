@@ -1,5 +1,6 @@
 """transformers' Trainer: masks per micro-batch, filters before clipping, refreshes on its steps, resume."""
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import gradroute as gr
+from gradroute.filters.stats import FilterStats
 from gradroute.integrations.transformers import RefreshCallback, RoutedTrainerMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning")
@@ -218,6 +220,25 @@ def test_figures_of_filter_and_refresh_are_in_the_log_that_reporters_see(tmp_pat
     ]
 
 
+def test_figures_are_kept_until_the_next_log_without_those_of_every_module(tmp_path: Path) -> None:
+    model, kept, seen = fresh(), [], []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(made.filter_stats.cin)
+            kept.append(sum(type(each) is FilterStats for each in gc.get_objects()))
+
+    made = trainer_of(
+        model, tmp_path, mask_fn=masks, grad_filter=erasing(model), callbacks=[Looks()], logging_steps=STEPS
+    )
+    before = sum(type(each) is FilterStats for each in gc.get_objects())
+    made.train()
+    assert kept == [before + 1] * STEPS
+    (logged,) = [entry["gradroute/cin"] for entry in made.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(sum(seen) / STEPS)
+    assert len(set(seen)) == STEPS
+
+
 def test_a_subclass_that_leaves_the_mixin_out_is_found_before_the_step(tmp_path: Path) -> None:
     class Forgets(RoutedTrainer):
         def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -328,7 +349,7 @@ def test_a_refresh_that_changes_nothing_ends_the_training(tmp_path: Path) -> Non
 
 
 def test_a_schedule_by_which_no_refresh_would_come_due_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.errors.RefreshError, match="no refresh would come due in the 4 steps"):
+    with pytest.raises(gr.errors.RefreshError, match="in the 4 optimizer steps of this run"):
         Run(tmp_path, every=5).trainer.train()
     Run(tmp_path, every=4).trainer.train()
 

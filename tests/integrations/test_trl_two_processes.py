@@ -56,8 +56,9 @@ def merged(of_case: Ranks, case: str, step: int) -> tuple[Run, dict[Row, bool]]:
                 parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
         move_reference(model)
         model.set_adapter("default")
-    sampled, routed = (of_case[0][each] | of_case[1][each] for each in ("sampled_ablated", "routed"))
-    return Run(model, sampled, [rank["steps"][step] for rank in of_case]), routed
+    of_rows = ("sampled_ablated", "prompts", "routed")
+    sampled, prompts, routed = (of_case[0][each] | of_case[1][each] for each in of_rows)
+    return Run(model, sampled, prompts, [rank["steps"][step] for rank in of_case]), routed
 
 
 def test_processes_that_share_a_group(ranks: dict[str, Ranks]) -> None:

@@ -13,6 +13,8 @@ import gradroute as gr
 from gradroute.gates.quantile import QuantileGate
 from gradroute.gates.threshold import ThresholdGate
 
+pytestmark = pytest.mark.touches_peft
+
 
 def test_a_watched_loop_in_order_is_left_alone() -> None:
     model = routed_mixer()

@@ -50,7 +50,7 @@ def run(case: str, folder: Path) -> None:
     made.train()
     refresher = made.routing.refresher
     found = {
-        "sampled_ablated": made.sampled_ablated, "routed": made.routed,
+        "sampled_ablated": made.sampled_ablated, "prompts": made.prompts, "routed": made.routed,
         "steps": [batches[0] for batches in made.micro_batches], "gradients": made.stepped,
         "flag_rate": made.state.log_history[0]["routing/flag_rate"],
         "refreshes": 0 if refresher is None else len(refresher.reports),

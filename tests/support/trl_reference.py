@@ -30,25 +30,24 @@ class Known(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run left behind: the model, how each rollout was sampled, and the micro-batches of one optimizer step."""
+    """What a run left behind: the model, all rollouts as they were sampled, and micro-batches of one optimizer step."""
 
     model: nn.Module
     sampled_ablated: Mapping[Row, bool]
+    prompts: Mapping[Row, Row]
     batches: Sequence[dict[str, Any]]
 
     @classmethod
     def of(cls, trainer: Any, step: int = 0) -> "Run":
         """One optimizer step of a `Watched` trainer."""
-        return cls(trainer.model, trainer.sampled_ablated, trainer.micro_batches[step])
+        return cls(trainer.model, trainer.sampled_ablated, trainer.prompts, trainer.micro_batches[step])
 
 
 def advantages(run: Run, flagged: Mapping[Row, bool] | None = None) -> dict[Row, Known]:
-    """Of each rollout of the step by its tokens, group by group as it was sampled."""
+    """Of each rollout by its tokens, group by group as it was sampled."""
     words, known = tokenizer(), {}
-    length = {prompt + completion: len(prompt) for batch in run.batches for prompt, completion in rows_of(batch)}
-    rollouts = [row for row in run.sampled_ablated if row in length]
-    for prompt in {row[: length[row]] for row in rollouts}:
-        group = [row for row in rollouts if row[: len(prompt)] == prompt and length[row] == len(prompt)]
+    for prompt in set(run.prompts.values()):
+        group = [row for row in run.sampled_ablated if run.prompts[row] == prompt]
         assert len(group) == 4  # no two rollouts are the same, so that tokens say which is which
         texts = words.batch_decode([row[len(prompt) :] for row in group], skip_special_tokens=True)
         r = torch.tensor(reward(texts))

@@ -100,6 +100,7 @@ class Watched(GradRouteGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampled_ablated: dict[tuple[int, ...], bool] = {}
+        self.prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.routed: dict[tuple[int, ...], bool] = {}
         self.micro_batches: list[list[dict[str, Any]]] = []
         self.stepped: list[dict[str, dict[str, Tensor]]] = []
@@ -111,6 +112,7 @@ class Watched(GradRouteGRPOTrainer):
         assert set(states) == {"on"}  # the view is closed again
         for i, (prompt, completion) in enumerate(zip(prompt_ids, made[0], strict=True)):
             self.sampled_ablated[(*prompt, *completion)] = bool(self._sampled_ablated[i])
+            self.prompts[(*prompt, *completion)] = tuple(prompt)
         return made
 
     def _log_rows(self, table: Any) -> None:

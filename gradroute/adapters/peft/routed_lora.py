@@ -165,7 +165,7 @@ class RoutedLoraLayer(MergedLayer):
                 return plain
         base_layer = modules["base_layer"]
         if peft_layer._disable_adapters or peft_layer.merged_adapters or self.state.disabled:
-            self.mark_as_run()
+            self.ran = True
             base_output: Tensor = base_layer(x, *args, **kwargs)
             if peft_layer.merged and not peft_layer.disable_adapters:
                 self._check_merged_view()

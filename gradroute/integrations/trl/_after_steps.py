@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from gradroute._step_hooks import torch_optimizer
 from gradroute.integrations._schedule import check_comes_due
+from gradroute.refresh import Watch
 
 
 class AfterSteps(TrainerCallback):
@@ -13,7 +13,7 @@ class AfterSteps(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._watched: set[int] = set()
+        self._watch: Watch | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """A step of the optimizer that the refresher does not see raises from now on.
@@ -21,14 +21,23 @@ class AfterSteps(TrainerCallback):
         Raises:
             RefreshError: by its schedule, no refresh would come due in this run.
         """
-        refresher = self._trainer.routing.refresher
+        refresher, optimizer = self._trainer.routing.refresher, self._trainer.optimizer
+        self._end_watch()  # of a run that ended in an exception
         if refresher is None:
             return
         check_comes_due(refresher, self._trainer.state.max_steps - self._trainer.state.global_step)
-        optimizer = torch_optimizer(self._trainer.optimizer)
-        if id(optimizer) not in self._watched:
-            refresher.watch(optimizer)
-            self._watched.add(id(optimizer))
+        # DeepSpeed steps inside backward, on its own optimizer.
+        if not type(optimizer).__name__.startswith("DeepSpeed"):
+            self._watch = refresher.watch(optimizer)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """What steps the optimizer after the run is not the trainer's."""
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The optimizer has stepped, and the gradients are gone."""

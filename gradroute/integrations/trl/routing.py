@@ -131,8 +131,10 @@ def resolve(
     routing = Routing(gate, directions, refresher, grad_filter, detector, False, ablated_per_group)
     routing.clean_baseline = _clean_baseline(routing, clean_baseline)
     _check_something_routes(routing)
-    if refresher is not None and gate is not None and gate.directions is refresher.directions:
-        refresher.watch(gate)
+    if refresher is not None:
+        for reader in (gate, grad_filter):
+            if reader is not None and getattr(reader, "directions", None) is refresher.directions:
+                refresher.watch(reader)
     return routing
 
 
