@@ -90,7 +90,7 @@ def audit_updates(
 
 
 class UpdateAudits(StepHooks):
-    """What `audit_updates` returns."""
+    """What `audit_updates` returns. Errors are listed there."""
 
     _kept_by_optimizer = False  # nobody could read it
 
