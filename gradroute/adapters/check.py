@@ -207,7 +207,7 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
     except GradRouteError as error:
         yield Finding(name, "error", str(error))
         return
-    if getattr(layer, "merged", False):
+    if layer.merged:
         yield Finding(name, "error", "it is merged: neither route nor ablation can reach it. Fix: unmerge.")
     sharded = [key for key, m in layer.named_modules() if key.startswith("lora_") and "FSDP" in type(m).__name__]
     if sharded:

@@ -261,7 +261,7 @@ def test_views_and_routes_do_not_change_an_export(kind: str, make: Callable[[], 
         gr.route(model, gr.RouteMask.zones(["keep"] * len(X))),
     ]
     for i, view in enumerate(views_):
-        with view:
+        with torch.no_grad(), view:
             EXPORTS[kind](model, tmp_path / str(i))
             logits(model)
         assert files_in(tmp_path / str(i)) == files_in(tmp_path / "outside")
