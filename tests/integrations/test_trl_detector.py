@@ -84,6 +84,8 @@ def test_an_async_detector_is_awaited_in_one_loop_outside_of_this_thread() -> No
     asked(Client(), async_loop=given)
     assert ran[-1] == (given, thread)
     given.call_soon_threadsafe(given.stop)
+    thread.join()
+    given.close()
 
 
 REFUSED: dict[str, tuple[Any, bool, str]] = {
