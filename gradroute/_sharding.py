@@ -1,4 +1,4 @@
-"""Tensors read whole and written back, whatever holds them.
+"""Tensors read whole and written back, sharded or not.
 
 A DTensor is gathered on every rank, in the same order, and each rank writes its own shard back. What FSDP1 flattens and
 DeepSpeed partitions cannot be told apart, and is refused.
@@ -15,7 +15,7 @@ from gradroute.errors import GradRouteError
 
 
 def check_layout(name: str, parameter: Tensor) -> None:
-    """Raise where what a rank holds of a parameter of layer `name` is not known to be whole, or a DTensor.
+    """Raise unless a rank holds a parameter of layer `name` whole, or as a DTensor.
 
     Raises:
         GradRouteError: FSDP1 or DeepSpeed.

@@ -45,7 +45,7 @@ def graft_mask(
     Raises:
         GradRouteError: flags that are not boolean, or a number out of range.
 
-    Each block with the advantages of its own weights, so that `strength` acts on both:
+    Give each block the advantages of its weights, so that `strength` acts on both:
 
     >>> rewards, flagged = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([True, False, False, False])
     >>> mask = graft_mask(flagged, strength=0.5, sizes=(16, 16))

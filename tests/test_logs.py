@@ -14,6 +14,8 @@ from support.language_models import PAIRS, ids_only, routed_mixer, scoring_direc
 import gradroute as gr
 from gradroute import _progress as progress
 
+pytestmark = pytest.mark.touches_peft
+
 
 def test_a_refresh_is_one_line_at_info(caplog: pytest.LogCaptureFixture) -> None:
     model = routed_mixer()

@@ -75,17 +75,19 @@ class RoutedLinear(RoutedLayer):
             call: what to call in the place of `base_layer`, if it takes more arguments than x.
         """
         state, record = self.state, None
-        grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        grad = has_backward = torch.is_grad_enabled()
+        compiling = torch.compiler.is_compiling()
         if not compiling:
             record = record_forward(self, self.name, state)
             if state.thread and not record.recomputing:
                 check_thread(state, self.name)
-            state = record.state
-        route = None if state.disabled else state.route
-        if record is None or not record.recomputing:
-            self.mark_as_run(
-                route is not None and (route.forward_only or (grad if record is None else record.has_backward))
-            )
+            state, has_backward = record.state, record.has_backward
+        route = state.route
+        # A compiled forward only writes its marks: what it reads it is compiled for.
+        if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
+            self.ran = True
+            if route is not None and not state.disabled and (has_backward or route.forward_only):
+                self.ran_under_route = True
         if state.disabled:
             return (call or base_layer)(x)
         if grad and state.ablates_what_trains:
@@ -110,15 +112,6 @@ class RoutedLinear(RoutedLayer):
             dropped=dropped,
             record=record,
         )
-
-    def mark_as_run(self, under_route: bool = False) -> None:
-        """Leave word for the blocks in force that a forward ran; `under_route`, one that the mask was meant for."""
-        # A compiled forward only writes: what it reads it is compiled for.
-        compiling = torch.compiler.is_compiling()
-        if compiling or not self.ran:
-            self.ran = True
-        if under_route and (compiling or not self.ran_under_route):
-            self.ran_under_route = True
 
     def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:  # noqa: ARG002
         """(deployed, quarantine); `alone`, without the latter."""

@@ -18,7 +18,7 @@ from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation._marks import draw_curves
-from gradroute.evaluation._views import check_on_view, in_view
+from gradroute.evaluation._views import Views
 from gradroute.evaluation.rates import Rate, ViewRates, rates_by_group
 from gradroute.evaluation.records import EvalRecord, check_same_prompts, checked_records
 
@@ -82,10 +82,10 @@ def dose_curve(
     """
     if len(set(scales)) < 2 or len(set(scales)) < len(scales) or not all(0 <= scale <= 1 for scale in scales):
         raise GradRouteError(f"`scales` should be two or more different numbers in [0, 1]. Found {list(scales)}.")
-    check_on_view(model)
+    views = Views(model)
     found = {}
     for scale in progressed(sorted(scales), total=len(scales), description="dose curve", progress=progress):
-        with in_view(model, scale):
+        with views.at(scale):
             found[float(scale)] = checked_records(eval_fn(model), f"at scale {scale:g}")
     check_same_prompts(found.values(), "at every scale")
     return DoseCurve({scale: rates_by_group(records) for scale, records in found.items()})

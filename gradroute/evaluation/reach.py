@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradroute._protocol import routed_layers
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
-from gradroute.evaluation._views import check_on_view, in_view
+from gradroute.evaluation._views import Views
 
 
 @typechecked
@@ -37,14 +37,14 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
             to call in one view, so that nothing can be told; no outputs.
         RouteError: as `evaluate_on_off`.
     """
-    check_on_view(model)
+    views = Views(model)
     layers = routed_layers(model)
     if not any(layer.quarantine.delta_norm() > 0 for layer in layers.values()):
         raise GradRouteError(
             f"The quarantine should change the model. Found a net delta of zero in all {len(layers)} layers (B is zero "
             "before the first step), so both views are one model. Fix: check after a few steps that trained it."
         )
-    on, off, again = (_outputs(model, generate_fn, scale) for scale in (1.0, 0.0, 1.0))
+    on, off, again = (_outputs(views, scale, model, generate_fn) for scale in (1.0, 0.0, 1.0))
     if again != on:
         raise GradRouteError(
             "`generate_fn` should give the same output for the same model. Found two, so a third one, with the "
@@ -62,8 +62,8 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     return float(sum(a != b for a, b in zip(on, off, strict=True)) / len(on))
 
 
-def _outputs(model: nn.Module, generate_fn: Callable[[nn.Module], Any], scale: float) -> list[Any]:
-    with in_view(model, scale), torch.no_grad():
+def _outputs(views: Views, scale: float, model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> list[Any]:
+    with views.at(scale), torch.no_grad():
         outputs = generate_fn(model)
     # What transformers' generate returns with return_dict_in_generate=True.
     outputs = getattr(outputs, "sequences", outputs)

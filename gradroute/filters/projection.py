@@ -27,12 +27,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of, positive_number
-from gradroute._parameter_rows import check_directions, orthonormal_rows, scaled_rows, warn_without_sign
 from gradroute._per_rollout import block_kind
 from gradroute._protocol import BlockName, RoutedLayer
 from gradroute._sharding import as_blocks, as_row, full_gradient, wide
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.directions import Directions
+from gradroute.directions.parameter_rows import check_directions, orthonormal_rows, scaled_rows, warn_without_sign
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.stats import FilterStats, Sided, SquaredNorms, shares, squared_norms

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of
-from gradroute._parameter_rows import check_directions, orthonormal_rows, warn_without_sign
 from gradroute._protocol import routed_layers
 from gradroute._sharding import as_row, check_layout, whole
 from gradroute.directions.directions import Directions
+from gradroute.directions.parameter_rows import check_directions, orthonormal_rows, warn_without_sign
 from gradroute.errors import GradRouteError
 
 Side = Literal["one", "two"]

@@ -90,7 +90,7 @@ def audit_updates(
 
 
 class UpdateAudits(StepHooks):
-    """What `audit_updates` returns."""
+    """What `audit_updates` returns. Errors are listed there."""
 
     _kept_by_optimizer = False  # nobody could read it
 
@@ -133,6 +133,8 @@ class UpdateAudits(StepHooks):
             self._rows.read()
             self._rows_before = self._rows.joined()
         self._before = [{name: p.detach().clone() for name, p in block.items()} for block in self._blocks]
+        # Corrections by other handles, whenever they were made, are part of the update.
+        self._move_behind()
 
     @torch.no_grad()
     def _after_step(self) -> None:

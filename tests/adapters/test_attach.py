@@ -10,6 +10,8 @@ from torch import nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 
 

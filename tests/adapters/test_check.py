@@ -20,6 +20,8 @@ from transformers import CLIPConfig, CLIPModel, MambaConfig, MambaForCausalLM
 import gradroute as gr
 from gradroute._hashing import model_identity
 
+pytestmark = pytest.mark.touches_peft
+
 
 def found(model: nn.Module) -> dict[str, str]:
     return {finding.module: f"{finding.severity}: {finding.reason}" for finding in gr.check_model(model)}

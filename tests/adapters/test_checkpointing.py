@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 ZONES = ["keep", "absorb", "route"]
 FIRST, SECOND = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])
 both_modes = pytest.mark.parametrize("use_reentrant", [True, False])

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute.adapters.views import without_route
 
+pytestmark = pytest.mark.touches_peft
+
 N = 6
 ZONES = ["keep", "absorb", "route", "route", "keep", "absorb"]
 

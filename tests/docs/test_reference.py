@@ -3,31 +3,16 @@
 import ast
 import inspect
 import re
-import runpy
 import textwrap
 import types
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.doc_pages import ROOT
+from support.public_names import MAKER, PUBLIC, RETURNED
 
 import gradroute as gr
-
-MAKER = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
-PUBLIC = {
-    name: getattr(import_module(module), name)
-    for _, modules in MAKER["PAGES"].values()
-    for module in modules
-    for name in MAKER["exported"](module)
-}
-"""Functions and classes; aliases of types have no docstring."""
-PUBLIC = {name: thing for name, thing in PUBLIC.items() if inspect.isclass(thing) or inspect.isroutine(thing)}
-
-
-# What only the library makes.
-RETURNED = {"Capture", "GroupAdvantages", "Records", "ViewRates", "Watch"}
 
 
 def doc(name: str) -> str:

@@ -16,6 +16,8 @@ import gradroute as gr
 from gradroute._hashing import deployed_hash
 from gradroute.evaluation import ModeOutcomes
 
+pytestmark = pytest.mark.touches_peft
+
 
 def outcomes(model: nn.Module) -> list[gr.EvalRecord]:
     """Hacks in the on view alone; every second prompt is solved as deployed."""

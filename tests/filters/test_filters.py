@@ -82,6 +82,7 @@ def test_pooled_figures_are_those_of_all_modules_together() -> None:
     assert "2 modules" in repr(stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "factor"), [("one", 2), ("two", 1)])
 def test_random_directions_have_the_share_that_is_called_null(side: str, factor: int) -> None:
     squares, null = [], 0.0

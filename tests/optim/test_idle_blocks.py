@@ -236,6 +236,8 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_ranks_agree_on_which_blocks_are_idle(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [{"deployed": 0, "quarantine": 1}] * 2

@@ -135,6 +135,7 @@ def works(extractor: str, gate: str, target: str, call: str) -> bool:
     return {"extractor": extractor, "target": target, "call": call} == WORKS and gate in REACHED
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::gradroute.GradRouteWarning")
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("gate", GATES)

@@ -12,6 +12,8 @@ from support.refreshing import ablated, activations, bottleneck_gradients, contr
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 
 def test_no_directions_to_refresh_raise() -> None:
     """The event that founded this library: an arm without directions, and a refresh that never happened."""

@@ -9,6 +9,8 @@ from support.refreshing import REFUSED, ablated, activations, bottleneck_gradien
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 # Every so many steps
 
 

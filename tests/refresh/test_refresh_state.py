@@ -9,6 +9,8 @@ from support.refreshing import ablated, activations, move, refresher
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 
 def test_a_resumed_run_goes_on_counting_steps() -> None:
     """Directions that were extracted at step 40 are not made younger by a new Refresher."""

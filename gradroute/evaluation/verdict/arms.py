@@ -73,21 +73,17 @@ def _are_shares(shares: tuple[float, ...]) -> bool:
 class ArmRuns:
     """One arm: a method, a control, or one random direction, trained with one or more seeds.
 
-    <<<<<<< HEAD:gradroute/evaluation/verdict/arms.py
-            ArmRuns.from_reports("route", {seed: gr.evaluate_on_off(models[seed], evaluate) for seed in models})
-    =======
-            reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
-            ArmRuns.from_reports("route", reports)
-    >>>>>>> h-filters-optim:gradroute/evaluation/verdict/arm_runs.py
-            ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
+        reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
+        ArmRuns.from_reports("route", reports)
+        ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
 
-        Args:
-            name: of the arm, for reports.
-            runs: seed -> mode -> outcomes. A seed tells the runs of one arm apart, and all arms share it: the RL seed,
-                or (base seed, RL seed). Runs of the same seed are compared with each other.
+    Args:
+        name: of the arm, for reports.
+        runs: seed -> mode -> outcomes. All arms share their seeds, and runs of one seed are compared with each other:
+            the RL seed, or (base seed, RL seed).
 
-        Raises:
-            GradRouteError: no runs, no exploit mode, or runs that were not evaluated on the same modes.
+    Raises:
+        GradRouteError: no runs, no exploit mode, or runs that were not evaluated on the same modes.
     """
 
     name: str

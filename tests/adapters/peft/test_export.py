@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import gradroute as gr
 
 whole_modules = pytest.mark.filterwarnings("ignore:The export holds whole modules:gradroute.GradRouteWarning")
-pytestmark = [unnamed_base, whole_modules]
+pytestmark = [pytest.mark.touches_peft, unnamed_base, whole_modules]
 LLAMA = Case("llama")
 PATTERNED = Case(
     "llama", options={"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 15}, "use_rslora": True}

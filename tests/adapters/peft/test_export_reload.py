@@ -16,7 +16,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import gradroute as gr
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 EXPORTS = [gr.export_deployed, gr.export_full]
 IDS = torch.arange(1, 17).reshape(2, 8)
 

@@ -11,6 +11,8 @@ from torch import nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
+pytestmark = pytest.mark.touches_peft
+
 BLOCKS = ("deployed", "quarantine")
 
 

@@ -47,7 +47,7 @@ def warn_without_sign(directions: Directions) -> None:
 
 
 def scaled_rows(directions: Directions, name: str) -> Float[Tensor, "k d"]:
-    """v / s: what a feature of module `name` is multiplied with in a score; no rows where they were dropped."""
+    """v / s, the weights of module `name` in a score; no rows where an estimator has dropped them."""
     rows = directions.rows.get(name)
     if rows is None:
         return wide(directions.hack[name].detach()[:0])

@@ -73,7 +73,7 @@ def attach_filter(
 
 
 class AttachedFilter(StepHooks):
-    """What `attach_filter` returns."""
+    """What `attach_filter` returns. Errors are listed there."""
 
     def __init__(
         self, optimizer: Optimizer, f: GradientFilter, *, model: nn.Module, scaler: Any, allow_clipped: bool
