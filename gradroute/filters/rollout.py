@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute.adapters.mask import RouteMask
-from gradroute.directions.controls import sides
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.filters._deployed_gradient import block_kind, check_directions, scaled_rows, wide
@@ -142,9 +141,9 @@ class RolloutFilter(GradientFilter):
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): scores of the directions' own pairs as this filter scores rollouts, to place thresholds by."""
-        made, known = self.directions.provenance, self.directions
+        known = self.directions
         found = []
-        for features in sides(known.hack, known.clean, made.control, made.seed):
+        for features in known.sides:
             pairs = {name: wide(features[name]) for name in known.rows}
             vectors = {name: scaled_rows(known, name).sum(0).to(pairs[name]) for name in pairs}
             dots = torch.stack([pairs[name] @ v for name, v in vectors.items()]).sum(0)

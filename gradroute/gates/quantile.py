@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
-from gradroute.directions.capture import Capture
+from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked

@@ -8,6 +8,7 @@ from support.language_models import MODULES, PAIRS, ids_only, optimizer_for, rou
 from support.refreshing import REFUSED, ablated, activations, bottleneck_gradients, control, move, refresher
 
 import gradroute as gr
+from gradroute.directions import reversed_sign, shuffled_pairs
 
 # Every so many steps
 
@@ -194,7 +195,9 @@ def test_schedules_that_could_not_work_raise(settings: dict[str, object], messag
         refresher(routed_mixer(), **settings)
 
 
-@pytest.mark.parametrize("make", [control, lambda m: ablated(m).shuffled(seed=0), lambda m: ablated(m).reversed()])
+@pytest.mark.parametrize(
+    "make", [control, lambda m: shuffled_pairs(ablated(m), seed=0), lambda m: reversed_sign(ablated(m))]
+)
 def test_the_overlap_of_a_control_is_no_schedule(make) -> None:
     model = routed_mixer()
     with pytest.raises(gr.errors.RefreshError, match="control with itself is not that of the directions it controls"):

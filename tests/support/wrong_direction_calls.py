@@ -72,7 +72,7 @@ DIRECTION_CALLS: Calls = {
         ("`features`", lambda: HACK.score({"q": torch.zeros(2, 2)})),
         ("directions", lambda: gr.Directions.load(written("not safetensors", ".safetensors"))),
         ("nowhere", lambda: gr.Directions.load("nowhere.safetensors")),
-        ("`labels`", lambda: HACK.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
+        ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
         ("`fresh`", lambda: HACK.update_(HACK, step=1)),
         ("control", lambda: HACK.random_like(0).random_like(1)),
     ],
@@ -96,7 +96,7 @@ DIRECTION_CALLS: Calls = {
     "Svd": [
         ("`k`", lambda: gr.directions.estimators.Svd(k=0)(HACK.hack, HACK.clean)),
         ("`k`", lambda: gr.directions.estimators.Svd(k=9)(HACK.hack, HACK.clean)),
-        ("`axis_floor`", lambda: gr.directions.estimators.Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: gr.directions.estimators.Svd(k=0)),
     ],
     "Ridge": [("`penalty`", lambda: gr.directions.estimators.Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
 }  # fmt: skip

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from gradroute._restore import left_as_found
 from gradroute.adapters.views import ablate_quarantine
-from gradroute.directions._early_exit import EarlyExit
-from gradroute.directions.capture import Capture, capture_activations
+from gradroute.directions import Capture, capture_activations
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.integrations.trl._rollouts import loss_mask
@@ -63,7 +62,6 @@ def captured_rollouts(trainer: Any, rollouts: Mapping[str, Any], directions: Dir
         return pool[chunk]
 
     backbone = _backbone(model)
-    early = EarlyExit(model, list(directions.hack), backbone)
     with (
         torch.no_grad(),
         left_as_found(model),
@@ -74,8 +72,7 @@ def captured_rollouts(trainer: Any, rollouts: Mapping[str, Any], directions: Dir
         ) as capture,
     ):
         for chunk in torch.split(rows, trainer.args.per_device_train_batch_size):
-            with early.forward():
-                backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False)
+            backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False)
     return capture, rows
 
 
