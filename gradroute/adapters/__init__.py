@@ -1,7 +1,7 @@
 """Where gradients may land: layers with a deployed and a quarantine block, masks, routes and views.
 
-`attach` or `QuarantineLoraConfig` puts the blocks in, `route` says which rows train which block, `ablate_quarantine` and
-`disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it."""
+`attach` or `QuarantineLoraConfig` puts the blocks in, `route` says which rows train which block, `ablate_quarantine`
+and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

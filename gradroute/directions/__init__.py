@@ -1,8 +1,8 @@
 """What to route on: directions from contrastive pairs, and the features of rollouts that are scored along them.
 
-`load_pairs` reads pairs. `extract_activation_directions` and `extract_gradient_directions` make `Directions` of them, with
-an estimator of `gradroute.directions.estimators`. `capture_activations` and `capture_gradients` read what is scored.
-`summary` and `validate` say how good directions are; `random_like`, `shuffled_pairs` and others make controls."""
+`load_pairs` reads pairs. `extract_activation_directions` and `extract_gradient_directions` make `Directions` of them
+with an estimator of `gradroute.directions.estimators`. `capture_activations` and `capture_gradients` read what is
+scored. `summary` and `validate` tell how good directions are; `shuffled_pairs` and the like make controls."""
 
 from gradroute.directions.capture import capture_activations, capture_gradients
 from gradroute.directions.controls import placebo_pairs, reversed_sign, shuffled_flags, shuffled_pairs

@@ -208,8 +208,8 @@ class Directions:
     def update_(self, fresh: "Directions", *, step: int) -> "Directions":
         """Take over rows and pair features of `fresh` in place; every gate that holds these directions sees them.
 
-        A control renews itself from fresh real directions: random rows stay (and are turned again if oriented), shuffled
-        and placebo rows are estimated again with the same draw, reversed rows are negated again.
+        A control renews itself from fresh real directions: random rows stay (and are turned again if oriented),
+        shuffled and placebo rows are estimated again with the same draw, reversed rows are negated again.
 
         Raises:
             RefreshError: `fresh` is this very object, or was made from other pairs, settings, modules or another base.

@@ -257,8 +257,8 @@ def _huggingface_forward(model: nn.Module, all_logits: bool) -> ForwardFn:
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise GradRouteError(
-            f"`forward_fn` should be given for an encoder with a decoder. Found a {type(inner).__name__}, whose encoder "
-            "would get both prompt and completion. Fix: forward_fn=lambda model, ids, mask: model(...)."
+            f"`forward_fn` should be given for an encoder with a decoder. Found a {type(inner).__name__}, whose "
+            "encoder would get both prompt and completion. Fix: forward_fn=lambda model, ids, mask: model(...)."
         )
     options: dict[str, Any] = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
     if not all_logits and "logits_to_keep" in parameters:

@@ -48,7 +48,8 @@ class Validation:
 def validate(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> Validation:
     """The AUROC of scores on labelled rollouts, with an interval; warns where it is below 1/2.
 
-    Directions from pairs of another distribution than the rollouts give inverted scores. These look like a working gate.
+    Directions from pairs of another distribution than the rollouts may give inverted scores, and a gate on these looks
+    as if it worked.
 
     Args:
         scores: of the rollouts, as `Directions.score` gives them.

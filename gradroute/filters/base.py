@@ -28,3 +28,7 @@ class GradientFilter(ABC):
     @abstractmethod
     def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
         """The gradients that should replace the present ones; changes none itself."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the filter did to the gradients, in a sentence for a model card."""

@@ -141,6 +141,9 @@ class ProjectionFilter(GradientFilter):
         pooled, modules = shares(norms)
         return FilteredGradients(writes, FilterStats(self._sided, pooled, modules))
 
+    def describe(self) -> str:
+        return f"none: the part of the deployed gradient along the direction was filtered ({self.mode})"
+
     @property
     def _sided(self) -> Sided:
         return "two" if self.side == "two" else "one"

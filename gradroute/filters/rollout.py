@@ -139,6 +139,9 @@ class RolloutFilter(GradientFilter):
         self._kept = None
         return filtered
 
+    def describe(self) -> str:
+        return "none: every rollout trained the quarantine; flagged ones were taken out of the deployed gradient"
+
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): scores of the directions' own pairs as this filter scores rollouts, to place thresholds by."""
         known = self.directions

@@ -1,6 +1,7 @@
 """From a score, a label or features to a mask: which rollouts train which block.
 
-Every gate is a `Gate`: called once per batch, it returns a `RouteMask` and says so when it routes nothing or everything."""
+Every gate is a `Gate`: called once per batch, it returns a `RouteMask`, and says when it routes nothing or
+everything."""
 
 from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate

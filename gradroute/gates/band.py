@@ -18,7 +18,16 @@ from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below, finite_number, finite_scores
+from gradroute.gates.base import (
+    Below,
+    Gate,
+    Reads,
+    below_mask,
+    below_sentence,
+    checked_below,
+    finite_number,
+    finite_scores,
+)
 
 
 class BandGate(Gate):
@@ -96,6 +105,11 @@ class BandGate(Gate):
             return self._counted(below_mask(flags, self.below), flags)
         f = self.z(scores).clamp(0, 1)
         return self._counted(RouteMask.weights(m=1.0, g_d=1 - f, g_q=f), f)
+
+    def describe(self) -> str:
+        if self.soft:
+            return "soft: m = 1, g_d = 1 - f, g_q = f, with f = z clamped to [0, 1]"
+        return below_sentence(self.below)
 
     def settings(self) -> State:
         return {"threshold": self.threshold, "soft": self.soft, "below": self.below}

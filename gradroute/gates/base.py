@@ -48,6 +48,10 @@ class Gate(ABC):
     def settings(self) -> State:
         """What the gate was built with, as JSON values."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """Which rows train which block, in a sentence for a model card."""
+
     def plot(
         self, scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"] | None = None, ax: Any = None
     ) -> tuple[Any, Any]:
@@ -148,6 +152,13 @@ def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
 def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:
     """Two zones: route, and `below`."""
     return RouteMask.classic(routed) if below == "absorb" else RouteMask.exclusive(routed)
+
+
+def below_sentence(below: Below) -> str:
+    """What `below_mask` returns, in words."""
+    if below == "absorb":
+        return "classic: flagged rows train the quarantine only (route), the others both blocks (absorb)"
+    return "exclusive: flagged rows train the quarantine only (route), the others the deployed block only (keep)"
 
 
 def checked_below(below: Below) -> Below:

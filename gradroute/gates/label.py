@@ -10,7 +10,7 @@ from gradroute._logging import warn
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below
+from gradroute.gates.base import Below, Gate, Reads, below_mask, below_sentence, checked_below
 
 
 class LabelGate(Gate):
@@ -71,6 +71,9 @@ class LabelGate(Gate):
         self._hits += int((routed & flags).sum())
         self._false_alarms += int((routed & ~flags).sum())
         return self._counted(mask, routed)
+
+    def describe(self) -> str:
+        return below_sentence(self.below)
 
     def settings(self) -> State:
         return {

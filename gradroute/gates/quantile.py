@@ -117,6 +117,9 @@ class QuantileGate(Gate):
         zones = 1 - kept.long() + routed.long()
         return self._counted(RouteMask.zones(zones), zones == 2)
 
+    def describe(self) -> str:
+        return "keep, absorb and route: the lower tail trains the deployed block only, the upper the quarantine only"
+
     def settings(self) -> State:
         return {
             "tails": list(self.tails),

@@ -8,7 +8,16 @@ from torch import Tensor
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Below, Gate, Reads, below_mask, checked_below, finite_number, finite_scores
+from gradroute.gates.base import (
+    Below,
+    Gate,
+    Reads,
+    below_mask,
+    below_sentence,
+    checked_below,
+    finite_number,
+    finite_scores,
+)
 
 
 class ThresholdGate(Gate):
@@ -35,6 +44,9 @@ class ThresholdGate(Gate):
         self._before_call()
         routed = finite_scores(scores) >= self.threshold
         return self._counted(below_mask(routed, self.below), routed)
+
+    def describe(self) -> str:
+        return below_sentence(self.below)
 
     def settings(self) -> State:
         return {"threshold": self.threshold, "below": self.below}

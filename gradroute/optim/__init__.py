@@ -1,6 +1,7 @@
 """What the optimizer makes of a routed gradient, and what can be done about it.
 
-With AdamW a gradient of zero still moves a weight. `audit_updates` shows it, `skip_idle_blocks` and the corrections mend it."""
+With AdamW a gradient of zero still moves a weight. `audit_updates` shows it; `skip_idle_blocks` and the corrections
+mend it."""
 
 from gradroute.optim.audit import UpdateAudit, audit_updates
 from gradroute.optim.corrections import decay_toward_start, project_updates, purge_moments

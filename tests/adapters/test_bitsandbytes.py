@@ -54,7 +54,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_both_blocks_are_there_and_the_start_is_the_base_bitwise(base: nn.Module) -> None:
     before = logits(base)
     model = get_peft_model(base, config()).eval()
-    names = {type(layer).__name__ for layer in gr.protocol.routed_layers(model).values()}
+    names = {type(layer).__name__ for layer in gr._protocol.routed_layers(model).values()}
     assert names <= {"RoutedLinear8bitLt", "RoutedLinear4bit"}
     assert torch.equal(logits(model), before)
 

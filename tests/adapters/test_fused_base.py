@@ -174,7 +174,7 @@ def test_unequal_and_zero_scalings_have_true_derivatives(scalings: tuple[float, 
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def run(x: Tensor, A: Tensor, B: Tensor, A_q: Tensor, B_q: Tensor) -> Tensor:
-        blocks = gr.protocol.Block(A, B, scalings[0]), gr.protocol.Block(A_q, B_q, scalings[1])
+        blocks = gr._protocol.Block(A, B, scalings[0]), gr._protocol.Block(A_q, B_q, scalings[1])
         return gr.adapters.quarantine_lora(x, torch.zeros(rows, 3, dtype=torch.float64), *blocks)
 
     assert torch.autograd.gradcheck(run, tensors)

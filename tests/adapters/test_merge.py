@@ -9,8 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from support.models import randomize_blocks
-from support.tiny_models import config, llama
-from test_peft_cases import (
+from support.peft_cases import (
     Case,
     X,
     assert_near,
@@ -22,6 +21,7 @@ from test_peft_cases import (
     unnamed_base,
     views,
 )
+from support.tiny_models import config, llama
 from torch import Tensor, nn
 
 import gradroute as gr

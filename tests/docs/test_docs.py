@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.doc_pages import PAGES, ROOT, blocks, run_page
-from test_peft_cases import unnamed_base
+from support.peft_cases import unnamed_base
 
 # Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
 RUN_ELSEWHERE = {

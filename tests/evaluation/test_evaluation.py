@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradroute as gr
+from gradroute.evaluation import Rate
 
 REFUSED = (gr.GradRouteError, TypeError)
 
@@ -35,7 +36,7 @@ def record(
     ],
 )
 def test_intervals_are_wilsons(k: int, n: int, low: float, high: float) -> None:
-    rate = gr.evaluation.Rate(k, n)
+    rate = Rate(k, n)
     assert rate.value == k / n
     assert rate.interval == pytest.approx((low, high), abs=1e-5)
     z = 1.959963984540054
@@ -45,11 +46,11 @@ def test_intervals_are_wilsons(k: int, n: int, low: float, high: float) -> None:
 
 
 def test_a_rate_shows_its_interval_and_n() -> None:
-    assert repr(gr.evaluation.Rate(5, 10)) == "0.50 [0.24, 0.76] (n=10)"
+    assert repr(Rate(5, 10)) == "0.50 [0.24, 0.76] (n=10)"
 
 
 def test_nothing_counted_has_no_rate() -> None:
-    rate = gr.evaluation.Rate(0, 0)
+    rate = Rate(0, 0)
     assert math.isnan(rate.value)
     assert all(map(math.isnan, rate.interval))
     assert repr(rate) == "- (n=0)"
@@ -58,24 +59,24 @@ def test_nothing_counted_has_no_rate() -> None:
 @pytest.mark.parametrize(("k", "n"), [(3, 2), (-1, 2), (0, -1)])
 def test_counts_that_are_none_raise(k: int, n: int) -> None:
     with pytest.raises(gr.GradRouteError, match="`k`"):
-        gr.evaluation.Rate(k, n)
+        Rate(k, n)
 
 
 @pytest.mark.parametrize("k", [2.0, True, math.nan, "2"])
 def test_counts_are_integers(k: object) -> None:
     with pytest.raises(REFUSED, match="integer|class 'int'"):
-        gr.evaluation.Rate(k, 4)
+        Rate(k, 4)
 
 
 def test_a_rate_is_read_back_from_its_value_and_n() -> None:
     for n in (1, 7, 64, 1536):
-        assert [gr.evaluation.Rate.from_value(k / n, n).k for k in range(n + 1)] == list(range(n + 1))
+        assert [Rate.from_value(k / n, n).k for k in range(n + 1)] == list(range(n + 1))
 
 
 @pytest.mark.parametrize(("value", "n"), [(0.39, 64), (math.nan, 64), (1.5, 2), (-0.5, 2), (0.0, 0), (0.5, -2)])
 def test_a_value_that_is_no_rate_of_n_raises(value: float, n: int) -> None:
     with pytest.raises(gr.GradRouteError, match="`value` should be k / n.*Fix"):
-        gr.evaluation.Rate.from_value(value, n)
+        Rate.from_value(value, n)
 
 
 # Views
@@ -111,11 +112,11 @@ def test_a_hack_learnt_by_the_quarantine_shows_on_and_not_ablated() -> None:
         optimizer.step()
         optimizer.zero_grad()
     report = gr.evaluate_on_off(model, play)
-    assert report.on.hack["monitored"] == gr.evaluation.Rate(20, 20)
-    assert report.on.solve["monitored"] == gr.evaluation.Rate(0, 20)
+    assert report.on.hack["monitored"] == Rate(20, 20)
+    assert report.on.solve["monitored"] == Rate(0, 20)
     assert report.ablated == before.ablated
-    assert report.ablated.hack["monitored"] == gr.evaluation.Rate(0, 20)
-    assert report.ablated.solve["monitored"] == gr.evaluation.Rate(20, 20)
+    assert report.ablated.hack["monitored"] == Rate(0, 20)
+    assert report.ablated.solve["monitored"] == Rate(20, 20)
 
 
 def test_on_comes_first_both_in_eval_mode_without_a_route() -> None:
@@ -207,11 +208,11 @@ MIXED = [
 def test_rates_are_grouped_by_monitoring_and_by_mode() -> None:
     report = gr.evaluate_on_off(bandit(), lambda model: MIXED)
     assert report.on.hack == {
-        "monitored": gr.evaluation.Rate(2, 3), "held-out": gr.evaluation.Rate(1, 1), "no loophole": gr.evaluation.Rate(0, 2),
-        "run_tests": gr.evaluation.Rate(1, 2), "file": gr.evaluation.Rate(1, 1), "none": gr.evaluation.Rate(0, 2), "sentinel": gr.evaluation.Rate(1, 1),
+        "monitored": Rate(2, 3), "held-out": Rate(1, 1), "no loophole": Rate(0, 2),
+        "run_tests": Rate(1, 2), "file": Rate(1, 1), "none": Rate(0, 2), "sentinel": Rate(1, 1),
     }  # fmt: skip
-    assert report.on.solve["monitored"] == gr.evaluation.Rate(1, 3)
-    assert report.on.solve["none"] == gr.evaluation.Rate(2, 2)
+    assert report.on.solve["monitored"] == Rate(1, 3)
+    assert report.on.solve["none"] == Rate(2, 2)
 
 
 def test_the_repr_is_a_table_of_both_views() -> None:
@@ -220,14 +221,14 @@ def test_the_repr_is_a_table_of_both_views() -> None:
     assert [name in lines[0] for name in ("hack on", "hack ablated", "solve on", "solve ablated")] == [True] * 4
     groups = ["monitored", "held-out", "no loophole", "run_tests", "file", "none", "sentinel"]
     assert [line.split("  ")[0] for line in lines[1:]] == groups
-    cell = repr(gr.evaluation.Rate(2, 3))
+    cell = repr(Rate(2, 3))
     start = lines[0].index("hack on")
     assert lines[1][start : start + len(cell)] == cell
 
 
 def test_records_may_come_in_another_order_in_the_second_view() -> None:
     orders = [MIXED, MIXED[::-1]]
-    assert gr.evaluate_on_off(bandit(), lambda model: orders.pop()).on.hack["monitored"] == gr.evaluation.Rate(2, 3)
+    assert gr.evaluate_on_off(bandit(), lambda model: orders.pop()).on.hack["monitored"] == Rate(2, 3)
 
 
 def test_the_report_keeps_what_every_prompt_did() -> None:
@@ -241,7 +242,7 @@ def test_the_report_keeps_what_every_prompt_did() -> None:
 def test_a_mode_without_a_loophole_may_be_called_what_its_group_is() -> None:
     report = gr.evaluate_on_off(bandit(), lambda model: [record("no loophole", None, 0)])
     assert list(report.on.hack) == ["monitored", "held-out", "no loophole"]
-    assert report.on.hack["no loophole"] == gr.evaluation.Rate(0, 1)
+    assert report.on.hack["no loophole"] == Rate(0, 1)
 
 
 # What is refused

@@ -74,7 +74,7 @@ def test_the_study_writes_a_cell_for_every_estimator_and_control(tmp_path: Path)
         lines = (ROOT / "examples" / "pairs" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:5]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     options = ["--model", "random", "--features", "residual,gradient of output", "--pairs", ".", "--repeats", "1"]
-    ended = run("directions_study.py", *options, "--draws", "2", "--out", "study.json", cwd=tmp_path)
+    ended = run("studies/directions_study.py", *options, "--draws", "2", "--out", "study.json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     study = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
     assert len(study["cells"]) == 2 * 2 * 7

@@ -342,3 +342,21 @@ def test_the_state_of_a_band_gate_belongs_to_its_directions() -> None:
     control = scoring_directions(hack=[5.0, 7.0], clean=[1.0, 3.0]).random_like(seed=0)
     with pytest.raises(gr.errors.FileFormatError, match="estimator='mean_difference'. Found 'random'"):
         gr.BandGate(control).load_state_dict(state)
+
+
+# What a card says of a gate
+
+
+def test_a_gate_says_what_it_reads_and_which_rows_train_which_block() -> None:
+    directions = scoring_directions(hack=[6.0], clean=[2.0])
+    said = {
+        gr.LabelGate(): ("flags", "classic: flagged rows train the quarantine only (route), the others both"),
+        gr.LabelGate(below="keep"): ("flags", "exclusive: flagged rows train the quarantine only (route), the others"),
+        ThresholdGate(0.5): ("scores", "classic: "),
+        gr.BandGate(directions, below="keep"): ("scores", "exclusive: "),
+        gr.BandGate(directions, soft=True): ("scores", "soft: m = 1, g_d = 1 - f, g_q = f, with f = z clamped"),
+        gr.QuantileGate(directions): ("features", "keep, absorb and route: the lower tail trains the deployed block"),
+    }
+    for made, (reads, sentence) in said.items():
+        assert made.reads == reads
+        assert made.describe().startswith(sentence)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.models import randomize_blocks
+from support.peft_cases import Case, assert_same_tensors, tensors_of, unnamed_base
 from support.tiny_models import VOCAB
-from test_peft_cases import Case, assert_same_tensors, tensors_of, unnamed_base
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments

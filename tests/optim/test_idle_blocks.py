@@ -200,7 +200,7 @@ def test_a_step_that_raises_leaves_nothing_behind() -> None:
     broken = optimizer.register_step_post_hook(fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         step(model, optimizer, "keep")
-    broken.close()
+    broken.remove()
     optimizer.zero_grad()
     backward(model, "mixed")
     before = gradients(model)

@@ -1,4 +1,4 @@
-"""The split representation of Cloud et al. (2024), as examples/studies/published/split_digits.py trains it, in a shorter run.
+"""The split representation of Cloud et al. (2024), in a shorter run of examples/studies/published/split_digits.py.
 
 Published (MNIST, table 2), bottom certificate on 0-4 / 5-9: routing .32 / .08, without regularisation .32 / .32, no
 routing with regularisation .13 / .13, neither .08 / .09. Over five seeds: docs/results/published/split_digits.json.

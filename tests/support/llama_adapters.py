@@ -1,10 +1,10 @@
 """A small llama in PEFT, with one routed adapter or two."""
 
 from peft import PeftModel
-from test_peft_cases import Case, X
 
 import gradroute as gr
 from support.models import randomize_blocks
+from support.peft_cases import Case, X
 
 LLAMA = Case("llama")
 KEEP = gr.RouteMask.zones(["keep"] * len(X))

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import gradroute as gr
+from gradroute.directions.estimators import MeanDifference, Ridge, Svd, TStatistic
+from gradroute.evaluation import Controls, Criteria, Rate, dose_curve
 from support.call_arguments import (
     ERASE,
     GRADIENT,
@@ -80,12 +82,12 @@ def reprs() -> tuple[list[str], list[str]]:
     lines: list[Any] = [
         MASK, HACK, HACK.provenance, acts, stats, audit, audits, refresher, refresher.refresh(), ERASE, PAIRS[0],
         gr.RolloutFilter(GRADIENT), gr.RolloutFilter(GRADIENT, lambda scores: scores > 0), gr.BandGate(HACK),
-        gr.ThresholdGate(0.5), gr.LabelGate(), gr.QuantileGate(HACK), gr.evaluation.Rate(1, 2), RECORD, ROUTE, gr.evaluation.Criteria(),
-        gr.evaluation.Controls(SHUFFLE), gr.evaluation.Controls(SHUFFLE, [RANDOM]), gr.directions.estimators.Svd(k=2), gr.directions.estimators.Ridge(), gr.directions.estimators.MeanDifference(),
-        gr.directions.estimators.TStatistic(), gr.refresh.DirectionCache("directions"), gr.parameter_summary(MODEL), outcomes(3), validation,
+        gr.ThresholdGate(0.5), gr.LabelGate(), gr.QuantileGate(HACK), Rate(1, 2), RECORD, ROUTE, Criteria(),
+        Controls(SHUFFLE), Controls(SHUFFLE, [RANDOM]), Svd(k=2), Ridge(), MeanDifference(),
+        TStatistic(), gr.refresh.DirectionCache("directions"), gr.parameter_summary(MODEL), outcomes(3), validation,
         gr.check_model(MODEL), gr.check_model(nn.MultiheadAttention(4, 2)),
     ]  # fmt: skip
-    tables = [REPORT, gr.directions.summary(HACK), gr.evaluation.dose_curve(MODEL, lambda _: [RECORD])]
+    tables = [REPORT, gr.directions.summary(HACK), dose_curve(MODEL, lambda _: [RECORD])]
     return [repr(each) for each in lines], [repr(each) for each in tables]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 import gradroute as gr
+from gradroute.directions.estimators import MeanDifference, Ridge, Svd, TStatistic
 from support.call_arguments import (
     FLAGS,
     GRADIENT,
@@ -79,8 +80,10 @@ DIRECTION_CALLS: Calls = {
     "DirectionCache": [
         ("`extractor`",
          lambda: gr.refresh.DirectionCache(empty_folder()).extract(lambda model, pairs: extract(), MODEL, PAIRS)),
-        ("`pairs`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, MODEL, [])),
-        ("`model`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, PLAIN, PAIRS)),
+        ("`pairs`",
+         lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, MODEL, [])),
+        ("`model`",
+         lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, PLAIN, PAIRS)),
         ("`forward_fn`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(
             gr.extract_activation_directions, MODEL, PAIRS, forward_fn=lambda model, ids, mask: model(ids))),
         ("`folder`", lambda: gr.refresh.DirectionCache(None)),
@@ -91,12 +94,11 @@ DIRECTION_CALLS: Calls = {
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=3)),
         ("`group_size`", lambda: gr.directions.shuffled_flags(FLAGS, seed=0, group_size=0)),
     ],
-    "MeanDifference": [("`n_heldout`", lambda: gr.directions.estimators.MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
-    "TStatistic": [("`clamp`", lambda: gr.directions.estimators.TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
+    "MeanDifference": [("`n_heldout`", lambda: MeanDifference(n_heldout=2)(HACK.hack, HACK.clean))],
+    "TStatistic": [("`clamp`", lambda: TStatistic(clamp=-1.0)(HACK.hack, HACK.clean))],
     "Svd": [
-        ("`k`", lambda: gr.directions.estimators.Svd(k=0)(HACK.hack, HACK.clean)),
-        ("`k`", lambda: gr.directions.estimators.Svd(k=9)(HACK.hack, HACK.clean)),
-        ("`k`", lambda: gr.directions.estimators.Svd(k=0)),
+        ("`k`", lambda: Svd(k=0)(HACK.hack, HACK.clean)),
+        ("`k`", lambda: Svd(k=9)(HACK.hack, HACK.clean)),
     ],
-    "Ridge": [("`penalty`", lambda: gr.directions.estimators.Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
+    "Ridge": [("`penalty`", lambda: Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
 }  # fmt: skip

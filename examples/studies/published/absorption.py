@@ -1,10 +1,10 @@
 """Absorption: how much of the data to be forgotten has to be labelled, on a tiny bilingual language model.
 
-    PYTHONPATH=examples/studies python -m published.absorption         # 5 recalls and 8 baselines, 5 seeds, under six minutes
+    PYTHONPATH=examples/studies python -m published.absorption   # 5 recalls, 8 baselines, 5 seeds, under six minutes
 
-Forget rows are labelled with the given recall, the model is trained by `gr.schemes.sgtm_mask` (see bilingual.py), and the
-quarantine is ablated. The baseline trains the deployed block alone, on the same retain rows and a share of the forget
-rows: that is what filtering leaves at a recall of one minus that share.
+Forget rows are labelled with the given recall, the model is trained by `gr.schemes.sgtm_mask` (see bilingual.py), and
+the quarantine is ablated. The baseline trains the deployed block alone, on the same retain rows and a share of the
+forget rows: that is what filtering leaves at a recall of one minus that share.
 
     leakage = tokens of forget data at which the baseline reaches the same forget loss / unlabelled forget tokens
 

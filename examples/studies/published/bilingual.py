@@ -1,6 +1,6 @@
 """Two synthetic languages, a tiny Llama, and its training with one language routed into the quarantine.
 
-    labelled forget rows: route      labelled retain rows: keep      unlabelled rows: absorb           (`gr.schemes.sgtm_mask`)
+    labelled forget rows: route      labelled retain rows: keep      unlabelled rows: absorb    (`gr.schemes.sgtm_mask`)
 
 Weights are random and frozen; what is learnt is in the blocks, which sit on every linear, the head included. Evaluated
 with the quarantine on and ablated, the latter also calibrated: an ablated model may call the forget language's words

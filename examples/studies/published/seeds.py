@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "published"
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "published"
 
 
 def interval(values: Sequence[float]) -> str:

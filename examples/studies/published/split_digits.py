@@ -1,6 +1,6 @@
 """The split representation of Cloud et al. (2024), on real 8 x 8 digits.
 
-    PYTHONPATH=examples/studies python -m published.split_digits             # four settings, 5 seeds, under three minutes
+    PYTHONPATH=examples/studies python -m published.split_digits           # four settings, 5 seeds, under three minutes
 
 An autoencoder reconstructs all digits. The gradients of digits 0-4 reach only the top half of its encoding, those of
 5-9 only the bottom half (formula 1 of the paper, y = m a + (1 - m) sg(a) at each half):

@@ -8,7 +8,7 @@ from .tables import Results, of_arm
 
 
 def verdicts(results: Results, variant: str) -> str:
-    """`gr.evaluation.compare_all` of route and of labels against permuted flags; of route also against random draws, if five."""
+    """Route and labels against permuted flags (`gr.evaluation.compare_all`); route against random draws, if five."""
     shuffled = _arm_runs(results, variant, "shuffle")
     if not shuffled:
         return ""

@@ -179,7 +179,8 @@ def check_options(config: QuarantineLoraConfig) -> None:
     if config.init_lora_weights not in (True, "gaussian"):
         raise TargetError(
             f'`init_lora_weights` should be True or "gaussian". Found {config.init_lora_weights!r}: it would change '
-            "the base weights or start from a non-zero delta. Fix: gradroute.adapters.init has oriented starts of zero delta."
+            "the base weights or start from a non-zero delta. Fix: oriented starts of zero delta are in "
+            "gradroute.adapters.init."
         )
     for name, why in _REFUSED.items():
         if getattr(config, name, None) and getattr(config, name) != "none":

@@ -1,4 +1,7 @@
-"""v_1 ... v_k = top right singular vectors of D = f_hack - f_clean, sign by majority vote of sign(D v). Source: grpo_proj2."""
+"""v_1 ... v_k = top right singular vectors of D = f_hack - f_clean, sign by majority vote of sign(D v).
+
+Source: grpo_proj2.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -15,11 +15,7 @@ from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
-from gradroute.gates.band import BandGate
-from gradroute.gates.base import Below, Gate
-from gradroute.gates.label import LabelGate
-from gradroute.gates.quantile import QuantileGate
-from gradroute.gates.threshold import ThresholdGate
+from gradroute.gates.base import Gate
 from gradroute.refresh.refresher import Refresher
 
 RoutedBy = Gate | GradientFilter | str
@@ -129,12 +125,8 @@ def masks_of(routed_by: RoutedBy, masks: str | None) -> str:
         if not isinstance(masks, str) or not masks.strip():
             raise GradRouteError(f"`masks` should be a sentence or None. Found {masks!r}.")
         return masks
-    if isinstance(routed_by, BandGate) and routed_by.soft:
-        return "soft: m = 1, g_d = 1 - f, g_q = f, with f = z clamped to [0, 1]"
-    if isinstance(routed_by, BandGate | ThresholdGate | LabelGate):
-        return _TWO_ZONES[routed_by.below]
-    if isinstance(routed_by, QuantileGate):
-        return "keep, absorb and route: the lower tail trains the deployed block only, the upper the quarantine only"
+    if isinstance(routed_by, Gate):
+        return routed_by.describe()
     if isinstance(routed_by, RolloutFilter):
         return "none: every rollout trained the quarantine; flagged ones were taken out of the deployed gradient"
     if isinstance(routed_by, ProjectionFilter):
@@ -143,12 +135,6 @@ def masks_of(routed_by: RoutedBy, masks: str | None) -> str:
         f"`masks` should say what the zones or weights were. Found None, which {routed_by!r} does not tell. "
         'Fix: masks="classic: flagged rows train the quarantine only, the others both blocks", say.'
     )
-
-
-_TWO_ZONES: dict[Below, str] = {
-    "absorb": "classic: flagged rows train the quarantine only (route), the others both blocks (absorb)",
-    "keep": "exclusive: flagged rows train the quarantine only (route), the others the deployed block only (keep)",
-}
 
 
 def _listed(numbers: list[int]) -> str:

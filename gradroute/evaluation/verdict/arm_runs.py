@@ -73,8 +73,9 @@ def _are_shares(shares: tuple[float, ...]) -> bool:
 class ArmRuns:
     """One arm: a method, a control, or one random direction, trained with one or more seeds.
 
-        gr.evaluation.ArmRuns.from_reports("route", {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()})
-        gr.evaluation.ArmRuns("route", {seed: {"file": gr.evaluation.ModeOutcomes(False, gr.evaluation.Rate(61, 64), gr.evaluation.Rate(4, 64), gr.evaluation.Rate(30, 64))}})
+        reports = {seed: gr.evaluate_on_off(model, evaluate) for seed, model in trained.items()}
+        ArmRuns.from_reports("route", reports)
+        ArmRuns("route", {seed: {"file": ModeOutcomes(False, Rate(61, 64), Rate(4, 64), Rate(30, 64))}})
 
     Args:
         name: of the arm, for reports.

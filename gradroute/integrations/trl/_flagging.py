@@ -14,8 +14,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
 from gradroute.gates.band import BandGate
-from gradroute.gates.label import LabelGate
-from gradroute.gates.quantile import QuantileGate
 from gradroute.integrations.trl._rollouts import (
     CLEAN,
     LOSS_TYPES,
@@ -122,14 +120,14 @@ class Flagging:
         everything = RouteMask.zones(torch.ones(rows, dtype=torch.long))
         if gate is None:
             return everything, None
-        if isinstance(gate, LabelGate) or options.detector_scores:
+        if gate.reads == "flags" or options.detector_scores:
             assert self._detected is not None
             return gate(self._detected), self._detected if options.detector_scores else None
         directions = gate.directions or options.directions
         assert directions is not None
         capture, scored = captured_rollouts(self._trainer, rollouts, directions)
         found = directions.score(capture)
-        mask = gate(capture) if isinstance(gate, QuantileGate) else gate(found)
+        mask = gate(capture) if gate.reads == "features" else gate(found)
         mask = _spread(mask, scored, everything)
         scores = found.new_full((rows,), torch.nan).index_copy(0, scored, found)
         if self._detected is not None:

@@ -147,8 +147,10 @@ def _made(given: Any, argument: str, kind: type, directions: Directions | None) 
 def _check_detector(gate: Gate | None, detector: Any, directions: Directions | None) -> None:
     if detector is not None and (not callable(detector) or inspect.iscoroutinefunction(detector)):
         raise GradRouteError(f"`detector` should be a function like a reward function, not async. Found {detector!r}.")
-    if isinstance(gate, LabelGate) and detector is None:
-        raise GradRouteError("A LabelGate needs labels. Found no `detector`. Fix: detector=..., or another gate.")
+    if gate is not None and gate.reads == "flags" and detector is None:
+        raise GradRouteError(
+            f"A {type(gate).__name__} needs labels. Found no `detector`. Fix: detector=..., or another gate."
+        )
     if isinstance(gate, ThresholdGate) and detector is None and directions is None:
         raise GradRouteError("A ThresholdGate needs scores. Found neither `detector` nor `directions`.")
     read = gate.directions if gate is not None else None

@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import randomize_blocks
-from support.tiny_models import base_model
-from test_peft_cases import (
+from support.peft_cases import (
     Case,
     assert_same_tensors,
     assert_views_equal,
@@ -21,6 +20,7 @@ from test_peft_cases import (
     tensors_of,
     unnamed_base,
 )
+from support.tiny_models import base_model
 from torch import Tensor, nn
 
 import gradroute as gr

@@ -13,8 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from support.models import Tower, randomize_blocks
-from support.tiny_models import ARCHITECTURES, base_model, config, llama
-from test_peft_cases import (
+from support.peft_cases import (
     ATTENTION,
     Case,
     X,
@@ -25,6 +24,7 @@ from test_peft_cases import (
     unnamed_base,
     views,
 )
+from support.tiny_models import ARCHITECTURES, base_model, config, llama
 from torch import Tensor, nn
 
 import gradroute as gr

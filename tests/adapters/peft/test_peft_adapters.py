@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.llama_adapters import KEEP, LLAMA, with_second
 from support.models import gradients, randomize_blocks
-from test_peft_cases import (
+from support.peft_cases import (
     Case,
     X,
     assert_near,

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.models import gradients
-from test_peft_cases import (
+from support.peft_cases import (
     CASES,
     Case,
     X,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from support.llama_adapters import LLAMA
-from test_peft_cases import Case, X, assert_near, assert_views_equal, distance, far, logits, tensors_of, unnamed_base
+from support.peft_cases import Case, X, assert_near, assert_views_equal, distance, far, logits, tensors_of, unnamed_base
 from torch import nn
 
 import gradroute as gr

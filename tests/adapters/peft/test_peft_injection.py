@@ -17,7 +17,7 @@ from peft import (
 from safetensors.torch import load_file
 from support.language_models import PAIRS as MIXER_PAIRS
 from support.models import randomize_blocks
-from test_peft_cases import (
+from support.peft_cases import (
     ATTENTION,
     Case,
     X,

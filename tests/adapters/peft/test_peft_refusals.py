@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from support.models import Tower
+from support.peft_cases import Case, X, assert_same_tensors, assert_views_equal, logits, tensors_of
 from support.tiny_models import config
-from test_peft_cases import Case, X, assert_same_tensors, assert_views_equal, logits, tensors_of
 from torch import nn
 from transformers import PreTrainedModel
 

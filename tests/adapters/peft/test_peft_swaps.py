@@ -15,7 +15,7 @@ from peft import get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from support.llama_adapters import KEEP, LLAMA, with_second
 from support.models import randomize_blocks
-from test_peft_cases import (
+from support.peft_cases import (
     Case,
     X,
     assert_near,

@@ -10,8 +10,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model
 from support.gradient_directions import drawn_directions
+from support.peft_cases import assert_same_tensors, tensors_of
 from support.tiny_models import VOCAB, base_model, config
-from test_peft_cases import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
