@@ -5,16 +5,23 @@ for programs that filter those.
 """
 
 import logging
+import sys
 import warnings
 
 from gradroute.errors import GradRouteWarning
 
 logger = logging.getLogger("gradroute")
-# Without a handler of its own a library's warnings go to stderr, where they are raised already.
+# Without a handler, logging would print the warnings to stderr a second time.
 logger.addHandler(logging.NullHandler())
 
+_BETWEEN = ("gradroute", "jaxtyping", "beartype", "contextlib", "functools", "torch")
+"""Packages whose lines a warning does not point to: ours, and those through which users call it."""
 
-def warn(message: str, *, stacklevel: int = 2) -> None:
-    """A `GradRouteWarning` at the caller's line, and a line in the log; `stacklevel` as for `warnings.warn`."""
+
+def warn(message: str) -> None:
+    """A `GradRouteWarning` at the user's line, the first outside of the library, and a line in the log."""
     logger.warning("%s", " ".join(message.split()))
-    warnings.warn(message, GradRouteWarning, stacklevel=stacklevel + 1)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, GradRouteWarning, stacklevel=level)

@@ -17,8 +17,40 @@
 `torch.compile(fullgraph=True)`, so it is for calls made once per step or less, never for a forward or a hook.
 """
 
-from beartype import BeartypeConf, beartype
-from jaxtyping import jaxtyped
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
-typechecked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))
-"""Decorator: check shapes and types of one cold public call; an int passes for a float."""
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LONGEST = 200
+
+
+def typechecked(function: F) -> F:
+    """Decorator: check shapes and types of one cold public call; an int passes for a float.
+
+    Raises:
+        TypeCheckError: naming the argument; without jaxtyping's dump of all the others, a model and its pairs among them.
+    """
+    checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checked(*args, **kwargs)
+        except TypeCheckError as error:
+            raise TypeCheckError(_shortened(str(error))) from None
+
+    return cast(F, call)
+
+
+def _shortened(message: str) -> str:
+    message = re.sub(r"-{10,}\nCalled with parameters: .*?(?=\nParameter annotations: )", "", message, flags=re.DOTALL)
+    found = re.search(r"Actual value: (.*?)\nExpected type: ", message, flags=re.DOTALL)
+    if found is not None and len(found[1]) > _LONGEST:
+        message = message.replace(found[1], f"{found[1][:_LONGEST]} ...")
+    return message

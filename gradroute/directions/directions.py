@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import instance_of
 from gradroute._hashing import model_identity, rows_hash
 from gradroute._typing import typechecked
 from gradroute.directions import _angles
@@ -264,6 +265,12 @@ class Directions:
                 f"`features` should be captured as {expected}, like the pairs. Found {capture.settings}. Fix: capture "
                 "with the settings that the directions were extracted with."
             )
+        if capture.directions is not None and (capture.directions is not self or capture.version != self.version):
+            other = "other directions" if capture.directions is not self else f"version {capture.version} of these"
+            raise GradRouteError(
+                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
+                "Fix: capture and score between two refreshes."
+            )
         if view is None and capture.view != made.view:
             raise GradRouteError(
                 f"`features` should be captured in the view of the directions, {made.view!r}. Found {capture.view!r}. "
@@ -277,15 +284,13 @@ class Directions:
                 "`features` should be captured from the base model that the directions were extracted from. Found "
                 "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
             )
-        if capture.directions is not None and (capture.directions is not self or capture.version != self.version):
-            other = "other directions" if capture.directions is not self else f"version {capture.version} of these"
-            raise GradRouteError(
-                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
-                "Fix: capture and score between two refreshes."
-            )
 
     def _check_same_features(self, other: "Directions") -> None:
+        instance_of("other", other, Directions)
         mine, theirs = ({n: f.shape[1] for n, f in directions.hack.items()} for directions in (self, other))
         if mine != theirs:
             different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise RefreshError(f"Both directions should have the same modules and shapes. Different: {different[:5]}.")
+            raise RefreshError(
+                f"Both directions should have the same modules and shapes. Different: {different[:5]}. Fix: extract from "
+                "the same model, with or without its wrapper (DDP's adds `module.` to every name)."
+            )

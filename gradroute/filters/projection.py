@@ -107,8 +107,7 @@ class ProjectionFilter(GradientFilter):
         if made.source != "gradient" and side != "two" and made.estimator != "random":
             warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what side={side!r} takes for "
-                'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".',
-                stacklevel=2,
+                'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".'
             )
 
     @property

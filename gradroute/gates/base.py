@@ -115,7 +115,7 @@ class Gate(ABC):
             for complaint in complaints:
                 if self.strict:
                     raise GradRouteError(complaint)
-                warn(complaint, stacklevel=3)
+                warn(complaint)
         return mask
 
     def _open_window(self) -> None:

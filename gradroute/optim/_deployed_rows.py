@@ -42,8 +42,7 @@ class DeployedRows:
         if side == "one" and made.source != "gradient" and made.estimator != "random":
             warn(
                 f"`directions` of {made.source}s have no sign in gradient space: what passes for hack-ward may be "
-                'the opposite. Fix: extract_gradient_directions, or side="two".',
-                stacklevel=4,
+                'the opposite. Fix: extract_gradient_directions, or side="two".'
             )
         self.directions, self.side = directions, side
         self._layers = routed_layers(model)

@@ -70,7 +70,7 @@ class DirectionCache:
                 directions = Directions.load(path, model=model)
                 _check_made_of(directions, model, pairs)
             except GradRouteError as error:
-                warn(f"{path} is of no use and is made again: {error}", stacklevel=2)
+                warn(f"{path} is of no use and is made again: {error}")
             else:
                 self.hits += 1
                 return directions

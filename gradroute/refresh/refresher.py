@@ -294,4 +294,6 @@ def _check_overlap_schedule(
 
 
 def _equal(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(now[name], before[name].to(now[name].device)) for name in now.keys() & before.keys())
+    if now.keys() != before.keys():
+        return False
+    return all(torch.equal(rows, before[name].to(rows.device)) for name, rows in now.items())
