@@ -34,7 +34,7 @@ def typechecked(function: F) -> F:
     """Decorator: check shapes and types of one cold public call; an int passes for a float.
 
     Raises:
-        TypeCheckError: naming the argument; without jaxtyping's dump of all the others, a model and its pairs among them.
+        TypeCheckError: names the argument. jaxtyping would dump all the others too, a whole model among them.
     """
     checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
 

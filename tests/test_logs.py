@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.language_models import IMPORT_HOOK, PAIRS, ids_only, routed_mixer, scoring_directions
+from support.language_models import PAIRS, ids_only, routed_mixer, scoring_directions
 
 import gradroute as gr
 from gradroute import _progress as progress
@@ -37,24 +37,24 @@ def test_a_warning_is_raised_and_one_line_in_the_log(caplog: pytest.LogCaptureFi
     assert caplog.records[0].getMessage() == str(found[0].message)
 
 
+def all_routed() -> None:
+    gate = gr.ThresholdGate(0.0)
+    for _ in range(60):
+        gate(torch.ones(4))
+
+
 @pytest.mark.parametrize("call", [
     lambda: gr.BandGate(scoring_directions([0.0, 0.0], [2.0, 2.0])),
     lambda: gr.LabelGate(false_positive_rate=0.2),
     lambda: gr.directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])),
     lambda: gr.ProjectionFilter(extracted(routed_mixer()), mode="erase"),
-    lambda: all_routed(),
+    all_routed,
 ])  # fmt: skip
 def test_a_warning_is_at_the_users_line(call: Callable[[], object]) -> None:
     """There it can be found and filtered; inside the library one filter would hide them all."""
     with pytest.warns(gr.GradRouteWarning) as found:
         call()
     assert {warning.filename for warning in found} == {__file__}
-
-
-def all_routed() -> None:
-    gate = gr.ThresholdGate(0.0)
-    for _ in range(60):
-        gate(torch.ones(4))
 
 
 def test_the_logger_prints_nothing_unless_asked() -> None:

@@ -291,6 +291,6 @@ class Directions:
         if mine != theirs:
             different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             raise RefreshError(
-                f"Both directions should have the same modules and shapes. Different: {different[:5]}. Fix: extract from "
-                "the same model, with or without its wrapper (DDP's adds `module.` to every name)."
+                f"Both directions should have the same modules and shapes. Different: {different[:5]}. Fix: extract "
+                "from the same model, always with its wrapper or always without (DDP's adds `module.` to every name)."
             )

@@ -1,4 +1,4 @@
-"""Models that share layers, count positions, read something else than tokens, or are not finite where nothing is read."""
+"""Models that share layers, count positions, read no tokens, or are not finite where nothing is read."""
 
 import pytest
 import torch
