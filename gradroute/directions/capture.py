@@ -113,7 +113,7 @@ def capture_gradients(
 
     Args:
         model: with routed layers.
-        features, modules: see `capture_activations`; besides, "parameter": the gradient of the deployed A and B.
+        features, modules: see `capture_activations`. "parameter" is the gradient of the deployed A and B.
         directions: with "parameter", capture each rollout's inner product with these directions, (rows, 1) per module,
             instead of its gradient. The capture can be scored by these directions alone, and until their next refresh.
 
@@ -156,7 +156,7 @@ def capture_gradients(
             if features == "input":
                 return None
             hidden = hidden_states(name, output)
-            # With frozen parameters the lowest layers have no gradient of their own: the graph starts at this tap.
+            # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
             tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             # A checkpoint recomputation builds the same graph, and is captured already.
             if not in_backward():
@@ -169,7 +169,7 @@ def capture_gradients(
     def input_hook(name: str) -> Callable[..., Any]:
         def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = first_input(args, kwargs)
-            # An alias of its own: where q, k and v share one input, each sees its own part of the gradient.
+            # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             if not in_backward():
                 _check_grad_enabled(name)

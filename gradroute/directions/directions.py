@@ -126,7 +126,13 @@ class Directions:
                     f"{type(features).__name__}. Fix: score the Capture itself, or leave `view` out."
                 )
             return self.estimate.score(features)
-        self._check_capture(features, view)
+        features.check_fits(self.provenance, view)
+        if features.directions is not None and (features.directions is not self or features.version != self.version):
+            other = "other directions" if features.directions is not self else f"version {features.version} of these"
+            raise GradRouteError(
+                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
+                "Fix: capture and score between two refreshes."
+            )
         return self.estimate.score(features, projected=features.directions is not None)
 
     def weights(self) -> dict[str, Float[Tensor, " _"]]:
@@ -256,34 +262,6 @@ class Directions:
         if model is not None and model_identity(model) != directions.provenance.model:
             raise FileFormatError(f"{path}: these directions were extracted from another base model than `model`.")
         return directions
-
-    def _check_capture(self, capture: Capture, view: View | None) -> None:
-        made = self.provenance
-        expected = (made.source, made.feature, made.reduction)
-        if capture.settings != expected:
-            raise GradRouteError(
-                f"`features` should be captured as {expected}, like the pairs. Found {capture.settings}. Fix: capture "
-                "with the settings that the directions were extracted with."
-            )
-        if capture.directions is not None and (capture.directions is not self or capture.version != self.version):
-            other = "other directions" if capture.directions is not self else f"version {capture.version} of these"
-            raise GradRouteError(
-                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
-                "Fix: capture and score between two refreshes."
-            )
-        if view is None and capture.view != made.view:
-            raise GradRouteError(
-                f"`features` should be captured in the view of the directions, {made.view!r}. Found {capture.view!r}. "
-                "Fix: extract and capture under the same `with ablate_quarantine(model):`, or pass "
-                f"view={capture.view!r} to `score` if the views differ on purpose."
-            )
-        if view is not None and capture.view != view:
-            raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {capture.view!r}.")
-        if capture.model != made.model:
-            raise GradRouteError(
-                "`features` should be captured from the base model that the directions were extracted from. Found "
-                "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
-            )
 
     def _check_same_features(self, other: "Directions") -> None:
         instance_of("other", other, Directions)

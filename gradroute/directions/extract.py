@@ -8,7 +8,6 @@ view it is in: ablate the quarantine first, or leave it to `Refresher`; the view
 random numbers are left as found.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch.nn.functional import cross_entropy
 
 from gradroute._hashing import model_identity
 from gradroute._progress import progressed
-from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._protocol import routed_layers
 from gradroute._restore import left_as_found
 from gradroute._typing import typechecked
+from gradroute.directions._huggingface import ForwardFn, huggingface_forward, pad_token, reads_head
 from gradroute.directions._reading import Feature, Reduction, without_autocast
 from gradroute.directions.capture import capture_activations, capture_gradients
 from gradroute.directions.directions import Directions
@@ -41,9 +41,6 @@ from gradroute.directions.pairs import (
 )
 from gradroute.directions.provenance import Provenance
 from gradroute.errors import DeadDirectionError, GradRouteError
-
-ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
-"""(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""
 
 LossFn = Callable[[Any, PaddedBatch], Tensor]
 """(what the forward returned, batch) -> the loss of each rollout (batch,)."""
@@ -88,7 +85,7 @@ def extract_activation_directions(
         GradRouteError: no pairs, no tokenizer for texts, no such estimator, or a route is open.
     """
     estimator = as_estimator(estimator)
-    forward = _huggingface_forward(model, _reads_head(model, modules)) if forward_fn is None else forward_fn
+    forward = huggingface_forward(model, reads_head(model, modules)) if forward_fn is None else forward_fn
 
     def run(batch: PaddedBatch) -> Capture:
         with (
@@ -141,7 +138,7 @@ def extract_gradient_directions(
             gradient.
     """
     estimator = as_estimator(estimator)
-    forward = _huggingface_forward(model, all_logits=True) if forward_fn is None else forward_fn
+    forward = huggingface_forward(model, all_logits=True) if forward_fn is None else forward_fn
 
     def run(batch: PaddedBatch) -> Capture:
         with torch.enable_grad(), capture_gradients(model, features=features, modules=modules) as capture:
@@ -186,7 +183,7 @@ def _extract(
     with left_as_found(model):
         if frozen:
             model.requires_grad_(False)
-        padded = padded_batches(rollouts, batches, device)
+        padded = padded_batches(rollouts, batches, device, pad_token(model))
         for batch in progressed(padded, total=len(batches), description="extracting directions", progress=progress):
             capture = run(batch)
             views.add(capture.view)
@@ -235,50 +232,6 @@ def _why_dead(model: nn.Module, provenance: Provenance) -> str:
             'Fix: extract after the first optimizer steps, or with features="parameter" or "output".'
         )
     return "Fix: check that the pairs differ where the model looks, and drop modules that cannot see it."
-
-
-def _huggingface_forward(model: nn.Module, all_logits: bool) -> ForwardFn:
-    """The forward of a Hugging Face model that reads token ids; unless `all_logits`, with as few logits as it allows.
-
-    The head is the largest product of a small model: a fifth of SmolLM2-135M.
-
-    Raises:
-        GradRouteError: the model reads something else, or has a decoder that the completion would belong to.
-    """
-    inner = _unwrapped(model)
-    parameters = inspect.signature(inner.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    reads = getattr(inner, "main_input_name", "input_ids")
-    if reads != "input_ids" or not (takes_any or {"input_ids", "attention_mask"} <= parameters.keys()):
-        raise GradRouteError(
-            "`forward_fn` should be given for a model that does not take `input_ids` and `attention_mask`. Found a "
-            f"{type(inner).__name__}, which takes {', '.join(parameters)}. "
-            "Fix: forward_fn=lambda model, ids, mask: model(...)."
-        )
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise GradRouteError(
-            f"`forward_fn` should be given for an encoder with a decoder. Found a {type(inner).__name__}, whose "
-            "encoder would get both prompt and completion. Fix: forward_fn=lambda model, ids, mask: model(...)."
-        )
-    options: dict[str, Any] = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    if not all_logits and "logits_to_keep" in parameters:
-        options["logits_to_keep"] = 1
-    return lambda called, ids, mask: called(input_ids=ids, attention_mask=mask, **options)
-
-
-def _reads_head(model: nn.Module, modules: Modules) -> bool:
-    """Whether the features are those of the head, or the head cannot be told apart."""
-    get_head = getattr(_unwrapped(model), "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if head is None or isinstance(head, RoutedLayer):
-        return True
-    return any(module is head for name, module in model.named_modules() if name in (modules or ()))
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    inner: Any = getattr(model, "module", model)
-    inner = getattr(inner, "_orig_mod", inner)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _logits(output: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradroute._hashing import known_identity
 from gradroute.directions._reading import Feature, Reduction, Source
+from gradroute.directions.provenance import Provenance
 from gradroute.errors import GradRouteError
 
 
@@ -68,6 +69,33 @@ class Capture(Mapping[str, Tensor]):
         if not isinstance(self._model, str):
             self._model = known_identity(self._model)
         return self._model
+
+    def check_fits(self, made: Provenance, view: str | None) -> None:
+        """Raise unless these features were taken like those of the pairs: settings, view and base model.
+
+        Args:
+            made: how the directions were made.
+            view: in which view these features should be; None for that of the directions.
+        """
+        expected = (made.source, made.feature, made.reduction)
+        if self.settings != expected:
+            raise GradRouteError(
+                f"`features` should be captured as {expected}, like the pairs. Found {self.settings}. Fix: capture "
+                "with the settings that the directions were extracted with."
+            )
+        if view is None and self.view != made.view:
+            raise GradRouteError(
+                f"`features` should be captured in the view of the directions, {made.view!r}. Found {self.view!r}. "
+                "Fix: extract and capture under the same `with ablate_quarantine(model):`, or pass "
+                f"view={self.view!r} to `score` if the views differ on purpose."
+            )
+        if view is not None and self.view != view:
+            raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {self.view!r}.")
+        if self.model != made.model:
+            raise GradRouteError(
+                "`features` should be captured from the base model that the directions were extracted from. Found "
+                "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
+            )
 
     def open_slot(self, module: str, view: str, forward: int | None = None) -> int:
         """Reserve the next place in the order of forwards.

@@ -235,12 +235,15 @@ def batched(rollouts: Sequence[TokenizedRollout], batch_size: int, batch_tokens:
 
 
 def padded_batches(
-    rollouts: Sequence[TokenizedRollout], batches: Sequence[Sequence[int]], device: torch.device
+    rollouts: Sequence[TokenizedRollout],
+    batches: Sequence[Sequence[int]],
+    device: torch.device,
+    pad_token: int = 0,
 ) -> Iterator[PaddedBatch]:
     """The rollouts of each batch, padded on the right to the longest of it."""
     for index in batches:
         width = max(len(rollouts[i].ids) for i in index)
-        ids = torch.zeros(len(index), width, dtype=torch.long)
+        ids = torch.full((len(index), width), pad_token)
         attention = torch.zeros_like(ids)
         completion = torch.zeros_like(ids, dtype=torch.bool)
         for row, rollout in enumerate(rollouts[i] for i in index):

@@ -111,6 +111,25 @@ def test_absolute_positions_are_right_in_a_padded_batch(extract) -> None:
         torch.testing.assert_close(rows, single.hack[name], rtol=1e-9, atol=1e-12)
 
 
+def test_a_sequence_classifier_finds_the_last_token_of_each_row() -> None:
+    """It looks for the last token that is not its padding token."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2, pad_token_id=15
+    )
+    model = routed(transformers.GPT2ForSequenceClassification(config))
+
+    def extract(batch_size: int) -> gr.Directions:
+        return gr.extract_gradient_directions(
+            model, PAIRS, batch_size=batch_size, loss_fn=lambda output, batch: output.logits[:, 0]
+        )
+
+    batched, single = extract(8), extract(1)
+    for name, rows in batched.hack.items():
+        torch.testing.assert_close(rows, single.hack[name], rtol=1e-9, atol=1e-12)
+
+
 # Models of something else than tokens
 
 
