@@ -169,4 +169,4 @@ def test_the_checks_see_imports() -> None:
     assert imports_of("gradroute.refresh") >= {"gradroute.refresh.refresher"}
     assert imports_of("gradroute.refresh.refresher") >= {"gradroute.errors", "gradroute._restore"}
     # Under `TYPE_CHECKING`.
-    assert imports_of("gradroute.adapters") >= {"gradroute.adapters.peft.config"}
+    assert imports_of("gradroute.adapters") >= {"gradroute.adapters.peft"}

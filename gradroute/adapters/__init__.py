@@ -20,22 +20,15 @@ from gradroute.adapters.svd_gain import SvdGain
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 
 if TYPE_CHECKING:
-    from gradroute.adapters.peft.checkpoint import load_quarantined
-    from gradroute.adapters.peft.config import QuarantineLoraConfig
-    from gradroute.adapters.peft.export import export_deployed, export_full
+    from gradroute.adapters.peft import QuarantineLoraConfig, export_deployed, export_full, load_quarantined
 
-_LAZY = {
-    "load_quarantined": "gradroute.adapters.peft.checkpoint",
-    "QuarantineLoraConfig": "gradroute.adapters.peft.config",
-    "export_deployed": "gradroute.adapters.peft.export",
-    "export_full": "gradroute.adapters.peft.export",
-}
+_LAZY = {"QuarantineLoraConfig", "export_deployed", "export_full", "load_quarantined"}
 """peft takes seconds to import, and not everybody needs it."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_module("gradroute.adapters.peft"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""What every gate has: a look at whether it still tells rows apart, and a state dict.
+"""What every gate has: a check that it still tells rows apart, a sentence for model cards, and a state dict.
 
 Over each window of calls:   no row was routed, or every row was   ->   `GradRouteWarning`, an error if strict.
 

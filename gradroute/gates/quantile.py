@@ -29,8 +29,8 @@ from gradroute.gates.base import Gate, Reads, finite_scores
 class QuantileGate(Gate):
     """keep / absorb / route by the recency-weighted quantiles of the scores of past rollouts; `gate(capture)`.
 
-    Memory is capacity x (sum of feature widths); each call costs a sort of at most `capacity` numbers, and a re-scoring
-    of the buffer if the version of `directions` has changed. Call it once per rollout: every call fills the buffer.
+    Memory is capacity x (sum of feature widths). Each call sorts at most `capacity` numbers, and scores the buffer
+    again if the version of `directions` has changed. Call it once per rollout: every call fills the buffer.
 
     Args:
         directions: what the features are scored with.
@@ -71,7 +71,7 @@ class QuantileGate(Gate):
                 f"`warm_up` should be at most `capacity`. Found {warm_up} > {capacity}: all rows would absorb."
             )
         super().__init__(window=window, strict=strict)
-        # Of the size of the buffer once the first call has shown how wide and of which type features are.
+        # Allocated by the first call, which shows how wide and of which type features are.
         self._features, self._scores = torch.empty(0, 0), torch.empty(0)
         self._arrived = torch.empty(0, dtype=torch.long)
         self._seen, self._filled, self._next = 0, 0, 0
@@ -161,7 +161,7 @@ class QuantileGate(Gate):
         return Marked(scores, "score", [(high, "route from"), (low, "keep up to")], scores.to(self._scores) >= high)
 
     def _feature(self, features: Mapping[str, Float[Tensor, "_ _"]], name: str) -> Float[Tensor, "_ _"]:
-        # Of modules without rows as well: a refresh may give them some, and then old rollouts are scored on them.
+        # Modules without rows included: a refresh may give them rows, and then old rollouts are scored on them.
         width = self.directions.hack[name].shape[-1]
         if name not in features or features[name].shape[-1] != width:
             raise GradRouteError(f"`features` should hold the module `{name}`, {width} wide, like the pairs.")

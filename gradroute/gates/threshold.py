@@ -1,4 +1,4 @@
-"""From scores with a scale of their own to a mask: s >= threshold -> route, else `below`."""
+"""From scores on a fixed scale, such as a classifier's, to a mask: s >= threshold -> route, else `below`."""
 
 from typing import ClassVar
 
@@ -13,9 +13,9 @@ from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_se
 
 
 class ThresholdGate(Gate):
-    """s >= threshold -> route, else `below`; for scores with a scale of their own, such as a classifier's.
+    """s >= threshold -> route, else `below`; for scores on a fixed scale, such as a classifier's.
 
-    A threshold on scores of `Directions` is off as soon as those are refreshed: use `BandGate` or `QuantileGate` there.
+    A refresh changes the scale of scores of `Directions`: use `BandGate` or `QuantileGate` there.
 
     Args:
         threshold: the lowest score that is routed.

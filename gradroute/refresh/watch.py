@@ -41,6 +41,8 @@ class StepCount(StepHooks):
         start: steps before the first.
     """
 
+    _kept_by_optimizer = False  # but by its refresher, and they end together
+
     def __init__(self, optimizer: Optimizer, check: "Callable[[StepCount], None]", *, start: int) -> None:
         self.steps = start
         self._check = WeakMethod(check)

@@ -28,7 +28,7 @@ def logprobs(model: nn.Module) -> Tensor:
 
 
 class Engine:
-    """Generates with merged weights of its own; like many it is given new ones when somebody thinks of it."""
+    """Generates with its own merged weights; like many engines it gets new ones only when somebody syncs it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sync(model)

@@ -168,6 +168,7 @@ def test_a_second_refresher_takes_over_optimizer_and_gate_from_one_that_is_gone(
     second = gr.Refresher(first.directions, first.extract, model=model, every=1)
     del first
     gc.collect()
+    assert not optimizer._optimizer_step_pre_hooks
     second.watch(optimizer, gate)
     train_step(model, optimizer)
     assert second.step().version == 1

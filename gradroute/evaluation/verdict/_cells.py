@@ -21,7 +21,7 @@ def rate_of(outcomes: ModeOutcomes, outcome: Outcome) -> float:
 
 
 def stratum_of(own: ModeOutcomes, rivals: Sequence[ModeOutcomes], outcome: Literal["drop", "solve"]) -> Stratum:
-    """What own minus the mean of the rivals was counted from, to be drawn anew.
+    """What `own` minus the mean of `rivals` was counted from, to be drawn again.
 
     Args:
         own, rivals: outcomes of one mode and seed; one sample of differences per prompt where all know their prompts,

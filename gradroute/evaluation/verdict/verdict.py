@@ -1,4 +1,4 @@
-"""A word about a treatment, and everything that it rests on."""
+"""The word about a treatment, and everything that supports it."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
