@@ -5,9 +5,8 @@
 Both trainers train the same model, the plain one with LoRA of rank r + r_quarantine, with TRL's defaults (256 tokens,
 checkpointing), and take turns, step by step, so that what else the machine does falls on both. Prints medians, and the
 median of the ratios of pairs, of wall time and of the thread's processor time; with one thread the latter says more
-where others use the machine. `score` is the activation gate alone; `lower` reads the lower half of the blocks only;
-`refreshed` extracts the directions anew every 5 steps as well; `ablated` samples a quarter of the rollouts without the
-quarantine as well.
+where others use the machine. `score` is the activation gate alone; `refreshed` extracts the directions again every 5
+steps as well; `ablated` samples a quarter of the rollouts without the quarantine as well.
 """
 
 import argparse
@@ -25,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 import gradroute as gr
-from gradroute._protocol import routed_layers
 from gradroute.integrations.trl import GradRouteGRPOTrainer
 
 VOCABULARY, PROMPT, ROLLOUTS = 4096, 48, 16
@@ -85,11 +83,9 @@ def built(cls: type, folder: str, arguments: argparse.Namespace, **options: Any)
     )  # fmt: skip
 
 
-def routed_options(arm: str, layers: int) -> dict[str, Any]:
+def routed_options(arm: str) -> dict[str, Any]:
     def extract(model: Any) -> gr.Directions:
-        lower = [name for name in routed_layers(model) if int(name.split("layers.")[1].split(".")[0]) < layers // 2]
-        modules = lower if arm == "lower" else None
-        return gr.extract_activation_directions(model, pairs, tokenizer=tokenizer(), modules=modules)
+        return gr.extract_activation_directions(model, pairs, tokenizer=tokenizer())
 
     pairs = [gr.ContrastivePair(words(PROMPT, i), words(32, 100 + i), words(32, 200 + i)) for i in range(8)]
     options: dict[str, Any] = {
@@ -98,7 +94,6 @@ def routed_options(arm: str, layers: int) -> dict[str, Any]:
     }
     more = {
         "score": {},
-        "lower": {},
         "refreshed": {"refresher": 5},
         "ablated": {"refresher": 5, "ablated_fraction": 0.25},
     }
@@ -133,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, default in (("pairs", 4), ("hidden", 576), ("layers", 4), ("tokens", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--arms", default="score,lower,refreshed,ablated")
+    parser.add_argument("--arms", default="score,refreshed,ablated")
     arguments = parser.parse_args()
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     both = lora | {"r": 32, "lora_alpha": 64}
@@ -143,7 +138,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plain = built(GRPOTrainer, folder, arguments, peft_config=LoraConfig(**both))
             config = gr.QuarantineLoraConfig(**lora)
-            options = routed_options(arm, arguments.layers)
+            options = routed_options(arm)
             routed = built(GradRouteGRPOTrainer, folder, arguments, peft_config=config, **options)
             seconds = interleaved(plain, routed)
         for i, clock in enumerate(("wall", "processor")):

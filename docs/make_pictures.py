@@ -16,12 +16,12 @@ import gradroute as gr
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-from loopholes.arms import ARMS  # noqa: E402
-from loopholes.base_model import load_base  # noqa: E402
-from loopholes.environment import ENVIRONMENTS  # noqa: E402
-from loopholes.evaluation import evaluate, records  # noqa: E402
-from loopholes.grpo import Recipe, make_detector, train  # noqa: E402
-from loopholes.sampling import sample  # noqa: E402
+from loopholes.arms import ARMS
+from loopholes.base_model import load_base
+from loopholes.environment import ENVIRONMENTS
+from loopholes.evaluation import evaluate, records
+from loopholes.grpo import Recipe, make_detector, train
+from loopholes.sampling import sample
 
 STEPS, EVERY, N_PER_MODE = 150, 10, 64
 

@@ -15,18 +15,18 @@ from typing import Any
 DOCS = Path(__file__).parent
 WRITTEN = (DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS.parent / "README.md")
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
-sys.path.insert(0, str(DOCS.parent / "examples"))
+sys.path[:0] = [str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
 
-from directions_tables import left_out_table, read_study, transfer_table  # noqa: E402
+from directions_tables import left_out_table, read_study, transfer_table
 
-from loopholes.arms import ARMS  # noqa: E402
-from loopholes.environment import MODES  # noqa: E402
-from loopholes.markdown import markdown_table  # noqa: E402
-from loopholes.staleness import difference_table, share_table, staleness_table  # noqa: E402
-from loopholes.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table  # noqa: E402
-from published.seeds import interval  # noqa: E402
-from smollm import report as smollm_report  # noqa: E402
-from smollm.screening import screen_table  # noqa: E402
+from loopholes.arms import ARMS
+from loopholes.environment import MODES
+from published.seeds import interval
+from reporting.markdown import markdown_table
+from reporting.staleness import difference_table, share_table, staleness_table
+from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table
+from smollm import report as smollm_report
+from smollm.screening import screen_table
 
 STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)

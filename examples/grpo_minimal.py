@@ -120,6 +120,7 @@ def train(model: nn.Module, steps: int, plain: bool, generator: torch.Generator)
         directions = gr.extract_activation_directions(model, pairs)  # gr
     gate = gr.BandGate(directions, threshold=0.5)  # gr
     refresher = gr.Refresher(directions, lambda: gr.extract_activation_directions(model, pairs), model=model)  # gr
+    refresher.watch(optimizer, gate)  # gr
     place = torch.arange(PROMPTS * GROUP) % GROUP
     ablated = place < (0 if plain else 2)  # gr: two of eight rollouts explore as the deployed model
 

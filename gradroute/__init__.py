@@ -65,7 +65,7 @@ _ELSEWHERE = {
     },
     "gradroute.directions": {"Capture", "DirectionsSummary", "Validation", "shuffled_flags"},
     "gradroute.directions.estimators": {"Estimator", "MeanDifference", "Ridge", "Svd", "TStatistic"},
-    "gradroute.refresh": {"DirectionCache", "RefreshReport"},
+    "gradroute.refresh": {"RefreshReport"},
     "gradroute.filters": {"FilterStats"},
     "gradroute.optim": {"UpdateAudit", "decay_toward_start", "project_updates", "purge_moments"},
     "gradroute.schemes": {"detach_mix_mask", "expand_route_ablate_mask", "graft_mask", "sgtm_mask"},

@@ -26,6 +26,13 @@ def instance_of(
     return value
 
 
+def integer_from_zero(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> int:
+    """`value`, if it is 0, 1, 2 or so on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise error(f"`{argument}` should be an integer from 0 on. Found {value!r}.")
+    return value
+
+
 def one_of(argument: str, value: Any, options: Sequence[T], error: type[GradRouteError] = GradRouteError) -> T:
     """`value`, if it is one of `options`."""
     if value not in options:
@@ -40,6 +47,13 @@ def positive_integer(argument: str, value: Any, error: type[GradRouteError] = Gr
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise error(f"`{argument}` should be a positive integer. Found {value!r}.")
     return value
+
+
+def positive_number(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:
+    """`value` as a float, if it is positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise error(f"`{argument}` should be a positive finite number. Found {value!r}.")
+    return float(value)
 
 
 def share(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from gradroute._protocol import BlockName, RoutedLayer, routed_layers
+from gradroute._offloading import check_in_memory, in_memory
+from gradroute._protocol import RoutedLayer, routed_layers
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -57,16 +57,19 @@ def model_identity(model: nn.Module) -> str:
         for block in ("deployed", "quarantine")
         for parameter in module.block_parameters(block)
     }
-    base = {_base_name(name): p for name, p in model.named_parameters() if id(p) not in blocks and not _added(name)}
+    named = dict(model.named_parameters())
+    base = {_base_name(name): name for name, p in named.items() if id(p) not in blocks and not _added(name)}
     digest = hashlib.sha256()
-    for name, parameter in sorted(base.items()):
+    for name, found_as in sorted(base.items()):
+        owner, _, leaf = found_as.rpartition(".")
+        parameter = in_memory(model.get_submodule(owner), leaf)
         flat = parameter.detach().reshape(-1)
         count = min(_SAMPLES, flat.numel())
         index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
         values = flat[index].double().cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
     identity = digest.hexdigest()
-    _KNOWN[model] = _Known(identity, [(ref(p), _stamp(p)) for p in base.values()])
+    _KNOWN[model] = _Known(identity, [(ref(named[name]), _stamp(named[name])) for name in base.values()])
     return identity
 
 
@@ -105,8 +108,9 @@ def deployed_hash(model: nn.Module) -> str:
     Names are not in it: the same blocks have one hash attached, in PEFT's wrapper, and compiled.
     """
     digest = hashlib.sha256()
-    for layer in routed_layers(model).values():
+    for name, layer in routed_layers(model).items():
         A, B, scaling = layer.deployed
+        check_in_memory(name, A, B)
         for matrix in (A, B):
             values = matrix.detach().cpu().contiguous()
             digest.update(f"{tuple(values.shape)} {values.dtype} {float(scaling)!r} ".encode())
@@ -127,15 +131,3 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     bits = [p.detach().reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
-
-
-def trained_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape, type and bytes of both blocks of every layer, and of all else that is trained."""
-    blocks: tuple[BlockName, ...] = ("deployed", "quarantine")
-    in_blocks = {id(p) for layer in routed_layers(model).values() for b in blocks for p in layer.block_parameters(b)}
-    values = {
-        name: parameter.detach().cpu().contiguous().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or id(parameter) in in_blocks
-    }
-    return hashlib.sha256(save(values)).hexdigest()

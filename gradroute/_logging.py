@@ -14,14 +14,16 @@ logger = logging.getLogger("gradroute")
 # Without a handler, logging would print the warnings to stderr a second time.
 logger.addHandler(logging.NullHandler())
 
-_BETWEEN = ("gradroute", "jaxtyping", "beartype", "contextlib", "functools", "torch")
-"""Packages whose lines a warning does not point to: ours, and those through which users call it."""
+_BETWEEN = {
+    "accelerate", "beartype", "contextlib", "functools", "gradroute", "jaxtyping", "torch", "transformers", "trl"
+}  # fmt: skip
+"""Packages that may lie between the user's line and a warning."""
 
 
 def warn(message: str) -> None:
-    """A `GradRouteWarning` at the user's line, the first outside of the library, and a line in the log."""
+    """A `GradRouteWarning` at the user's line, however deep in the library it is found, and a line in the log."""
     logger.warning("%s", " ".join(message.split()))
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
-        level, frame = level + 1, frame.f_back
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
     warnings.warn(message, GradRouteWarning, stacklevel=level)

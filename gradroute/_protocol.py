@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
 
@@ -76,6 +77,11 @@ class RoutedLayer(nn.Module, ABC):
     def view(self) -> str:
         """What a forward made now would show: "on", "ablated", "scaled" or "disabled"."""
 
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the blocks now, where neither a route nor a view can reach them."""
+        return False
+
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     """Every routed layer of `model` by qualified name, in module order.
@@ -129,7 +135,7 @@ def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[st
                     f"Adapter {adapter!r} should have a quarantine in `{name}`. Found plain LoRA: the layer was made "
                     "for an adapter without one. Fix: add the adapter with a quarantine first, or unload the other one."
                 )
-        names = [name for name, layer in layers.items() if _has_adapter(layer, adapter)]
+        names = [plain_name(name) for name, layer in layers.items() if _has_adapter(layer, adapter)]
         targets = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
         idle = [str(t) for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
         for pattern in (*config.rank_pattern, *config.alpha_pattern):

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,11 +14,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; on leaving, also by an exception, everything that a measurement may touch is put back.
 
     That is: each module's `training` flag, each parameter's `.grad` (the same tensor, bitwise) and `requires_grad`,
-    Python's and torch's random state (CPU and the model's CUDA devices), and `model.config.use_cache`.
+    Python's, numpy's and torch's random state (CPU and the model's CUDA devices), and `model.config.use_cache`.
     """
     training = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    python_state = random.getstate()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
@@ -34,5 +35,6 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
                 parameter.requires_grad_(requires_grad)
             random.setstate(python_state)
+            np.random.set_state(numpy_state)
             if use_cache is not None:
                 config.use_cache = use_cache  # type: ignore[union-attr]

@@ -7,7 +7,6 @@ came from, and the directions that were in force.
 from collections.abc import Mapping
 from typing import Any
 
-from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError
 
 State = dict[str, Any]
@@ -16,19 +15,6 @@ State = dict[str, Any]
 def format_of(owner: object) -> str:
     """The format name of the states of `owner`; the number changes when their content does."""
     return f"gradroute-{type(owner).__name__}-1"
-
-
-def directions_in_force(directions: Directions) -> State:
-    """Which directions a state belongs to."""
-    made = directions.provenance
-    return {
-        "version": directions.version,
-        "step": directions.step,
-        "pair_hash": made.pair_hash,
-        "estimator": made.estimator,
-        "control": made.control,
-        "seed": made.seed,
-    }
 
 
 def check_state(owner: object, state: object, expected: Mapping[str, Any]) -> State:

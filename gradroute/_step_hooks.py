@@ -1,8 +1,16 @@
-"""Handles on an optimizer: something before and after each of its steps, until `close()` or the end of a `with`."""
+"""Handles on an optimizer: something before and after each of its steps, until `close()` or the end of a `with`.
 
-from typing import Any, TypeVar
+A hook knows its handle by weak reference, and a handle its optimizer. So the hooks end when the handle is closed or its
+optimizer is gone, hooks on the model included, and a copied or pickled model or optimizer has none. A handle that
+changes steps is kept by its optimizer, since nobody else need hold it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradroute.errors import GradRouteError
 
@@ -10,36 +18,89 @@ from gradroute.errors import GradRouteError
 Hooks = TypeVar("Hooks", bound="StepHooks")
 
 
-def torch_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps: accelerate and others wrap it, and hooks on the wrapper would never run."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
+def unwrapped(optimizer: Any) -> Iterator[Any]:
+    """The optimizer and what it wraps, from the outside in: accelerate's around torch's, say."""
+    while optimizer is not None:
+        yield optimizer
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = inner if hasattr(inner, "param_groups") else None
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that takes the steps; hooks on a wrapper would never run."""
+    innermost = list(unwrapped(optimizer))[-1:]
+    if not innermost or not isinstance(innermost[0], Optimizer):
         raise GradRouteError(
             f"`optimizer` should be a torch optimizer, or accelerate's around one. Found {type(optimizer).__name__}."
         )
-    return optimizer
+    return innermost[0]
+
+
+class WeakHook:
+    """Calls a method of `owner` while that lives. A copy of the hook, as in a copied model, does nothing.
+
+    Args:
+        owner: what the method belongs to.
+        method: its name.
+        keep: the hook keeps `owner` alive.
+    """
+
+    def __init__(self, owner: object, method: str, *, keep: bool = False) -> None:
+        self._owner, self._method = weakref.ref(owner), method
+        self._kept = owner if keep else None
+
+    def __call__(self, *args: Any) -> Any:
+        owner = self._owner()
+        return None if owner is None else getattr(owner, self._method)(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _ended_hook, ()
 
 
 class StepHooks:
-    """Registers `_before_step` and `_after_step` on the optimizer that takes the steps."""
+    """Registers `_before_step` and `_after_step` on the optimizer that takes the steps.
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = torch_optimizer(optimizer)
+    Hooks on anything else go into `_handles`, as a `WeakHook`.
+    """
+
+    _kept_by_optimizer: ClassVar[bool] = True
+
+    def __init__(self, optimizer: Any) -> None:
+        innermost = torch_optimizer(optimizer)
+        self._optimizer_ref = weakref.ref(innermost)
         self._has_closure = False
-        self._handles: list[Any] = [self._optimizer.register_step_pre_hook(self._step_begins)]
-        self._after = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
+        before = WeakHook(self, "_step_begins", keep=self._kept_by_optimizer)
+        self._handles: list[RemovableHandle] = [innermost.register_step_pre_hook(before)]
+        self._move_behind()
+        for owner in (innermost, self):
+            weakref.finalize(owner, _remove, self._handles).atexit = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the hooks are in place: neither closed nor left by their optimizer."""
+        return bool(self._handles)
 
     def close(self) -> None:
         """Leave the optimizer's steps alone from now on."""
-        for handle in (*self._handles, self._after):
-            handle.remove()
+        _remove(self._handles)
 
     def __enter__(self: Hooks) -> Hooks:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise GradRouteError(
+            f"A {type(self).__name__} belongs to one optimizer and cannot be copied or pickled. Fix: leave it out, and "
+            "make one for the copy."
+        )
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None, "the hooks end with their optimizer"
+        return optimizer
 
     def _before_step(self) -> None:
         """Called before each step."""
@@ -51,7 +112,24 @@ class StepHooks:
         self._has_closure = kwargs.get("closure") is not None or any(arg is not None for arg in args[1:])
         self._before_step()
 
+    def _step_ends(self, *_: Any) -> None:
+        self._after_step()
+
     def _move_behind(self) -> None:
-        """Have `_after_step` run after those of every other handle, this step."""
-        self._after.remove()
-        self._after = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
+        """Have `_after_step` run after those of every other handle."""
+        for handle in self._handles[1:2]:
+            handle.remove()
+        self._handles[1:2] = [self._optimizer.register_step_post_hook(WeakHook(self, "_step_ends"))]
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _ended_hook() -> Callable[..., None]:
+    return _ended
+
+
+def _ended(*_: Any) -> None:
+    """The hook of a handle that is not there."""

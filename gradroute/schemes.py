@@ -45,14 +45,15 @@ def graft_mask(
     Raises:
         GradRouteError: flags that are not boolean, or a number out of range.
 
-    With the two advantages of `clean_baseline_advantages` as further weights:
+    Give each block the advantages of its weights, so that `strength` acts on both:
 
-    >>> rewards, flagged = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([True, False, False, False])
-    >>> advantages = clean_baseline_advantages(rewards, flagged, group_size=4)
-    >>> mask = graft_mask(flagged, sizes=(16, 16))
+    >>> rewards, flagged = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([True, False, False, False])
+    >>> mask = graft_mask(flagged, strength=0.5, sizes=(16, 16))
     >>> mask.g_d.tolist(), mask.g_q.tolist()
-    ([0.0, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0])
-    >>> RouteMask.weights(mask.m, mask.g_d * advantages.clean, mask.g_q * advantages.full)
+    ([0.5, 1.0, 1.0, 1.0], [1.5, 1.0, 1.0, 1.0])
+    >>> deployed = weighted_baseline_advantages(rewards, mask.g_d, group_size=4)
+    >>> quarantine = weighted_baseline_advantages(rewards, mask.g_q, group_size=4)
+    >>> RouteMask.weights(mask.m, mask.g_d * deployed, mask.g_q * quarantine)
     RouteMask((4,), rows: 0 keep, 0 absorb, 0 route, 4 weighted)
     """
     if scheme not in ("classic", "exclusive"):

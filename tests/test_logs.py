@@ -14,6 +14,8 @@ from support.language_models import PAIRS, ids_only, routed_mixer, scoring_direc
 import gradroute as gr
 from gradroute import _progress as progress
 
+pytestmark = pytest.mark.touches_peft
+
 
 def test_a_refresh_is_one_line_at_info(caplog: pytest.LogCaptureFixture) -> None:
     model = routed_mixer()
@@ -37,24 +39,20 @@ def test_a_warning_is_raised_and_one_line_in_the_log(caplog: pytest.LogCaptureFi
     assert caplog.records[0].getMessage() == str(found[0].message)
 
 
-def all_routed() -> None:
-    gate = gr.ThresholdGate(0.0)
-    for _ in range(60):
-        gate(torch.ones(4))
-
-
-@pytest.mark.parametrize("call", [
-    lambda: gr.BandGate(scoring_directions([0.0, 0.0], [2.0, 2.0])),
-    lambda: gr.LabelGate(false_positive_rate=0.2),
-    lambda: gr.directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])),
-    lambda: gr.ProjectionFilter(extracted(routed_mixer()), mode="erase"),
-    all_routed,
-])  # fmt: skip
-def test_a_warning_is_at_the_users_line(call: Callable[[], object]) -> None:
-    """There it can be found and filtered; inside the library one filter would hide them all."""
-    with pytest.warns(gr.GradRouteWarning) as found:
-        call()
-    assert {warning.filename for warning in found} == {__file__}
+def test_a_warning_points_to_the_users_line_however_deep_it_is_found() -> None:
+    directions = scoring_directions([2.0], [0.0])
+    gate, soft = gr.BandGate(directions, window=1), gr.BandGate(directions, soft=True)
+    directions.update_(scoring_directions([0.0], [2.0]), step=1)
+    for warns, message in (
+        (lambda: gr.LabelGate(false_positive_rate=0.2), "false_positive_rate"),
+        (lambda: soft(torch.tensor([1.0])), "score below the clean"),
+        (lambda: gate.reversed, "score below the clean"),
+        (lambda: gate(torch.tensor([9.0])), "routed nothing"),
+        (lambda: gr.directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])), "AUROC"),
+    ):
+        with pytest.warns(gr.GradRouteWarning, match=message) as found:
+            warns()
+        assert [each.filename for each in found] == [__file__]
 
 
 def test_the_logger_prints_nothing_unless_asked() -> None:
@@ -99,11 +97,6 @@ def test_what_is_quick_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_a_bar_changes_no_result_and_no_key_of_a_cache(tmp_path: Any) -> None:
+def test_a_bar_changes_no_result() -> None:
     model = routed_mixer()
     assert torch.equal(extracted(model, progress=False).rows["q"], extracted(model).rows["q"])
-    cache = gr.refresh.DirectionCache(tmp_path)
-    settings = {"forward_fn": ids_only}
-    cache.extract(gr.extract_activation_directions, model, PAIRS, **settings)
-    cache.extract(gr.extract_activation_directions, model, PAIRS, progress=False, **settings)
-    assert (cache.hits, cache.misses) == (1, 1)

@@ -4,6 +4,7 @@ import random
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.language_models import Mixer, routed_mixer
@@ -19,6 +20,7 @@ def disturb(model: Mixer) -> None:
     model.train()
     torch.rand(3)
     random.random()
+    np.random.random()
 
 
 @pytest.fixture(params=[False, True], ids=["returns", "raises"])
@@ -73,14 +75,18 @@ def test_requires_grad_is_put_back(disturbed) -> None:
 
 def test_random_numbers_go_on_as_before(disturbed) -> None:
     model = routed_mixer()
-    torch.manual_seed(0)
-    random.seed(0)
-    expected = torch.rand(2), random.random()
-    torch.manual_seed(0)
-    random.seed(0)
+
+    def seed() -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+
+    seed()
+    expected = torch.rand(2), random.random(), np.random.random()
+    seed()
     disturbed(model)
     assert torch.equal(torch.rand(2), expected[0])
-    assert random.random() == expected[1]
+    assert (random.random(), np.random.random()) == expected[1:]
 
 
 def test_use_cache_is_put_back() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import gradroute as gr
 from gradroute import schemes
+from gradroute.advantages import clean_baseline_advantages, weighted_baseline_advantages
 from gradroute.schemes import detach_mix_mask, expand_route_ablate_mask, graft_mask, sgtm_mask
 
 REFUSED = (gr.GradRouteError, TypeError)
@@ -48,7 +49,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], unlike: d
 
 
 def test_the_examples_in_the_docstrings() -> None:
-    names = {"clean_baseline_advantages": gr.clean_baseline_advantages}
+    names = {"weighted_baseline_advantages": weighted_baseline_advantages}
     result = doctest.testmod(schemes, extraglobs=names, raise_on_error=True)
     assert result.attempted >= 7
     examples = [getattr(schemes, name).__doc__.count(">>>") for name in dir(schemes) if name.endswith("_mask")]
@@ -202,6 +203,20 @@ def test_detach_mix_equals_mixed_detached_activations() -> None:
     expected = run(model, mixed)
     found = routed(model, mask)
     assert_same(found, expected, routed(routed_tower(), mask))
+
+
+def test_the_strength_of_graft_acts_through_weighted_baselines() -> None:
+    """Composed with `clean`, which is zero on flagged rows, every strength would give the same deployed gradient."""
+    rewards, flagged = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([True, False, False, False])
+    contributions = []
+    for strength in (0.0, 0.5, 1.0, 1.5):
+        g_d = graft_mask(flagged, strength=strength, sizes=(16, 16)).g_d
+        contributions.append(g_d * weighted_baseline_advantages(rewards, g_d, 4))
+    clean_baseline = clean_baseline_advantages(rewards, flagged, 4)
+    torch.testing.assert_close(contributions[0], clean_baseline.full)
+    torch.testing.assert_close(contributions[2], clean_baseline.clean)
+    # r - 3/7 with half of the weight; r - 1/3, turned around with half of the weight.
+    assert [c[0].item() for c in contributions] == pytest.approx([0.5, 2 / 7, 0.0, -1 / 3])
 
 
 @pytest.mark.parametrize("make", [graft_mask, sgtm_mask, expand_route_ablate_mask])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the studies share wit
 
 from suite import start_worker
 
-from loopholes.store import ResultError
+from reporting.store import ResultError
 from smollm.base_model import MissingModelError, load_base
 from smollm.environment import VARIANTS
 from smollm.grpo import Recipe, attach_blocks, train

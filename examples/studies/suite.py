@@ -29,9 +29,9 @@ from loopholes.arms import ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS, MODES
 from loopholes.grpo import Recipe, train
-from loopholes.staleness import write_staleness
-from loopholes.store import Job, ResultError, read_result, stored_jobs, write_result
-from loopholes.suite_report import read_report, write_report
+from reporting.staleness import write_staleness
+from reporting.store import Job, ResultError, read_result, stored_jobs, write_result
+from reporting.suite_report import read_report, write_report
 
 # Less often than the main job looks: the suite's figures show where a run went, not each turn.
 RECIPE = Recipe(curve_every=25, curve_n_per_mode=32)

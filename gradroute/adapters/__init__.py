@@ -1,39 +1,34 @@
 """Where gradients may land: layers with a deployed and a quarantine block, masks, routes and views.
 
 `attach` or `QuarantineLoraConfig` puts the blocks in, `route` says which rows train which block, `ablate_quarantine`
-and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it."""
+and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradroute.adapters import init as init
 from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
-from gradroute.adapters.check import Finding, ParameterSummary, check_model, parameter_summary
+from gradroute.adapters.check import Finding, check_model
 from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.merge import merge_deployed
 from gradroute.adapters.route import clear_route, route, set_route
+from gradroute.adapters.summary import ParameterSummary, parameter_summary
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 
 if TYPE_CHECKING:
-    from gradroute.adapters.peft.checkpoint import load_quarantined
-    from gradroute.adapters.peft.config import QuarantineLoraConfig
-    from gradroute.adapters.peft.export import export_deployed, export_full
+    from gradroute.adapters.peft import QuarantineLoraConfig, export_deployed, export_full, load_quarantined
 
-_LAZY = {
-    "load_quarantined": "gradroute.adapters.peft.checkpoint",
-    "QuarantineLoraConfig": "gradroute.adapters.peft.config",
-    "export_deployed": "gradroute.adapters.peft.export",
-    "export_full": "gradroute.adapters.peft.export",
-}
+_LAZY = {"QuarantineLoraConfig", "export_deployed", "export_full", "load_quarantined"}
 """peft takes seconds to import, and not everybody needs it."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_module("gradroute.adapters.peft"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

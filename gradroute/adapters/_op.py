@@ -14,59 +14,125 @@ Both blocks are one product with x and one that accumulates into W x, in place w
 nothing else can hold it then. So no tensor as wide as the output is made besides the output, and none as wide as x
 besides dx.
 Saved for backward: x, which every linear that shares it saves too, and [u_d, m u_q], as narrow as the ranks.
+
+Where a gate is zero, u and dz are filled with zero, so one that overflowed contributes nothing. A row whose x or dy is
+itself not finite reaches dA or dB of both blocks, as it would in plain LoRA.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
 from gradroute._protocol import Block
+from gradroute._torch_private import unsafe_view
+from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
+from gradroute.adapters._gates import Columns, Gates
 from gradroute.errors import RouteError
+
+Linear = tuple[Tensor, Tensor | None]
+"""(weight, bias) of a frozen nn.Linear."""
 
 _FEW_ROWS = 8
 """With fewer rows, joining the matrices of both blocks costs more than reading x and y twice."""
 
 
-def fused_forward(  # noqa: PLR0917
+class Setting(NamedTuple):
+    """What the operation depends on besides the tensors that it may be differentiated by.
+
+    Args:
+        base: weight and bias of the frozen linear, if W x + b is computed here.
+        s_d, s_q: the scalings of the blocks.
+        M: [1, m] in the columns of the blocks; None for 1.
+        G: [g_d, g_q] in the columns of the blocks; None for 1.
+        base_dtype, compute: the types that W x and the blocks are computed in.
+        branch: whether G weighs dx too.
+        record: the forward's, compared with the state in backward.
+    """
+
+    base: Linear | None
+    s_d: float
+    s_q: float
+    M: Columns | None
+    G: Columns | None
+    base_dtype: torch.dtype
+    compute: torch.dtype
+    branch: bool = False
+    record: ForwardRecord | None = None
+
+
+class Factors(NamedTuple):
+    """The matrices of both blocks; those of the quarantine are None where it adds nothing."""
+
+    A_d: Float[Tensor, "r d_in"]
+    B_d: Float[Tensor, "d_out r"]
+    A_q: Float[Tensor, "r_q d_in"] | None
+    B_q: Float[Tensor, "d_out r_q"] | None
+
+
+def add_lora_blocks(
+    x: Float[Tensor, "*batch d_in"],
+    base: Float[Tensor, "*batch d_out"] | Linear,
+    deployed: Block,
+    quarantine: Block | None,
+    *,
+    gates: Gates,
+    branch: bool = False,
+    dropped: Float[Tensor, "*batch d_in"] | None = None,
+    record: ForwardRecord | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """base + s_d B_d A_d x + m s_q B_q A_q x, for gates that are known to fit.
+
+    Args:
+        x: input of the layer.
+        base: output of the frozen layer, which is not written to; or its weight and bias: W x + b is then computed
+            here and accumulated into.
+        deployed, quarantine: the blocks; a quarantine of None adds nothing, and there are no gates then.
+        gates, branch: see `quarantine_lora`.
+        dropped: what the blocks read in the place of x, if not x.
+        record: ties the backward to the state of its forward, so that a recomputation in another one raises.
+    """
+    output, linear_of_base = (base, None) if isinstance(base, Tensor) else (None, base)
+    A_d, B_d, s_d = deployed
+    A_q, B_q, s_q = quarantine or (None, None, 0.0)
+    autocast = autocast_type(x)
+    compute = autocast or A_d.dtype
+    base_dtype = compute if linear_of_base is None or autocast is not None else linear_of_base[0].dtype
+    M, G = (None, None) if A_q is None else gates.columns(A_d.shape[0], A_q.shape[0])
+    setting = Setting(linear_of_base, s_d, s_q, M, G, base_dtype, compute, branch, record)
+    with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)[0]
+        y: Tensor = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _forward(
     x: Float[Tensor, "*batch d_in"],
     dropped: Float[Tensor, "*batch d_in"] | None,
     output: Float[Tensor, "*batch d_out"] | None,
-    weight: Float[Tensor, "d_out d_in"] | None,
-    bias: Float[Tensor, " d_out"] | None,
-    A_d: Tensor,
-    B_d: Tensor,
-    s_d: float,
-    A_q: Tensor | None,
-    B_q: Tensor | None,
-    s_q: float,
-    M: Float[Tensor, "rows ranks"] | None,
-    M_zero: Bool[Tensor, "rows ranks"] | None,
-    base_dtype: torch.dtype,
-    compute: torch.dtype,
+    factors: Factors,
+    setting: Setting,
     *,
     without_graph: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, [u_d, m u_q], what the blocks read): without gradients, or inside the autograd function.
 
-    Args:
-        x, dropped, output, weight, bias: see `add_lora_blocks`.
-        A_d, B_d, s_d, A_q, B_q, s_q: the blocks.
-        M, M_zero: [1, m] in the columns of the blocks, and where it is zero; see `_weigh` for None.
-        base_dtype, compute: the types that W x and the blocks are computed in.
-        without_graph: [u_d, u_q] may be that of the deployed block alone; see `_plus` for half precision.
+    `without_graph`: [u_d, u_q] may be that of the deployed block alone; see `_plus` for half precision.
     """
+    (A_d, B_d, A_q, B_q), (base, s_d, s_q, M, _, base_dtype, compute, _, _) = factors, setting
     if output is None:
-        assert weight is not None
+        assert base is not None
+        weight, bias = base
         y = linear(_cast(x, base_dtype), _cast(weight, base_dtype), None if bias is None else _cast(bias, base_dtype))
     else:
         y = output
-    entered = _cast(x if dropped is None else dropped, compute)
-    rows = entered.reshape(-1, entered.shape[-1])
+    block_input = _cast(x if dropped is None else dropped, compute)
+    rows = block_input.reshape(-1, block_input.shape[-1])
     if A_q is None or B_q is None:
         parts = [(_cast(A_d, compute), _cast(B_d, compute), s_d)]
     elif not torch.compiler.is_compiling() and few_rows(rows):
@@ -75,9 +141,9 @@ def fused_forward(  # noqa: PLR0917
     else:
         parts = [(_joined_A(A_d, A_q, compute), *_joined_B(B_d, B_q, s_d, s_q, compute))]
     us = [linear(rows, A) for A, _, _ in parts]
-    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M_zero is None) else us[0]
-    u = _weigh(M, M_zero, u)
-    zs = us if M_zero is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
+    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M is None) else us[0]
+    u = _weigh(M, u)
+    zs = us if M is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
     total = y.reshape(-1, y.shape[-1])
     if total.dtype != compute:
         # Two types are added in the wider one and rounded once, as PEFT does.
@@ -88,8 +154,8 @@ def fused_forward(  # noqa: PLR0917
         z, B = _cast(bottleneck, total.dtype), _cast(B, total.dtype)  # noqa: PLW2901
         total = _plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
         in_place = True
-    # No view of something that was made in here: whoever gets it could not change it in place.
-    return torch.ops.aten._unsafe_view(_cast(total, y.dtype), y.shape), u, entered
+    # No view of something that was made in here: its caller could not change it in place.
+    return unsafe_view(_cast(total, y.dtype), y.shape), u, block_input
 
 
 def plain_forward(
@@ -124,13 +190,11 @@ def few_rows(x: Float[Tensor, "*batch d_in"]) -> bool:
     return x.numel() < _FEW_ROWS * x.shape[-1]
 
 
-def _weigh(weights: Tensor | None, zero: Tensor | None, values: Tensor) -> Tensor:
-    """weights * values, and exactly zero where the weight is zero even if the value is not finite.
-
-    Where `zero` is None all weights are 1; where only `weights` is None they are 1 where they are not 0.
-    """
-    if zero is None:
+def _weigh(columns: Columns | None, values: Tensor) -> Tensor:
+    """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
+    if columns is None:
         return values
+    weights, zero = columns
     if weights is None:
         return values.masked_fill(zero, 0.0)
     # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
@@ -155,10 +219,10 @@ def _joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.d
 
 
 class QuarantineLoraFunction(torch.autograd.Function):
-    """`fused_forward` with the derivatives above.
+    """The operation with the derivatives above.
 
-    Whoever wants what backward works with, and not compute it again, sets `observer` on an output's `grad_fn`: it is
-    called with what the blocks read, dy (a row per token each, in the type of the products), u_d and dz_d.
+    Set `y.grad_fn.observer = f` to receive f(x, dy, u_d, dz_d) from backward instead of recomputing them: what the
+    blocks read, and a row per token of the others, in the type of the products.
     """
 
     @staticmethod
@@ -167,40 +231,26 @@ class QuarantineLoraFunction(torch.autograd.Function):
         x: Tensor,
         dropped: Tensor | None,
         output: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
         A_d: Tensor,
         B_d: Tensor,
-        s_d: float,
         A_q: Tensor | None,
         B_q: Tensor | None,
-        s_q: float,
-        M: Tensor | None,
-        M_zero: Tensor | None,
-        G: Tensor | None,
-        G_zero: Tensor | None,
-        base_dtype: torch.dtype,
-        compute: torch.dtype,
-        branch: bool,
-        record: ForwardRecord | None,
-        state_id: Tensor | None,
+        setting: Setting,
     ) -> Tensor:
-        y, u, entered = fused_forward(
-            x, dropped, output, weight, bias, A_d, B_d, s_d, A_q, B_q, s_q, M, M_zero, base_dtype, compute,
-            without_graph=False,
-        )  # fmt: skip
+        y, u, block_input = _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=False)
         read = x if dropped is None else dropped
         # Of one tensor in two types the narrower is kept; a cast costs less than memory.
-        kept = entered if entered.dtype.itemsize < read.dtype.itemsize else read
-        needs_A, needs_B = (
-            ctx.needs_input_grad[5] or ctx.needs_input_grad[8],
-            ctx.needs_input_grad[6] or ctx.needs_input_grad[9],
-        )
-        ctx.save_for_backward(kept if needs_A else None, u if needs_B else None, weight, A_d, B_d, A_q, B_q, state_id)
-        # Gates are kept apart from the saved tensors: those come back from a checkpoint recomputation, which may have
-        # run under other gates; `check_backward` compares the two states and raises.
-        ctx.gates, ctx.scalings, ctx.branch, ctx.record = (M, M_zero, G, G_zero), (s_d, s_q), branch, record
-        ctx.types, ctx.shape, ctx.dtypes = (base_dtype, compute), x.shape, (x.dtype, read.dtype)
+        kept = block_input if block_input.dtype.itemsize < read.dtype.itemsize else read
+        _, _, _, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
+        weight = None if setting.base is None else setting.base[0]
+        state_id = None if setting.record is None else setting.record.state_id
+        ctx.save_for_backward(
+            kept if need_A_d or need_A_q else None, u if need_B_d or need_B_q else None, weight, state_id,
+            A_d, B_d, A_q, B_q,
+        )  # fmt: skip
+        # The gates are kept apart from the saved tensors: those come back from a checkpoint's recomputation, which may
+        # have run under other gates; `check_backward` compares the two states and raises.
+        ctx.setting, ctx.shape, ctx.dtypes = setting, x.shape, (x.dtype, read.dtype)
         ctx.is_dropped, ctx.observer = dropped is not None, None
         return y
 
@@ -212,67 +262,57 @@ class QuarantineLoraFunction(torch.autograd.Function):
                 "A routed layer cannot be differentiated twice. Found a double backward (create_graph=True). "
                 "Fix: create_graph=False."
             )
-        *saved, state_id = ctx.saved_tensors  # read once: a checkpoint lets go of them
-        if ctx.record is not None:
-            ctx.record.check_backward(state_id)
+        block_input, u, weight, state_id, *factors = ctx.saved_tensors  # read once: a checkpoint lets go of them
+        if ctx.setting.record is not None:
+            ctx.setting.record.check_backward(state_id)
         device = dy.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            return _backward(ctx, dy, *saved)
+            return _backward(ctx, dy, block_input, u, weight, Factors(*factors))
 
 
 def _backward(  # noqa: PLR0917
-    ctx: Any,
-    dy: Tensor,
-    entered: Tensor | None,
-    u: Tensor | None,
-    weight: Tensor | None,
-    A_d: Tensor,
-    B_d: Tensor,
-    A_q: Tensor | None,
-    B_q: Tensor | None,
+    ctx: Any, dy: Tensor, block_input: Tensor | None, u: Tensor | None, weight: Tensor | None, factors: Factors
 ) -> tuple[Tensor | None, ...]:
-    (M, M_zero, G, G_zero), (s_d, s_q), (base_dtype, compute) = ctx.gates, ctx.scalings, ctx.types
-    needs = ctx.needs_input_grad
-    need_x, need_dropped, need_A, need_B = needs[0], needs[1], (needs[5], needs[8]), (needs[6], needs[9])
+    (A_d, B_d, A_q, B_q), (_, s_d, s_q, M, G, base_dtype, compute, branch, _) = factors, ctx.setting
+    need_x, need_dropped, need_output, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
+    need_A, need_B = need_A_d or need_A_q, need_B_d or need_B_q
     rank = A_d.shape[0]
     dy_rows = dy.reshape(-1, dy.shape[-1])
     dy_blocks = _cast(dy_rows, compute)
-    dx = d_dropped = None
-    dA: tuple[Tensor | None, Tensor | None] = (None, None)
-    dB = dA
+    dx = d_dropped = dA_d = dB_d = dA_q = dB_q = None
 
     if need_x and weight is not None:
         dx = _cast(dy_rows, base_dtype) @ _cast(weight, base_dtype)
-    if need_dropped or (need_x and not ctx.is_dropped) or any(need_A):
+    if need_dropped or (need_x and not ctx.is_dropped) or need_A:
         B, scaling = (_cast(B_d, compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
-        du = _weigh(M, M_zero, _scaled(dy_blocks @ B, scaling))
-        if ctx.observer is not None and entered is not None and u is not None:
-            ctx.observer(entered, dy_blocks, u[:, :rank], du[:, :rank])
-        # G weighs du, which already carries m: the quarantine's own derivative, times its gate.
-        gated = _weigh(G, G_zero, du) if any(need_A) or ctx.branch else du
-        if any(need_A):
-            assert entered is not None
-            both = gated.T @ _cast(entered.reshape(-1, entered.shape[-1]), compute)
-            dA = (both[:rank] if need_A[0] else None, both[rank:] if need_A[1] else None)
-        du = gated if ctx.branch else du
+        dz = _weigh(M, _scaled(dy_blocks @ B, scaling))
+        if ctx.observer is not None and block_input is not None and u is not None:
+            ctx.observer(block_input, dy_blocks, u[:, :rank], dz[:, :rank])
+        # G weighs dz, which already carries m: the quarantine's own derivative, times its gate.
+        gated = _weigh(G, dz) if need_A or branch else dz
+        if need_A:
+            assert block_input is not None
+            both = gated.T @ _cast(block_input.reshape(-1, block_input.shape[-1]), compute)
+            dA_d, dA_q = (both[:rank] if need_A_d else None), (both[rank:] if need_A_q else None)
+        dz = gated if branch else dz
         if need_dropped or not ctx.is_dropped:
             A = _cast(A_d, compute) if A_q is None else _joined_A(A_d, A_q, compute)
             if need_dropped:
-                d_dropped = du @ A
+                d_dropped = dz @ A
             elif need_x:
-                dx = du @ A if dx is None else _plus_product(dx, du, A)
-    if any(need_B):
+                dx = dz @ A if dx is None else _plus_product(dx, dz, A)
+    if need_B:
         assert u is not None
-        both = dy_blocks.T @ _weigh(G, G_zero, u)
-        dB = (s_d * both[:, :rank] if need_B[0] else None, s_q * both[:, rank:] if need_B[1] else None)
+        both = dy_blocks.T @ _weigh(G, u)
+        dB_d, dB_q = (s_d * both[:, :rank] if need_B_d else None), (s_q * both[:, rank:] if need_B_q else None)
 
     x_dtype, read_dtype = ctx.dtypes
     return (
         None if dx is None else _cast(dx, x_dtype).reshape(ctx.shape),
         None if d_dropped is None else _cast(d_dropped, read_dtype).reshape(ctx.shape),
-        dy if needs[2] else None,
-        None, None, _as(dA[0], A_d), _as(dB[0], B_d), None, _as(dA[1], A_q), _as(dB[1], B_q), *[None] * 10,
+        dy if need_output else None,
+        _as(dA_d, A_d), _as(dB_d, B_d), _as(dA_q, A_q), _as(dB_q, B_q), None,
     )  # fmt: skip
 
 
@@ -280,9 +320,9 @@ def _scaled(values: Tensor, scaling: float) -> Tensor:
     return values if scaling == 1.0 else values.mul_(scaling)
 
 
-def _plus_product(dx: Tensor, du: Tensor, A: Tensor) -> Tensor:
+def _plus_product(dx: Tensor, dz: Tensor, A: Tensor) -> Tensor:
     return (
-        dx.addmm_(du, A) if dx.dtype == du.dtype else torch.addmm(dx.to(torch.promote_types(dx.dtype, du.dtype)), du, A)
+        dx.addmm_(dz, A) if dx.dtype == dz.dtype else torch.addmm(dx.to(torch.promote_types(dx.dtype, dz.dtype)), dz, A)
     )
 
 

@@ -3,83 +3,51 @@
     state = (open route or none) x (ablation scale) x (adapters disabled or not)
 
 States are immutable and carry an id. A context manager gives a layer a new state and later puts the old object back, so
-nothing is written into parameters and an exception restores what was there.
+nothing is written into parameters, and an exception restores what was there. A state belongs to the thread that set it.
 """
 
 import re
+import threading
 import uuid
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradroute.adapters._gates import NO_GATES, Gates, weights_for, weights_type
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import RouteError
-
-Weights = Float[Tensor, "*batch"]
-
-
-class Columns(NamedTuple):
-    """Weights in the columns of both blocks' bottlenecks, None if all are 0 or 1; and where they are zero."""
-
-    weights: Float[Tensor, "rows ranks"] | None
-    zero: Bool[Tensor, "rows ranks"]
 
 
 @dataclass(eq=False)
 class ActiveRoute:
-    """A mask in force; `closed` once its block has ended."""
+    """A mask in force.
+
+    Args:
+        mask: the user's.
+        sticky: set by `set_route`, without a block that ends it.
+        closed: whether it has ended.
+        forward_only: opened where gradients are off, so that forwards without gradients are what it is for.
+    """
 
     mask: RouteMask
     sticky: bool
     closed: bool = False
+    forward_only: bool = field(default_factory=lambda: not torch.is_grad_enabled())
+    weights: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+    is_binary: bool = field(init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        # Copies of one type, whatever the mask was made of: a compiled forward is compiled for the type.
+        wide = torch.float32 if self.mask.m.device.type == "mps" else torch.float64
+        m, g_d, g_q = (weight.to(wide) for weight in (self.mask.m, self.mask.g_d, self.mask.g_q))
+        self.weights, self.is_binary = (m, g_d, g_q), self.mask.is_binary
 
-@dataclass(frozen=True)
-class Gates:
-    """m, g_d and g_q of one forward, a float per leading index of its input; None means 1 everywhere.
-
-    `binary`: all of them are known to be 0 or 1.
-    """
-
-    m: Weights | None = None
-    g_d: Weights | None = None
-    g_q: Weights | None = None
-    binary: bool = False
-    _columns: dict[tuple[int, int], tuple[Columns | None, Columns | None]] = field(default_factory=dict, repr=False)
-
-    def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
-        """[1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks (rows, r + r_quarantine); None for 1.
-
-        Made once for all layers of one width: spread out in memory, they cost a tenth of what a broadcast along narrow
-        rows does.
-        """
-        if torch.compiler.is_compiling():
-            return self._spread(r, r_quarantine)
-        if (r, r_quarantine) not in self._columns:
-            self._columns[r, r_quarantine] = self._spread(r, r_quarantine)
-        return self._columns[r, r_quarantine]
-
-    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
-        sides = (None, self.m), (self.g_d, self.g_q)
-        first, second = (_side_by_side(*each, r, r_quarantine, binary=self.binary) for each in sides)
-        return first, second
-
-
-def _side_by_side(
-    left: Weights | None, right: Weights | None, r: int, r_quarantine: int, *, binary: bool
-) -> Columns | None:
-    if left is None and right is None:
-        return None
-    like = left if left is not None else right
-    assert like is not None
-    left, right = (torch.ones_like(like) if each is None else each for each in (left, right))
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    columns = [each.reshape(-1, 1).to(dtype).expand(-1, width) for each, width in ((left, r), (right, r_quarantine))]
-    weights = torch.cat(columns, dim=1)
-    return Columns(None if binary else weights, weights == 0)
+    @property
+    def is_per_row(self) -> bool:
+        """Whether one weight serves all tokens of a row."""
+        return self.weights[0].ndim == 1
 
 
 def _new_id() -> Tensor:
@@ -88,16 +56,37 @@ def _new_id() -> Tensor:
         return torch.tensor(uuid.uuid4().int >> 65, device="cpu")
 
 
+def _other_threads() -> frozenset[int]:
+    numbers = {thread.ident for thread in threading.enumerate() if thread.ident is not None}
+    return frozenset(numbers - {threading.get_ident()})
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardState:
-    """What a routed layer's forward depends on besides its input and parameters."""
+    """What a routed layer's forward depends on besides its input and parameters.
+
+    Args:
+        route: the mask in force.
+        scale: of the quarantine.
+        disabled: both blocks are off.
+        thread: that set it; 0 for the state that nobody set.
+        older_threads: the others that ran when it was set.
+        ablates_what_trains: a row that is to train the quarantine is ablated.
+    """
 
     route: ActiveRoute | None = None
     scale: float | Float[Tensor, "..."] = 1.0
     disabled: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+    older_threads: frozenset[int] = field(default_factory=_other_threads)
+    ablates_what_trains: bool = field(init=False, default=False)
     id: Int[Tensor, ""] = field(default_factory=_new_id)
     _cache: dict[tuple[torch.Size, torch.device, torch.dtype], Gates] = field(default_factory=dict, repr=False)
-    _axes: dict[int, str] = field(default_factory=dict, repr=False)
+    _layer_of_axes: dict[int, str] = field(default_factory=dict, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ablates_what_trains", _ablates_what_trains(self.route, self.scale))
 
     @property
     def quarantine_is_off(self) -> bool:
@@ -120,83 +109,120 @@ class ForwardState:
         if torch.compiler.is_compiling():
             return self._spread(x, layer)
         key = (x.shape[:-1], x.device, x.dtype)
+        # (tokens, d) of one layer says nothing about another layer with as many.
+        if key not in self._cache or (x.ndim == 2 and layer not in self._checked):
+            self._check_axes(x, layer)
+            self._checked.add(layer)
         if key not in self._cache:
             # Few shapes occur under one state; a long generation under a sticky state must not grow the cache.
             if len(self._cache) >= 16:
                 self._cache.clear()
-            self._check_axes(x, layer)
             self._cache[key] = self._spread(x, layer)
         return self._cache[key]
 
     def _check_axes(self, x: Tensor, layer: str) -> None:
-        """Rows must mean the same in every layer: an expert's input (tokens, d) may by chance have `batch` tokens."""
+        """Rows must mean the same in every layer: an expert's input (tokens, d) may by chance have `batch` tokens.
+
+        With one weight per row, inputs of three axes and more have the batch in front. (batch, d) beside them is a
+        pooled row, as in a classifier's head, unless the layer is one of several: those may share out the tokens.
+        """
         if self.route is None and isinstance(self.scale, float):
             return
-        if x.ndim == 2 and re.search(r"(^|\.)experts\.", layer):
+        if x.ndim == 2 and is_expert(layer):
             raise RouteError(
                 f"`{layer}` is an expert: it gets the tokens that were sent to it, {tuple(x.shape)} here, and which "
                 "rows they come from is not known. Fix: exclude the experts from `target_modules`."
             )
-        self._axes.setdefault(x.ndim, layer)
-        if len(self._axes) > 1:
-            found = ", ".join(f"{ndim} axes in `{name}`" for ndim, name in sorted(self._axes.items(), reverse=True))
+        per_row = (self.route is None or self.route.is_per_row) and (
+            isinstance(self.scale, float) or self.scale.ndim == 1
+        )
+        if per_row and x.ndim >= 3:
+            axes = 3
+        elif per_row and x.ndim == 2 and not _ONE_OF_SEVERAL.search(layer):
+            return
+        else:
+            axes = x.ndim
+        self._layer_of_axes.setdefault(axes, layer)
+        if len(self._layer_of_axes) > 1:
+            found = ", ".join(
+                f"{axes} axes in `{name}`" for axes, name in sorted(self._layer_of_axes.items(), reverse=True)
+            )
             raise RouteError(
                 f"The inputs of all layers under one mask should have the same axes. Found {found}: a module that "
                 "flattens its tokens, or takes some of them (an expert), cannot be matched with rows. "
-                "Fix: exclude it from `target_modules`, or run it under a route of its own."
+                "Fix: exclude it from `target_modules`, or run it under a route for it alone."
             )
 
     def _spread(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
-        mask = None if self.route is None else self.route.mask
-        m = None if mask is None else _per_row(mask.m, x, layer, "mask")
+        m = None if self.route is None else weights_for(self.route.weights[0], x, layer, "mask")
         if isinstance(self.scale, Tensor):
-            scale = _per_row(self.scale, x, layer, "ablation rows")
+            scale = weights_for(self.scale, x, layer, "ablation rows")
             m = scale if m is None else m * scale
         elif self.scale != 1.0:
-            # float32 at least: a scale of 0.3 rounded to bf16 would be off by 0.2 %.
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            scale = torch.full(x.shape[:-1], self.scale, dtype=dtype, device=x.device)
+            scale = torch.full(x.shape[:-1], self.scale, dtype=weights_type(x), device=x.device)
             m = scale if m is None else m * scale
         # A compiled forward is not to depend on a mask's values.
         simple = not torch.compiler.is_compiling() and isinstance(self.scale, float) and self.scale in (0.0, 1.0)
-        if mask is None:
+        if self.route is None:
             return Gates(m, binary=simple)
-        g_d, g_q = _per_row(mask.g_d, x, layer, "mask"), _per_row(mask.g_q, x, layer, "mask")
-        return Gates(m, g_d, g_q, binary=simple and mask.is_binary)
+        _, *parameter_gates = self.route.weights
+        g_d, g_q = (weights_for(gate, x, layer, "mask") for gate in parameter_gates)
+        return Gates(m, g_d, g_q, binary=simple and self.route.is_binary)
+
+
+_ONE_OF_SEVERAL = re.compile(r"(^|\.)\d+(\.|$)")
+
+
+def is_expert(layer: str) -> bool:
+    """Whether a layer's name says that it is an expert, which gets those tokens that a router sends to it."""
+    return re.search(r"(^|\.)experts\.", layer) is not None
 
 
 def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:
     """The product of two ablation scales; a per-row one is aligned with a per-token one on the left."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        low, high = sorted((first, second), key=lambda t: t.ndim)
-        if low.shape != high.shape[: low.ndim]:
-            found = (tuple(first.shape), tuple(second.shape))
-            raise RouteError(f"Nested ablations should have `rows` of one batch. Found the shapes {found}.")
-        return low.reshape(low.shape + (1,) * (high.ndim - low.ndim)) * high
-    return first * second
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return first * second
+    aligned = _aligned(first, second)
+    if aligned is None:
+        found = (tuple(first.shape), tuple(second.shape))
+        raise RouteError(f"Nested ablations should have `rows` of one batch. Found the shapes {found}.")
+    return aligned[0] * aligned[1]
 
 
-def _per_row(values: Tensor, x: Tensor, layer: str, what: str) -> Weights:
-    lead = x.shape[:-1]
-    if values.shape != lead[: values.ndim]:
-        found = tuple(values.shape)
-        hint = "give a mask with one row per sequence of this batch: (batch,) or (batch, seq)"
-        if len(found) == 1 and lead.numel() == found[0]:
-            hint = f"packed inputs take a mask of shape {tuple(lead)}"
-        elif len(found) == 2 and len(lead) == 1:
-            hint = "this module flattens its tokens; exclude it from `target_modules`"
-        raise RouteError(
-            f"The {what} of shape {found} should match the leading axes {tuple(lead)} of the input of `{layer}`. "
-            f"Fix: {hint}."
-        )
-    values = values.to(x.device)
-    return (
-        values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
-        .expand(lead)
-        .clone(memory_format=torch.contiguous_format)
+def _aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both with as many axes, a value per row in front of a value per token; None if they are not of one batch."""
+    low, high = sorted((first, second), key=lambda t: t.ndim)
+    if low.shape != high.shape[: low.ndim]:
+        return None
+    low = low.reshape(low.shape + (1,) * (high.ndim - low.ndim)).to(high.device)
+    return low, high
+
+
+def _ablates_what_trains(route: ActiveRoute | None, scale: float | Tensor) -> bool:
+    if route is None or (isinstance(scale, float) and scale != 0.0):
+        return False
+    m, _, g_q = route.weights
+    trains = (m != 0) & (g_q != 0)
+    if not isinstance(scale, Tensor):
+        return bool(trains.any())
+    aligned = _aligned(trains, scale == 0)
+    # Rows of another batch are refused by the first forward.
+    return aligned is not None and bool((aligned[0] & aligned[1]).any())
+
+
+def check_thread(state: ForwardState, layer: str) -> None:
+    """Raise if this thread is not one that a state of another thread is meant for.
+
+    A thread that was started inside the block works for it (a generation engine, data parallelism), unless it trains.
+    """
+    me = threading.get_ident()
+    if state.thread in (0, me) or (me not in state.older_threads and not torch.is_grad_enabled()):
+        return
+    raise RouteError(
+        f"`{layer}` should run in the thread that opened its route or ablation. Found another thread, whose forward it "
+        "was not meant for. Fix: give each thread a copy of the model, or a lock to share it."
     )
 
 
-NO_GATES = Gates()
-INITIAL = ForwardState()
+INITIAL = ForwardState(thread=0, older_threads=frozenset())
 """No route, nothing ablated: the state of every layer outside of `with` blocks. Shared, since states are immutable."""

@@ -1,18 +1,20 @@
 """Adapting any `nn.Module` in place, without PEFT: `attach`, `detach`, and the parameters of each block."""
 
-import difflib
-import re
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from gradroute._protocol import BlockName, RoutedLayer, check_module, routed_layers
+from gradroute.adapters._signposts import put_signposts, take_signposts
+from gradroute.adapters._targets import find_targets, refused_by_peft
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
 from gradroute.adapters.svd_gain import SvdGain
-from gradroute.errors import RouteError, TargetError
+from gradroute.errors import GradRouteWarning, RouteError, TargetError
 
 Parametrization = Literal["lora", "svd_gain"]
 
@@ -53,26 +55,19 @@ def attach(
     _check_no_peft(model)
     if any(isinstance(module, RoutedLayer) for module in model.modules()):
         raise TargetError("`model` has routed layers already. Fix: detach(model) first.")
-    targets = _find_targets(model, target_modules)
-    generator = torch.Generator().manual_seed(seed)
+    targets = find_targets(model, target_modules)
+    sizes: Any = {"r": r, "r_quarantine": r_quarantine, "lora_alpha": lora_alpha, "stop_gradient": stop_gradient}
+    wrap: Callable[[nn.Linear], WrappedLinear] = partial(SvdGain, **sizes, rotate=rotate)
+    if parametrization == "lora":
+        wrap = partial(QuarantineLoRA, **sizes, generator=torch.Generator().manual_seed(seed))
     # A linear that is used in two places must stay one module.
     wrapped: dict[nn.Module, WrappedLinear] = {}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         for name, linear in targets.items():
-            if linear in wrapped:
-                continue
-            if parametrization == "lora":
-                wrapped[linear] = QuarantineLoRA(
-                    linear, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha,
-                    stop_gradient=stop_gradient, generator=generator,
-                )  # fmt: skip
-            else:
-                wrapped[linear] = SvdGain(
-                    linear, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha,
-                    stop_gradient=stop_gradient, rotate=rotate,
-                )  # fmt: skip
-            wrapped[linear].name = name
+            if linear not in wrapped:
+                wrapped[linear] = wrap(linear)
+                wrapped[linear].name = name
     except BaseException as error:
         for parameter in trainable.values():
             parameter.requires_grad_(True)
@@ -85,6 +80,14 @@ def attach(
     for name, linear in targets.items():
         wrapped[linear].attachment = attachment
         _replace(model, name, wrapped[linear])
+    put_signposts(model)
+    for name in refused_by_peft(model, list(targets))[:1]:
+        warnings.warn(
+            f"PEFT refuses to load an adapter on `{name}`, so export_deployed will refuse this model. "
+            "Fix: leave it out of `target_modules`, or ship by merge_deployed.",
+            GradRouteWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -116,6 +119,7 @@ def detach(model: nn.Module) -> nn.Module:
         )
     if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
         raise RouteError("detach(model) inside a route, ablate_quarantine or disable_adapters. Fix: leave it first.")
+    take_signposts(model)
     name, layer = next(iter(layers.items()))
     root = name.removesuffix(layer.name)
     for name, layer in layers.items():
@@ -167,65 +171,3 @@ def _check_no_peft(model: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Linear]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    del modules[""]
-    if target_modules == "all-linear":
-        found = _all_linear(model, modules)
-        if not found:
-            raise TargetError(f'`target_modules="all-linear"` found no nn.Linear inside a {type(model).__name__}.')
-        return found
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise TargetError(f"`target_modules` is no regular expression: {target_modules!r} ({error}).") from error
-        names = [name for name in modules if pattern.fullmatch(name)]
-        if not names:
-            raise TargetError(_nothing_matched(target_modules, modules, "A string must match whole module names."))
-    else:
-        names = []
-        if not target_modules or not all(isinstance(entry, str) for entry in target_modules):
-            raise TargetError(f"`target_modules` should be names of modules. Found {target_modules!r}.")
-        for entry in target_modules:
-            matched = [name for name in modules if name == entry or name.endswith(f".{entry}")]
-            if not matched:
-                raise TargetError(_nothing_matched(entry, modules, "An entry is a module's name or its suffix."))
-            names += [name for name in matched if name not in names]
-    return {name: _linear(model, name) for name in names}
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Linear]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
-    return {name: _linear(model, name) for name in linears}
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        raise TargetError(
-            f"`target_modules` matched `{name}`, inside an nn.TransformerEncoderLayer, which in eval mode reads the "
-            "weights of its linears and never calls them: blocks there would not run. Fix: leave it out."
-        )
-    if not isinstance(module, nn.Linear):
-        raise TargetError(
-            f"`target_modules` matched `{name}`, a {type(module).__name__}; only nn.Linear can be adapted. "
-            "Fix: name the linears inside it."
-        )
-    return module
-
-
-def _nothing_matched(entry: str, modules: dict[str, nn.Module], rule: str) -> str:
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    leaves = {name.rpartition(".")[2] for name in linears}
-    near = difflib.get_close_matches(entry.rpartition(".")[2], sorted(leaves), n=3, cutoff=0.5)
-    near += difflib.get_close_matches(entry, linears, n=2, cutoff=0.8)
-    if near:
-        hint = "Did you mean " + ", ".join(f"`{name}`" for name in dict.fromkeys(near)) + "?"
-    else:
-        hint = "Linear modules end in " + ", ".join(f"`{leaf}`" for leaf in sorted(leaves)[:12]) + "."
-    return f"`{entry}` in `target_modules` matched nothing. {rule} {hint}"

@@ -1,21 +1,26 @@
-"""What is unsupported in a model, and why, before a run is spent on it; and how many parameters each block has."""
+"""What is unsupported in a model, and why, before a run is spent on it."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradroute._protocol import check_module, routed_layers
-from gradroute.adapters.layer import RoutedLinear
+from gradroute._offloading import is_offloaded
+from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
+from gradroute.adapters._targets import embeddings, gives_one_tensor
+from gradroute.adapters.layer import RoutedLinear, WrappedLinear
+from gradroute.adapters.summary import parameter_summary
 from gradroute.errors import GradRouteError
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a model that gradient routing cannot handle, or handles otherwise than one might think.
+    """One thing in a model that gradient routing cannot handle, or does not handle as one might think.
 
     Args:
         module: qualified name.
@@ -34,9 +39,10 @@ class Finding:
 def check_model(model: nn.Module) -> list[Finding]:
     """Walk `model`, with or without routed layers, and list what is unsupported in it and why; empty if nothing is.
 
-    Before adapting: parts that cannot be targeted. After: parameters that are trained past every mask, frozen blocks,
-    adapters without a quarantine, merged or sharded layers, routes left open, checkpointing that cannot be followed.
-    Nothing is run or changed.
+    Before adapting: parts that cannot be targeted, offloaded weights. After: parameters that are trained past every
+    mask, frozen blocks, adapters without a quarantine, merged, sharded or offloaded layers, forwards that somebody
+    replaced, routes left open, checkpointing that cannot be followed, attached blocks that PEFT would not load. The
+    model is not run and not changed.
 
     Args:
         model: any module. What would raise elsewhere is a `Finding` here.
@@ -48,6 +54,7 @@ def check_model(model: nn.Module) -> list[Finding]:
     findings = [finding for name, module in model.named_modules() for finding in _untargetable(name, module)]
     findings += _tied_head(model)
     findings += _checkpointing(model)
+    findings += _without_values(model)
     if not any(isinstance(module, RoutedLinear) for module in model.modules()):
         return findings
     try:
@@ -57,9 +64,10 @@ def check_model(model: nn.Module) -> list[Finding]:
     for name, layer in layers.items():
         if isinstance(layer, RoutedLinear):
             findings += _layer(name, layer)
+    findings += _replaced_forwards(model, layers)
     if any(finding.severity == "error" for finding in findings):
         return findings
-    return [*findings, *_trained_past_masks(model)]
+    return [*findings, *_trained_past_masks(model), *_not_exportable(model)]
 
 
 def _untargetable(name: str, module: nn.Module) -> Iterator[Finding]:
@@ -84,6 +92,11 @@ def _untargetable(name: str, module: nn.Module) -> Iterator[Finding]:
             name, "warning", "experts run on the tokens that were sent to them, whose rows are not known: as targets "
             "they raise under a mask. Fix: leave them out of the targets."
         )  # fmt: skip
+    if isinstance(module, nn.Linear) and not gives_one_tensor(module):
+        yield Finding(
+            name, "warning", f"a {type(module).__name__} does not give one tensor of its out_features (a router): "
+            "blocks could not be added to it. Fix: leave it out of the targets; it is refused."
+        )  # fmt: skip
     if hasattr(module, "qweight"):
         yield Finding(
             name, "warning", f"{type(module).__name__} is quantised in a way that has no routed layer. "
@@ -92,15 +105,70 @@ def _untargetable(name: str, module: nn.Module) -> Iterator[Finding]:
 
 
 def _tied_head(model: nn.Module) -> Iterator[Finding]:
-    get_head, get_embeddings = (getattr(model, f"get_{side}_embeddings", None) for side in ("output", "input"))
-    head, embeddings = (get() if callable(get) else None for get in (get_head, get_embeddings))
+    head, inputs = embeddings(model, "output"), embeddings(model, "input")
     weight = getattr(head, "weight", None)
-    if isinstance(head, RoutedLinear) and isinstance(weight, Tensor) and weight is getattr(embeddings, "weight", None):
+    if isinstance(head, RoutedLinear) and isinstance(weight, Tensor) and weight is getattr(inputs, "weight", None):
         name = next(name for name, module in model.named_modules() if module is head)
         yield Finding(
             name, "warning", "its weight is shared with the input embeddings: training is exact, merging would change "
             "both and is refused. Fix: export_deployed, or leave the head out of the targets."
         )  # fmt: skip
+
+
+def _without_values(model: nn.Module) -> Iterator[Finding]:
+    routed = [f"{name}." for name, module in model.named_modules() if isinstance(module, RoutedLinear)]
+    outside = [
+        (name, module) for name, module in model.named_modules()
+        if not f"{name}.".startswith(tuple(routed)) and any(p.is_meta for p in module.parameters(recurse=False))
+    ]  # fmt: skip
+    for name, module in outside[:1]:
+        if is_offloaded(module):
+            yield Finding(
+                name, "warning", f"it is offloaded by accelerate, with {len(outside) - 1} others: views can be "
+                "evaluated, new blocks are refused. Fix: adapt the model first and offload it then."
+            )  # fmt: skip
+        else:
+            yield Finding(name, "error", "it is on the meta device, without values. Fix: load the model first.")
+
+
+def _replaced_forwards(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> Iterator[Finding]:
+    for name, module in model.named_modules():
+        if _calls_its_own(module):
+            continue
+        inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}." if name else "")]
+        if inside:
+            severity: Literal["error", "warning"] = "error" if name in layers else "warning"
+            yield Finding(
+                name, severity, f"its `forward` was replaced by `{_called(module.forward)}`, as fused kernels do: if "
+                f"it reads weights without calling the layers, {len(inside)} of them (`{inside[0]}`) run past "
+                "every mask and view. Fix: turn that patch off."
+            )  # fmt: skip
+
+
+def _calls_its_own(module: nn.Module) -> bool:
+    """Whether a forward that was put on this very object says that it wraps the class's own (accelerate's do)."""
+    forward = module.__dict__.get("forward")
+    if forward is None or "_old_forward" in module.__dict__:
+        return True
+    forward = inspect.unwrap(forward)
+    return getattr(forward, "__func__", forward) is type(module).forward
+
+
+def _called(forward: Any) -> str:
+    while isinstance(forward, partial):
+        forward = forward.func
+    return getattr(forward, "__qualname__", type(forward).__name__)
+
+
+def _not_exportable(model: nn.Module) -> Iterator[Finding]:
+    attached = any(isinstance(module, WrappedLinear) for module in model.modules())
+    if attached and find_spec("peft") is not None:
+        # peft takes seconds to import, and this is the only check that asks it.
+        from gradroute.adapters.peft.export import export_refusal  # noqa: PLC0415
+
+        refusal = export_refusal(model)
+        if refusal is not None:
+            yield Finding("", "warning", f"export_deployed will refuse it. {refusal}")
 
 
 def _checkpointing(model: nn.Module) -> Iterator[Finding]:
@@ -119,11 +187,11 @@ def _checkpointing(model: nn.Module) -> Iterator[Finding]:
 
 def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
     try:
-        blocks = {"deployed": layer.deployed, "quarantine": layer.quarantine}
+        blocks: dict[BlockName, Block] = {"deployed": layer.deployed, "quarantine": layer.quarantine}
     except GradRouteError as error:
         yield Finding(name, "error", str(error))
         return
-    if getattr(layer, "merged", False):
+    if layer.merged:
         yield Finding(name, "error", "it is merged: neither route nor ablation can reach it. Fix: unmerge.")
     sharded = [key for key, m in layer.named_modules() if key.startswith("lora_") and "FSDP" in type(m).__name__]
     if sharded:
@@ -136,8 +204,14 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
     if layer.view != "on":
         yield Finding(name, "warning", f"it shows the {layer.view} view. Fix: leave that block if it is not meant.")
     for block_name, block in blocks.items():
-        frozen = [p for p in layer.block_parameters(block_name) if not p.requires_grad]  # type: ignore[arg-type]
-        if frozen:
+        parameters = list(layer.block_parameters(block_name))
+        if any(p.is_meta for p in parameters):
+            yield Finding(
+                name, "error", f"its {block_name} block is on the meta device, not loaded or offloaded by accelerate: "
+                "offloaded, it can be evaluated, but not trained. Fix: keep adapted layers in memory."
+            )  # fmt: skip
+            continue
+        if not all(p.requires_grad for p in parameters):
             yield Finding(name, "warning", f"its {block_name} block is frozen. Fix: requires_grad_() before training.")
         devices = {block.A.device, block.B.device, next(layer.get_submodule("base_layer").parameters()).device}
         if len(devices) > 1:
@@ -159,57 +233,3 @@ def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:
             name, "warning", "it is trained by every row, flagged ones too: what it learns from them is deployed. "
             "Fix: freeze it, or do without `modules_to_save`."
         )  # fmt: skip
-
-
-@dataclass(frozen=True, repr=False)
-class ParameterSummary:
-    """Numbers of parameters; `print` it.
-
-    Args:
-        layers: number of routed layers.
-        deployed, quarantine: trainable parameters of each block.
-        total: parameters of the whole model, frozen ones included.
-        trained_besides: name -> number, of what is trained outside of the blocks, past every mask.
-    """
-
-    layers: int
-    deployed: int
-    quarantine: int
-    total: int
-    trained_besides: dict[str, int]
-
-    def __repr__(self) -> str:
-        besides = sum(self.trained_besides.values())
-        trainable = self.deployed + self.quarantine + besides
-        text = (
-            f"trainable params: {trainable:,d} (deployed {self.deployed:,d} + quarantine {self.quarantine:,d} in "
-            f"{self.layers} layers"
-        )
-        if besides:
-            text += f" + {besides:,d} besides: {', '.join(list(self.trained_besides)[:3])}"
-        return f"{text}) || all params: {self.total:,d} || trainable%: {100 * trainable / self.total:.4f}"
-
-
-def parameter_summary(model: nn.Module) -> ParameterSummary:
-    """How many parameters of each block are trainable, out of how many; `print` it.
-
-    Args:
-        model: with routed layers.
-
-    Raises:
-        GradRouteError: `model` has no routed layers.
-    """
-    layers = routed_layers(model)
-    blocks: dict[str, dict[int, int]] = {"deployed": {}, "quarantine": {}}
-    for layer in layers.values():
-        for block, sizes in blocks.items():
-            of_block: Any = block
-            sizes.update({id(p): p.numel() for p in layer.block_parameters(of_block)})
-    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
-    besides = {
-        name: p.numel()
-        for name, p in model.named_parameters()
-        if p.requires_grad and not any(id(p) in sizes for sizes in blocks.values())
-    }
-    deployed, quarantine = (sum(n for key, n in sizes.items() if key in trainable) for sizes in blocks.values())
-    return ParameterSummary(len(layers), deployed, quarantine, sum(p.numel() for p in model.parameters()), besides)

@@ -14,13 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
 from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
 from gradroute.adapters._checkpointing import record_forward
-from gradroute.adapters._op import few_rows, plain_forward
-from gradroute.adapters._state import INITIAL, NO_GATES, ActiveRoute, ForwardState
-from gradroute.adapters.functional import StopGradient, add_lora_blocks
-from gradroute.errors import TargetError
+from gradroute.adapters._gates import NO_GATES
+from gradroute.adapters._op import add_lora_blocks, few_rows, plain_forward
+from gradroute.adapters._state import INITIAL, ForwardState, check_thread
+from gradroute.adapters.functional import StopGradient
+from gradroute.errors import RouteError, TargetError
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,14 @@ class RoutedLinear(RoutedLayer):
     name: str = ""
     stop_gradient: StopGradient = "parameters"
     state: ForwardState = INITIAL
-    ran_under: ActiveRoute | None = None
+    # Marks that the blocks in force clear when they open and read when they close.
+    ran: bool = False
+    ran_under_route: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        return {name: value for name, value in self.__dict__.items() if name not in ("state", "ran_under")}
+        temporary = ("state", "ran", "ran_under_route")
+        return {name: value for name, value in self.__dict__.items() if name not in temporary}
 
     @property
     def has_open_route(self) -> bool:
@@ -70,19 +75,26 @@ class RoutedLinear(RoutedLayer):
             call: what to call in the place of `base_layer`, if it takes more arguments than x.
         """
         state, record = self.state, None
+        grad = has_backward = torch.is_grad_enabled()
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            record = record_forward(self.name, id(self), state)
-            state = record.state
+            record = record_forward(self, self.name, state)
+            if state.thread and not record.recomputing:
+                check_thread(state, self.name)
+            state, has_backward = record.state, record.has_backward
+        route = state.route
+        # A compiled forward only writes its marks: what it reads it is compiled for.
+        if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
+            self.ran = True
+            if route is not None and not state.disabled and (has_backward or route.forward_only):
+                self.ran_under_route = True
         if state.disabled:
             return (call or base_layer)(x)
-        route = state.route
-        # A compiled forward only writes: what it reads it is compiled for.
-        if record is None or (self.ran_under is not route and not record.recomputing):
-            self.ran_under = route
+        if grad and state.ablates_what_trains:
+            raise RouteError(_ABLATED_UNDER_ROUTE.format(name=self.name))
         base = frozen_linear(base_layer, x) if call is None else None
         dropped = None if dropout is None or is_identity(dropout) else dropout(x)
-        grad, off = torch.is_grad_enabled(), state.quarantine_is_off
+        off = state.quarantine_is_off
         alone = off and (not grad or (route is None and not self._trains_quarantine()))
         gates = NO_GATES if alone and route is None else state.gates(x, self.name)
         deployed, quarantine = self._blocks(adapter, alone)
@@ -163,6 +175,8 @@ class WrappedLinear(RoutedLinear):
         return self.base_layer.out_features
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        if "_hf_hook" in self.__dict__ and torch.is_grad_enabled() and is_offloaded(self):
+            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
         return self.with_blocks(x, self.base_layer)
 
     def extra_repr(self) -> str:
@@ -237,6 +251,7 @@ def _check_linear(base_layer: nn.Module) -> None:
             "`base_layer` is the output projection of nn.MultiheadAttention, which reads its weight and never calls "
             "it: blocks there would never run. Fix: exclude it from `target_modules`."
         )
+    check_not_offloaded("base_layer", base_layer)
     if not base_layer.weight.is_floating_point():
         raise TargetError(f"`base_layer` should have floating point weights. Found {base_layer.weight.dtype}.")
 
@@ -249,3 +264,10 @@ def _check_sizes(r: int, r_quarantine: int, lora_alpha: float, stop_gradient: st
         raise TargetError(f"`lora_alpha` should be a positive finite number. Found {lora_alpha!r}.")
     if stop_gradient not in ("parameters", "branch"):
         raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
+
+
+_ABLATED_UNDER_ROUTE = (
+    "Rows that train the quarantine should not be ablated. Found some in a forward with gradients of `{name}`: "
+    "their part of it would train nothing. Fix: leave ablate_quarantine before the forward that is "
+    "trained on, or ablate only rows that do not train the quarantine (keep)."
+)

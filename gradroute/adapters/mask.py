@@ -191,7 +191,8 @@ def _flags(flags: Sequence[bool] | Tensor) -> Tensor:
 
 def _float_tensor(name: str, values: Floats) -> Tensor:
     try:
-        tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.get_default_dtype())
+        # In float64, as Python's floats are: the default type may be bf16, where 0.3 is off by 0.2 %.
+        tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RouteError(f"`{name}` should hold floats, one per row or token. Found {_describe(values)}.") from error
     if not tensor.is_floating_point():

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
 from gradroute.adapters.attach import detach
-from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
@@ -31,14 +32,14 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     layers = routed_linears(model)
     _check_mergeable(layers)
     _check_untied(model)
-    if hasattr(model, "merge_and_unload"):
+    if not any(isinstance(layer, WrappedLinear) for layer in layers.values()):
+        if not hasattr(model, "merge_and_unload"):
+            _unload_injected(model, layers)
+            return model
         peft_model: Any = model
         with ablate_quarantine(model):
             merged: nn.Module = peft_model.merge_and_unload()
         return merged
-    if any(hasattr(layer, "merge") for layer in layers.values()):
-        _unload_injected(model, layers)
-        return model
     deltas = [(layer.deployed, layer.base_weight()) for layer in layers.values()]
     detach(model)
     with torch.no_grad():
@@ -78,11 +79,14 @@ def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:
 
 def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
     for name, layer in layers.items():
-        if getattr(layer, "merged", False):
+        if layer.merged:
             raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
         block = layer.deployed
+        check_in_memory(name, block.A, block.B)
+        if isinstance(layer, WrappedLinear):
+            check_in_memory(name, layer.base_weight())  # PEFT fetches the weights that it merges into
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             raise GradRouteError(
                 f"The deployed block of `{name}` should be finite. Found inf or nan. Fix: go back to an earlier step."

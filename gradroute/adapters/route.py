@@ -5,15 +5,16 @@ is exact, except under gradient checkpointing, where the forward runs again insi
 Without a route every row is absorbed: m = g_d = g_q = 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from gradroute.adapters._state import ActiveRoute, ForwardState
-from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute._checks import instance_of
+from gradroute.adapters._in_force import Layers, changed_state, marks_of, named, set_states
+from gradroute.adapters._state import INITIAL, ActiveRoute, ForwardState
+from gradroute.adapters.layer import routed_linears
 from gradroute.adapters.mask import RouteMask
-from gradroute.adapters.views import changed_state, set_states
 from gradroute.errors import RouteError
 
 
@@ -21,29 +22,32 @@ def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask
     """Forwards inside use `mask`; enclose both forward and backward.
 
     Nests: an inner route replaces the outer one for its duration. On leaving without an exception, raises `RouteError`
-    if a routed layer of `model` did not run: its mask would have been asked for and not applied.
+    if a routed layer of `model` made no forward with gradients inside: its mask would have been asked for and not
+    applied. A reference pass under `no_grad` does not count, unless the route itself was opened under `no_grad`.
 
     Args:
         model: with routed layers.
         mask: a row per sequence of the batches that run inside, or an entry per token.
 
     Raises:
-        RouteError: `mask` is no `RouteMask`, its rows do not fit a batch, or a routed layer did not run.
+        RouteError: `mask` is no `RouteMask`; its rows do not fit a batch; rows that train the quarantine are ablated;
+            a routed layer did not run; a backward inside belongs to a forward that ran without a route.
     """
-    return _routed(routed_linears(model), ActiveRoute(_checked(mask), sticky=False))
+    return _routed(routed_linears(model), _checked(mask))
 
 
 @contextmanager
-def _routed(layers: dict[str, RoutedLinear], active: ActiveRoute) -> Iterator[RouteMask]:
-    outer = {name: layer.ran_under for name, layer in layers.items()}
+def _routed(layers: Layers, mask: RouteMask) -> Iterator[RouteMask]:
+    active = ActiveRoute(mask, sticky=False)
     try:
-        with changed_state(layers, lambda state: _with_route(state, active)):
-            yield active.mask
-            _check_all_ran(layers, active)
+        with (
+            marks_of(layers, "ran_under_route", count_outside=False),
+            changed_state(layers, lambda state: _with_route(state, active)),
+        ):
+            yield mask
+            _check_all_ran({name: layer.ran_under_route for name, layer in layers.items()})
     finally:
         active.closed = True
-        for name, layer in layers.items():
-            layer.ran_under = outer[name]
 
 
 def set_route(model: nn.Module, mask: RouteMask) -> None:
@@ -77,35 +81,34 @@ def clear_route(model: nn.Module) -> None:
     _close_sticky(layers, "clear_route")
 
 
-def _with_route(state: ForwardState, active: ActiveRoute | None) -> ForwardState:
-    return ForwardState(route=active, scale=state.scale, disabled=state.disabled)
+def _with_route(state: ForwardState, active: ActiveRoute) -> ForwardState:
+    return ForwardState(active, state.scale, state.disabled)
 
 
-def _close_sticky(layers: dict[str, RoutedLinear], caller: str) -> None:
+def _close_sticky(layers: Layers, caller: str) -> None:
     if any(layer.view != "on" for layer in layers.values()):
         raise RouteError(f"{caller}(model) inside ablate_quarantine or disable_adapters. Fix: leave that block first.")
     routes = {name: layer.state.route for name, layer in layers.items() if layer.state.route is not None}
     if any(not active.sticky for active in routes.values()):
         raise RouteError(f"{caller}(model) inside a `with route(...)` block. Fix: leave the block first.")
-    set_states(layers, lambda state: _with_route(state, None))
+    ran = {name: layer.ran_under_route for name, layer in layers.items()}
+    set_states(layers, lambda _: INITIAL)
+    for layer in layers.values():
+        layer.ran_under_route = False
     for active in {id(active): active for active in routes.values()}.values():
         active.closed = True
-        _check_all_ran({name: layers[name] for name in routes if routes[name] is active}, active)
+        _check_all_ran({name: ran[name] for name, of_layer in routes.items() if of_layer is active})
 
 
 def _checked(mask: RouteMask) -> RouteMask:
-    if not isinstance(mask, RouteMask):
-        raise RouteError(
-            f"`mask` should be a RouteMask. Found {type(mask).__name__}. Fix: RouteMask.classic(flags) or .zones(...)."
-        )
-    return mask
+    return instance_of("mask", mask, RouteMask, "RouteMask.classic(flags) or .zones(...).", RouteError)
 
 
-def _check_all_ran(layers: dict[str, RoutedLinear], active: ActiveRoute) -> None:
-    idle = [name for name, layer in layers.items() if layer.ran_under is not active]
+def _check_all_ran(ran: Mapping[str, bool]) -> None:
+    idle = [name for name, did in ran.items() if not did]
     if idle:
-        shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
         raise RouteError(
-            f"{len(idle)} of {len(layers)} routed layers did not run inside the route: {shown}. Their mask was asked "
-            "for and not applied. Fix: run the forward inside `route(...)`, or exclude these modules when attaching."
+            f"{len(idle)} of {len(ran)} routed layers did not run inside the route with gradients: {named(idle)}. "
+            "Their mask was asked for and not applied. Fix: run the forward of the loss inside `route(...)`, or "
+            "exclude these modules when attaching."
         )

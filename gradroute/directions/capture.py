@@ -21,16 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, parameter_gradient, sum_over_tokens
 from gradroute._protocol import RoutedLayer
 from gradroute._torch_private import in_backward
 from gradroute.directions._forwards import Forwards
-from gradroute.directions._per_rollout import (
-    FromDelta,
-    gain_gradient,
-    ghost_product,
-    parameter_gradient,
-    sum_over_tokens,
-)
 from gradroute.directions._reading import (
     Feature,
     Pool,
@@ -140,7 +134,7 @@ def capture_gradients(
         with torch.no_grad(), without_autocast(x.device):
             if features == "bottleneck":
                 return gain_gradient(module, x)
-            return parameter_gradient(module, x) if V is None else ghost_product(module, x, V[name])
+            return parameter_gradient(name, module, x) if V is None else ghost_product(name, module, x, V[name])
 
     def keep(name: str, tapped: Tensor, read: FromDelta) -> None:
         slot = capture.open_slot(name, forwards.view(name), forwards.number)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gradroute._checks import positive_integer
 from gradroute._plot import new_axes
+from gradroute._tables import aligned_table
 from gradroute.directions._angles import principal_angles
 from gradroute.directions._draws import haar_rows
 from gradroute.directions.directions import Directions
@@ -76,15 +77,10 @@ class DirectionsSummary:
 
     def __repr__(self) -> str:
         head = ("module", "k x d", "AUROC", "effect", "halves", "share", "null", "random 95%", "S0^2", "angle")
-        rows = [head, *(_row(name, m) for name, m in self.modules.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        table = aligned_table([head, *(_row(name, m) for name, m in self.modules.items())], numbers=True)
         low, high = self.interval
         pooled = f"all modules: AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}], effect {self.effect_size:.2f}"
-        return "\n".join([self.title, f"measured on {self.measured_on}", *lines, pooled])
+        return "\n".join([self.title, f"measured on {self.measured_on}", table, pooled])
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the AUROC of each module and of all; returns (figure, axes). Needs matplotlib.

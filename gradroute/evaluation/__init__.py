@@ -1,18 +1,16 @@
 """What a trained model does on and ablated, with intervals, and whether a difference was earned.
 
-`evaluate_on_off` measures both views, `compare` gives a verdict against controls, `write_card` writes it down."""
+`evaluate_on_off` measures both views, `dose_curve` the scales between, `assert_ablation_reaches` checks an engine;
+`compare` gives a verdict against controls, `write_card` writes everything down."""
 
-from gradroute.evaluation.card.write import write_card
+from gradroute.evaluation.card import write_card
 from gradroute.evaluation.dose import DoseCurve, dose_curve
-from gradroute.evaluation.on_off import EvalRecord, OnOffReport, Records, ViewRates, evaluate_on_off
+from gradroute.evaluation.on_off import OnOffReport, Records, evaluate_on_off
 from gradroute.evaluation.plot import plot_training
-from gradroute.evaluation.rates import Rate
+from gradroute.evaluation.rates import Rate, ViewRates
 from gradroute.evaluation.reach import assert_ablation_reaches
-from gradroute.evaluation.verdict.arm_runs import ArmRuns, ModeOutcomes
-from gradroute.evaluation.verdict.compare import compare, compare_all
-from gradroute.evaluation.verdict.control_arms import Controls
-from gradroute.evaluation.verdict.criteria import Criteria
-from gradroute.evaluation.verdict.verdict import Verdict
+from gradroute.evaluation.records import EvalRecord
+from gradroute.evaluation.verdict import ArmRuns, Controls, Criteria, ModeOutcomes, Verdict, compare, compare_all
 
 __all__ = [
     "ArmRuns",

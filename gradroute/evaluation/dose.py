@@ -2,8 +2,8 @@
 
     y = W x + s_d B_d A_d x + scale * s_q B_q A_q x,      scale 0: as deployed,   scale 1: as trained
 
-A hack rate that falls only at scale 0 tells of a quarantine that is all the hack needs; one that falls in proportion,
-of blocks that only work together.
+If the hack rate falls only near scale 0, the quarantine alone carries the hack. If it falls in proportion to the scale,
+both blocks carry it together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +14,13 @@ from torch import nn
 
 from gradroute._plot import legend_aside, new_axes
 from gradroute._progress import progressed
-from gradroute._protocol import routed_layers
-from gradroute._restore import left_as_found
+from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
-from gradroute.adapters.views import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
-from gradroute.evaluation.on_off import EvalRecord, ViewRates, checked_records, rates_by_group
-from gradroute.evaluation.plot import draw_rates
-from gradroute.evaluation.rates import Rate
+from gradroute.evaluation._marks import draw_curves
+from gradroute.evaluation._views import Views
+from gradroute.evaluation.rates import Rate, ViewRates, rates_by_group
+from gradroute.evaluation.records import EvalRecord, check_same_prompts, checked_records
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,12 @@ class DoseCurve:
     rates: Mapping[float, ViewRates]
 
     def __repr__(self) -> str:
-        groups = [group for group, rate in next(iter(self.rates.values())).hack.items() if rate.n]
-        rows = [("scale", *(f"hack, {group}" for group in groups), *(f"solve, {group}" for group in groups))]
+        groups = next(iter(self.rates.values())).groups()
+        rows = [["scale", *(f"hack, {group}" for group in groups), *(f"solve, {group}" for group in groups)]]
         for scale, view in self.rates.items():
             rates = [*(view.hack[group] for group in groups), *(view.solve[group] for group in groups)]
-            rows.append((f"{scale:g}", *map(repr, rates)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            rows.append([f"{scale:g}", *map(repr, rates)])
+        return aligned_table(rows)
 
     def plot(self, group: str = "held-out", ax: Any = None) -> tuple[Any, Any]:
         """Hack and solve rate of one group over the scale; returns (figure, axes). Needs matplotlib.
@@ -51,13 +47,10 @@ class DoseCurve:
         Raises:
             GradRouteError: a group without prompts.
         """
-        first = next(iter(self.rates.values()))
-        if group not in first.hack or not first.hack[group].n:
-            groups = [name for name, rate in first.hack.items() if rate.n]
-            raise GradRouteError(f"`group` should have prompts. Found {group!r}. Fix: one of {groups}.")
+        next(iter(self.rates.values())).check_group(group)
         fig, ax = new_axes(ax, (6.0, 3.4))
         hack, solve = (self._of("hack", group), self._of("solve", group))
-        draw_rates(ax, list(self.rates), {("hack", "on"): hack, ("solve", "ablated"): solve}, labels=("hack", "solve"))
+        draw_curves(ax, list(self.rates), {("hack", "on"): hack, ("solve", "ablated"): solve}, labels=("hack", "solve"))
         ax.set(xlabel="scale of the quarantine (0: as deployed, 1: as trained)", title=f"{group}, n = {hack[0].n}")
         legend_aside(ax)
         return fig, ax
@@ -77,7 +70,7 @@ def dose_curve(
     """Run `eval_fn(model)` with the quarantine scaled by each of `scales`, from the same random state, in eval mode.
 
     Args:
-        model: with routed layers; modes, gradients and random numbers are left as found.
+        model: with routed layers, under no route; modes, gradients and random numbers are left as found.
         eval_fn: as for `evaluate_on_off`.
         scales: in [0, 1], two or more different ones.
         progress: show a bar if it takes longer than two seconds and stderr is a terminal.
@@ -85,24 +78,14 @@ def dose_curve(
     Raises:
         GradRouteError: scales out of range, a model that is not in its on view, no records, or other prompts at one
             scale than at another.
+        RouteError: as `evaluate_on_off`.
     """
     if len(set(scales)) < 2 or len(set(scales)) < len(scales) or not all(0 <= scale <= 1 for scale in scales):
         raise GradRouteError(f"`scales` should be two or more different numbers in [0, 1]. Found {list(scales)}.")
-    views = sorted({layer.view for layer in routed_layers(model).values()} - {"on"})
-    if views:
-        raise GradRouteError(
-            f"`model` should be in its on view. Found {views[0]!r}. Fix: leave ablate_quarantine / disable_adapters."
-        )
+    views = Views(model)
     found = {}
     for scale in progressed(sorted(scales), total=len(scales), description="dose curve", progress=progress):
-        with without_route(model), left_as_found(model), ablate_quarantine(model, scale=scale):
+        with views.at(scale):
             found[float(scale)] = checked_records(eval_fn(model), f"at scale {scale:g}")
-    prompts = {
-        tuple(sorted((r.mode, str(r.prompt_id), str(r.monitored)) for r in records)) for records in found.values()
-    }
-    if len(prompts) > 1:
-        raise GradRouteError(
-            "`eval_fn` should evaluate the same prompts at every scale. Found different modes, prompt ids or monitored "
-            "flags. Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
-        )
+    check_same_prompts(found.values(), "at every scale")
     return DoseCurve({scale: rates_by_group(records) for scale, records in found.items()})

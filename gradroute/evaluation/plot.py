@@ -1,53 +1,18 @@
-"""Pictures of rates: on and ablated, over training, over the ablation's scale. Each returns (figure, axes).
-
-Told apart by shape, filling and line style, not by colour: filled is on, open is ablated; circles are hacks, squares
-are solves. Bars are 95 % Wilson intervals over rollouts; they say nothing of other seeds.
-"""
+"""Rates over training, on and ablated, with intervals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradroute._plot import legend_aside, new_axes
 from gradroute.errors import GradRouteError
+from gradroute.evaluation._marks import STYLES, Axes, draw_curves
 from gradroute.evaluation.on_off import OnOffReport
-from gradroute.evaluation.rates import Rate
-
-Axes = Any
-"""matplotlib's, which is imported on use."""
-
-STYLES = {
-    ("hack", "on"): {"marker": "o", "markerfacecolor": "0", "linestyle": "-"},
-    ("hack", "ablated"): {"marker": "o", "markerfacecolor": "1", "linestyle": "--"},
-    ("solve", "on"): {"marker": "s", "markerfacecolor": "0.55", "linestyle": "-."},
-    ("solve", "ablated"): {"marker": "s", "markerfacecolor": "1", "linestyle": ":"},
-}
-
-
-def plot_report(report: OnOffReport, ax: Axes = None) -> tuple[Any, Axes]:
-    """Rates of every group with prompts, one row per group; groups of modes first, then each mode."""
-    groups = [group for group, rate in report.on.hack.items() if rate.n]
-    fig, ax = new_axes(ax, (7.0, 1.1 + 0.62 * len(groups)))
-    for i, (rate, view) in enumerate(STYLES):
-        rates = [getattr(getattr(report, view), rate)[group] for group in groups]
-        places = [row - 0.27 + 0.18 * i for row in range(len(groups))]
-        style = {**STYLES[rate, view], "linestyle": "none"}
-        ax.errorbar(
-            [each.value for each in rates], places, xerr=_bars(rates), label=f"{rate}, {view}",
-            color="0.25", ms=5.5, capsize=2.5, lw=1, **style,
-        )  # fmt: skip
-    for row in range(1, len(groups)):
-        ax.axhline(row - 0.5, color="0.9", lw=0.8)
-    ax.set_yticks(range(len(groups)), [f"{group}\nn = {report.on.hack[group].n}" for group in groups], fontsize=8)
-    ax.set(xlim=(-0.02, 1.02), ylim=(len(groups) - 0.5, -0.5), xlabel="rate, 95 % interval over rollouts")
-    ax.tick_params(axis="y", length=0)
-    ax.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, columnspacing=1.2)
-    return fig, ax
 
 
 def plot_training(
     reports: Mapping[int, OnOffReport], *, group: str = "held-out", refreshed_at: Sequence[int] = (), ax: Axes = None
 ) -> tuple[Any, Axes]:
-    """Hack and solve rates of one group over training, on and ablated, with intervals; returns (figure, axes).
+    """Draw hack and solve rates of one group over training, on and ablated; returns (figure, axes).
 
     Args:
         reports: optimizer step -> `evaluate_on_off` at that step.
@@ -63,47 +28,16 @@ def plot_training(
     for step, report in reports.items():
         if not isinstance(report, OnOffReport):
             raise GradRouteError(f"`reports` should hold OnOffReports. Found {type(report).__name__} at step {step!r}.")
-        if group not in report.on.hack or not report.on.hack[group].n:
-            groups = [name for name, rate in report.on.hack.items() if rate.n]
-            raise GradRouteError(f"`group` should have prompts at step {step}. Found {group!r}. Fix: one of {groups}.")
+        report.on.check_group(group, f" at step {step}")
     steps = sorted(reports)
     fig, ax = new_axes(ax, (7.0, 3.6))
-    draw_rates(ax, steps, {
+    draw_curves(ax, steps, {
         (rate, view): [getattr(getattr(reports[step], view), rate)[group] for step in steps] for rate, view in STYLES
     })  # fmt: skip
     if refreshed_at:
         ax.plot(list(refreshed_at), [-0.05] * len(refreshed_at), "|", color="0.3", ms=7, label="refresh", clip_on=False)
-    ax.set(xlabel="optimizer step", title=f"{group}, n = {_sizes(reports[step].on.hack[group] for step in steps)}")
+    sizes = sorted({report.on.hack[group].n for report in reports.values()})
+    n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    ax.set(xlabel="optimizer step", title=f"{group}, n = {n}")
     legend_aside(ax)
     return fig, ax
-
-
-def draw_rates(
-    ax: Axes,
-    x: Sequence[float],
-    curves: Mapping[tuple[str, str], Sequence[Rate]],
-    *,
-    labels: Sequence[str] | None = None,
-) -> None:
-    """A line with intervals for each (rate, view); lines are shifted a little so that bars do not cover each other."""
-    labels = [f"{rate}, {view}" for rate, view in curves] if labels is None else labels
-    width = (max(x) - min(x)) or 1.0
-    for i, ((rate, view), rates) in enumerate(curves.items()):
-        places = [at + width * 0.006 * (i - 1.5) for at in x]
-        ax.errorbar(
-            places, [each.value for each in rates], yerr=_bars(rates), label=labels[i],
-            color="0.25", ms=5, capsize=2, lw=1.2, elinewidth=0.7, **STYLES[rate, view],
-        )  # fmt: skip
-    ax.set(ylim=(-0.08, 1.03), ylabel="rate, 95 % interval over rollouts")
-
-
-def _bars(rates: Sequence[Rate]) -> list[list[float]]:
-    """Lengths of the error bars below and above."""
-    ends = [(rate.value, *rate.interval) for rate in rates]
-    # Rounding can put an end of the interval of 0 or 1 a hair inside of it.
-    return [[max(0.0, p - low) for p, low, _ in ends], [max(0.0, high - p) for p, _, high in ends]]
-
-
-def _sizes(rates: Any) -> str:
-    sizes = sorted({rate.n for rate in rates})
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

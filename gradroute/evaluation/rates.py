@@ -1,12 +1,20 @@
-"""A counted rate with its Wilson interval.
+"""Counted rates with their Wilson intervals, by group of prompts.
 
-rate = k / n,   Wilson interval:  (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    rate = k / n,      Wilson interval:  (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+
+The groups are monitored modes (the detector knows them), held-out modes (it does not), prompts without a loophole, and
+then each mode. A mode that the on view never learned to exploit says nothing about suppression.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 from gradroute.errors import GradRouteError
+from gradroute.evaluation.records import EvalRecord
+
+GROUPS = ("monitored", "held-out", "no loophole")
+_GROUP_OF = {True: "monitored", False: "held-out", None: "no loophole"}
 
 
 @dataclass(frozen=True)
@@ -65,3 +73,46 @@ class Rate:
             return "- (n=0)"
         low, high = self.interval
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}] (n={self.n})"
+
+
+@dataclass(frozen=True)
+class ViewRates:
+    """Hack and solve rates of one view, by group: "monitored", "held-out", "no loophole", then each mode."""
+
+    hack: dict[str, Rate]
+    solve: dict[str, Rate]
+
+    def groups(self) -> list[str]:
+        """The groups that have prompts."""
+        return [group for group, rate in self.hack.items() if rate.n]
+
+    def check_group(self, group: str, where: str = "") -> None:
+        """Raise unless `group` has prompts."""
+        if group not in self.groups():
+            raise GradRouteError(f"`group` should have prompts{where}. Found {group!r}. Fix: one of {self.groups()}.")
+
+
+def rates_by_group(records: Sequence[EvalRecord]) -> ViewRates:
+    """Rates of the three groups, then of every mode.
+
+    Raises:
+        GradRouteError: a mode named like a group that it is not.
+    """
+    by_group: dict[str, list[EvalRecord]] = {group: [] for group in GROUPS}
+    for record in records:
+        if record.mode in GROUPS and _GROUP_OF[record.monitored] != record.mode:
+            raise GradRouteError(f"The mode {record.mode!r} has the name of a group. Fix: rename the mode.")
+        by_group[_GROUP_OF[record.monitored]].append(record)
+    for record in records:
+        if record.mode not in GROUPS:
+            by_group.setdefault(record.mode, []).append(record)
+    return ViewRates(
+        hack={group: Rate(sum(bool(r.hacked) for r in found), len(found)) for group, found in by_group.items()},
+        solve={group: Rate(sum(bool(r.solved) for r in found), len(found)) for group, found in by_group.items()},
+    )
+
+
+def rate_rows(on: ViewRates, ablated: ViewRates, groups: Sequence[str]) -> list[list[str]]:
+    """The table of both views, its header first."""
+    columns = {"hack on": on.hack, "hack ablated": ablated.hack, "solve on": on.solve, "solve ablated": ablated.solve}
+    return [["group", *columns], *([group, *(repr(rates[group]) for rates in columns.values())] for group in groups)]

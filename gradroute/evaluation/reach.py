@@ -1,9 +1,9 @@
-"""Does what generates see the ablation? Engines that merge, fuse or copy weights may not, and their text looks fine.
+"""Does text generation follow the ablation? An engine that merges, fuses or copies weights may not, silently.
 
     on = generate(model);      off = generate(model), quarantine ablated;      on != off  where  B_q A_q != 0
 
-An engine that ignores the ablation reports the on view twice: every hack rate "as deployed" is then that of the model
-in training. With B_q A_q = 0 both views are one model, and nothing can be told.
+An engine that ignores the ablation shows the on view twice, so that every hack rate "as deployed" is that of the model
+in training. With B_q A_q = 0 both views are one model, and there is nothing to see.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._protocol import routed_layers
-from gradroute._restore import left_as_found
 from gradroute._typing import typechecked
-from gradroute.adapters.views import ablate_quarantine, without_route
 from gradroute.errors import GradRouteError
+from gradroute.evaluation._views import Views
 
 
 @typechecked
@@ -24,34 +23,29 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     """Raise unless `generate_fn(model)` gives something else with the quarantine ablated than with it in place.
 
     Args:
-        model: with routed layers, after some training; modes, gradients and random numbers are left as found.
-        generate_fn: generates for a few fixed prompts the way that rollouts or evaluations do, syncing the engine with
-            `model` included: token ids (batch, seq), texts, or log-probabilities. It runs three times, each from the
-            same state of torch's and Python's random numbers; an engine with its own should decode greedily.
+        model: with routed layers, under no route, after some training; modes, gradients and random numbers are left as
+            found.
+        generate_fn: syncs the engine with `model`, if there is one, and generates for a few fixed prompts as rollouts
+            or evaluations do: token ids (batch, seq), texts, or log-probabilities. It runs three times from the same
+            random state of Python, numpy and torch; an engine with its own random numbers should decode greedily.
 
     Returns:
         The share of rows that differ, more than 0.
 
     Raises:
-        GradRouteError: the same output in both views; a quarantine of zero net delta, or outputs that change from call
-            to call by themselves, which tell nothing; or no outputs.
+        GradRouteError: the same output in both views; a quarantine of zero net delta, or outputs that differ from call
+            to call in one view, so that nothing can be told; no outputs.
+        RouteError: as `evaluate_on_off`.
     """
+    views = Views(model)
     layers = routed_layers(model)
-    views = sorted({layer.view for layer in layers.values()} - {"on"})
-    if views:
-        raise GradRouteError(
-            f"`model` should be in its on view, which is compared with the ablated one. Found {views[0]!r}. "
-            "Fix: leave ablate_quarantine / disable_adapters first."
-        )
     if not any(layer.quarantine.delta_norm() > 0 for layer in layers.values()):
         raise GradRouteError(
             f"The quarantine should change the model. Found a net delta of zero in all {len(layers)} layers (B is zero "
             "before the first step), so both views are one model. Fix: check after a few steps that trained it."
         )
-    on = _generated(model, generate_fn)
-    with ablate_quarantine(model):
-        off = _generated(model, generate_fn)
-    if _generated(model, generate_fn) != on:
+    on, off, again = (_outputs(views, scale, model, generate_fn) for scale in (1.0, 0.0, 1.0))
+    if again != on:
         raise GradRouteError(
             "`generate_fn` should give the same output for the same model. Found two, so a third one, with the "
             "quarantine ablated, would tell nothing. Fix: decode greedily, or seed the engine in `generate_fn`."
@@ -68,8 +62,8 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     return float(sum(a != b for a, b in zip(on, off, strict=True)) / len(on))
 
 
-def _generated(model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> list[Any]:
-    with without_route(model), left_as_found(model), torch.no_grad():
+def _outputs(views: Views, scale: float, model: nn.Module, generate_fn: Callable[[nn.Module], Any]) -> list[Any]:
+    with views.at(scale), torch.no_grad():
         outputs = generate_fn(model)
     # What transformers' generate returns with return_dict_in_generate=True.
     outputs = getattr(outputs, "sequences", outputs)

@@ -2,19 +2,22 @@
 
 `apply_filter` runs a filter by hand once per optimizer step, `attach_filter` has the optimizer run it."""
 
-from gradroute.filters.apply_filter import apply_filter
-from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters.apply import apply_filter
+from gradroute.filters.attached import AttachedFilter, attach_filter
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.projection import ProjectionFilter
-from gradroute.filters.rollout import RolloutFilter
-from gradroute.filters.stats import FilterStats
+from gradroute.filters.rollout import RolloutFilter, RolloutRecord
+from gradroute.filters.stats import FilterStats, HackwardShare
 
 __all__ = [
+    "AttachedFilter",
     "FilterStats",
     "FilteredGradients",
     "GradientFilter",
+    "HackwardShare",
     "ProjectionFilter",
     "RolloutFilter",
+    "RolloutRecord",
     "apply_filter",
     "attach_filter",
 ]

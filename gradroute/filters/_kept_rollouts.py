@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._protocol import RoutedLayer
+from gradroute._sharding import as_blocks, as_row, full_gradient, is_sharded
 from gradroute.directions.directions import unit
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import as_blocks, as_row, full_gradient, is_sharded
-from gradroute.filters._rollout_gradients import LayerPass
+from gradroute.filters._recorder import LayerPass
 from gradroute.filters.base import FilteredGradients
 from gradroute.filters.stats import FilterStats, SquaredNorms, shares, squared_norms
 

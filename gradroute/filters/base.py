@@ -11,7 +11,12 @@ from gradroute.filters.stats import FilterStats
 
 
 class FilteredGradients(NamedTuple):
-    """What to put into the gradients of which parameters, and the figures."""
+    """What to put into the gradients of which parameters, and the figures.
+
+    Args:
+        writes: each parameter with its new gradient.
+        stats: what the filter measured and removed.
+    """
 
     writes: Sequence[tuple[nn.Parameter, Tensor]]
     stats: FilterStats

@@ -2,7 +2,7 @@
 
     c = V g,    c_use = relu(c) ("one")  |  c ("two")  |  2c ("reverse")
     removed = overshoot * c_use V,      kept = g - removed
-    erase: g <- kept (optionally rescaled to |g|)      route: g <- kept, quarantine's gradient += removed
+    erase: g <- kept           route: g <- kept, quarantine's gradient += removed
 
 Which sign is hack-ward? Directions point from clean to hack: v = unit(grad NLL(hack) - grad NLL(clean)). A descent step
 p <- p - lr g changes NLL(hack) - NLL(clean) by -lr <v, g> (times |grad NLL(hack) - grad NLL(clean)|). So c > 0 means:
@@ -19,7 +19,6 @@ published scheme it gets nothing else: `route(model, RouteMask.weights(m=1.0, g_
 Source: grpo_proj2 (wassname), "erase" and "route v1".
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -27,35 +26,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._logging import warn
+from gradroute._checks import instance_of, one_of, positive_number
+from gradroute._per_rollout import block_kind
 from gradroute._protocol import BlockName, RoutedLayer
+from gradroute._sharding import as_blocks, as_row, full_gradient, wide
 from gradroute.adapters.svd_gain import SvdGain
-from gradroute.directions.directions import Directions, unit
+from gradroute.directions.directions import Directions
+from gradroute.directions.parameter_rows import check_directions, orthonormal_rows, scaled_rows, warn_without_sign
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import (
-    as_blocks,
-    as_row,
-    block_kind,
-    check_directions,
-    full_gradient,
-    scaled_rows,
-    wide,
-)
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.stats import FilterStats, Sided, SquaredNorms, shares, squared_norms
 
 Mode = Literal["measure", "erase", "route"]
 Side = Literal["one", "two", "reverse"]
 
-# Above this cosine between two rows, the hack-ward orthant of the rows and that of an orthonormal basis differ.
-_OBLIQUE = 1e-3
-
 
 class ProjectionFilter(GradientFilter):
     """kept = g - overshoot * c_use V per module; see the module's formulas. Use with `apply_filter` or `attach_filter`.
 
     Args:
-        directions: read anew at every call, so a refresh is seen. Rows (k, d): of `feature="parameter"`, d that of the
+        directions: read at every call, so that a refresh is seen. Rows (k, d): of `feature="parameter"`, d that of the
             flattened gradients of A and B, or of the gain; or of `feature="bottleneck"` on layers with a gain, d = r.
             Rows are orthonormalised in order; rows that are not orthogonal are refused where their signs matter. A
             module whose rows an estimator has dropped keeps its gradient.
@@ -64,51 +54,28 @@ class ProjectionFilter(GradientFilter):
         side: "one" removes what is hack-ward and leaves what is anti-hack-ward; "two" removes both; "reverse" turns
             both around.
         overshoot: multiple of c_use that is removed.
-        preserve_magnitude: with "erase", rescale kept to |g|; `residual` then says by how much conservation is broken.
 
     Raises:
         GradRouteError: arguments that contradict each other; when applied: a module without a direction, of another
             width, or without a gradient.
     """
 
-    def __init__(
-        self,
-        directions: Directions,
-        *,
-        mode: Mode,
-        side: Side = "one",
-        overshoot: float = 1.0,
-        preserve_magnitude: bool = False,
-    ) -> None:
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
-        for argument, value, options in (("mode", mode, Mode), ("side", side, Side)):
-            if value not in get_args(options):
-                raise GradRouteError(f"`{argument}` should be one of {get_args(options)}. Found {value!r}.")
-        if isinstance(overshoot, bool) or not isinstance(overshoot, int | float) or not 0 < overshoot < math.inf:
-            raise GradRouteError(f"`overshoot` should be a positive finite number. Found {overshoot!r}.")
+    def __init__(self, directions: Directions, *, mode: Mode, side: Side = "one", overshoot: float = 1.0) -> None:
+        provenance = instance_of("directions", directions, Directions).provenance
+        if provenance.feature not in ("parameter", "bottleneck"):
+            raise GradRouteError(
+                f'`directions` should be of feature "parameter" or "bottleneck". Found {provenance.feature!r}: these '
+                "do not live where a gradient does."
+            )
+        self.directions = directions
+        self.mode, self.side = one_of("mode", mode, get_args(Mode)), one_of("side", side, get_args(Side))
+        self.overshoot = positive_number("overshoot", overshoot)
         if mode == "measure" and overshoot != 1.0:
             raise GradRouteError('`overshoot` has no effect in mode="measure". Fix: leave it out, or mode="erase".')
-        if preserve_magnitude and mode != "erase":
-            raise GradRouteError(
-                f'`preserve_magnitude=True` needs mode="erase". Found {mode!r}: rescaling what is kept would break '
-                "removed + kept = gradient."
-            )
-        self.directions, self.mode, self.side = directions, mode, side
-        self.overshoot, self.preserve_magnitude = float(overshoot), preserve_magnitude
         self._bases: dict[str, Tensor] = {}
         self._version: int | None = None
-        made = directions.provenance
-        if made.feature not in ("parameter", "bottleneck"):
-            raise GradRouteError(
-                f'`directions` should be of feature "parameter" or "bottleneck". Found {made.feature!r}: these do not '
-                "live where a gradient does."
-            )
-        if made.source != "gradient" and side != "two" and made.estimator != "random":
-            warn(
-                f"`directions` of {made.source}s have no sign in gradient space: what side={side!r} takes for "
-                'hack-ward may as well be the opposite. Fix: extract_gradient_directions, or side="two".'
-            )
+        if side != "two":
+            warn_without_sign(directions)
 
     @property
     def writes_blocks(self) -> tuple[BlockName, ...]:
@@ -128,7 +95,7 @@ class ProjectionFilter(GradientFilter):
             gradients = [full_gradient(name, parameter) for parameter in parameters]
             g = as_row(gradients)
             V = self._basis(name, g)
-            blocks, removed, fired = self._project(name, g, V, gradients)
+            blocks, removed, fired = self._project(g, V, gradients)
             kept = as_row(blocks)
             if self.mode != "measure":
                 writes += zip(parameters, blocks, strict=True)
@@ -148,7 +115,7 @@ class ProjectionFilter(GradientFilter):
         return "two" if self.side == "two" else "one"
 
     def _project(
-        self, name: str, g: Float[Tensor, " d"], V: Float[Tensor, "k d"], like: list[Tensor]
+        self, g: Float[Tensor, " d"], V: Float[Tensor, "k d"], like: list[Tensor]
     ) -> tuple[list[Tensor], Float[Tensor, " d"], Float[Tensor, ""]]:
         """(kept in the shapes and dtypes of the gradients, removed, share of rows that fired)."""
         c = V @ g
@@ -157,21 +124,11 @@ class ProjectionFilter(GradientFilter):
         if self.mode == "measure":
             return list(like), torch.zeros_like(g), fired
         removed = self.overshoot * (c_use @ V)
-        kept = g - removed
-        if self.preserve_magnitude:
-            before, after = g.norm(), kept.norm()
-            if after <= 1e-6 * before and before > 0:
-                raise GradRouteError(
-                    f"The gradient of `{name}` lies within its directions, so that nothing is kept which could be "
-                    "rescaled. Fix: preserve_magnitude=False, or fewer directions."
-                )
-            kept = torch.where(after > 0, kept * (before / after), kept)
-        return as_blocks(kept, like), removed, fired
+        return as_blocks(g - removed, like), removed, fired
 
     def _check_kind(self, name: str, layer: RoutedLayer) -> None:
-        made = self.directions.provenance
         if block_kind(name, layer) == "lora":
-            if made.feature == "bottleneck":
+            if self.directions.provenance.feature == "bottleneck":
                 raise GradRouteError(
                     f"`{name}` trains LoRA matrices and has no gain that bottleneck directions could act on. Fix: "
                     'directions of features="parameter", or attach(..., parametrization="svd_gain").'
@@ -203,32 +160,7 @@ class ProjectionFilter(GradientFilter):
         return V
 
     def __repr__(self) -> str:
-        text = f"ProjectionFilter({self.mode}, side={self.side!r}, overshoot={self.overshoot:g}"
-        text += ", preserve_magnitude" if self.preserve_magnitude else ""
-        return f"{text}, {self.directions!r})"
-
-
-def orthonormal_rows(name: str, rows: Float[Tensor, "k d"], *, signs_matter: bool) -> Float[Tensor, "k d"]:
-    """Gram-Schmidt in the order of the rows, which keeps their signs.
-
-    Raises:
-        GradRouteError: dependent rows, or rows that are not orthogonal although the signs of `V g` matter.
-    """
-    if not len(rows):
-        return wide(rows)
-    rows = unit(wide(rows))
-    oblique = (rows @ rows.T).fill_diagonal_(0).abs().max().item()
-    if signs_matter and oblique > _OBLIQUE:
-        raise GradRouteError(
-            f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward along "
-            f'one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or side="two".'
-        )
-    Q, R = torch.linalg.qr(rows.T)
-    lengths = torch.diagonal(R)
-    if rows.shape[0] > rows.shape[1] or lengths.abs().min() < 1e-4:
-        raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
-    basis: Tensor = (Q * lengths.sign()).T.contiguous()
-    return basis
+        return f"ProjectionFilter({self.mode}, side={self.side!r}, overshoot={self.overshoot:g}, {self.directions!r})"
 
 
 def _with_removed(

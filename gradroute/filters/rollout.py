@@ -5,7 +5,7 @@
 
 f_i is rollout i's own gradient G_i (directions of `feature="parameter"`), or its bottleneck feature sum_t h_t * dL/dh_t
 (`feature="bottleneck"`). Directions point from the NLL gradients of clean completions to those of hacks, so a positive
-score means: descending along this rollout's gradient makes hacks likelier (see `filters.py`).
+score means: descending along this rollout's gradient makes hacks likelier (see `projection.py`).
 Identity: the same as a second backward under `route` with g_d = 1 - share. The quarantine's gradient is not touched.
 Source: "route 2" of the founding commit (wassname), with threshold 0 on the cosine.
 """
@@ -19,13 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import instance_of, one_of
+from gradroute._per_rollout import block_kind
 from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._sharding import wide
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
+from gradroute.directions.parameter_rows import check_directions, scaled_rows
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import block_kind, check_directions, scaled_rows, wide
 from gradroute.filters._kept_rollouts import KeptRollouts
-from gradroute.filters._rollout_gradients import Feature, LayerPass, RolloutRecorder
+from gradroute.filters._recorder import Feature, LayerPass, RolloutRecorder
 from gradroute.filters.base import FilteredGradients, GradientFilter
 
 Score = Literal["cosine", "dot"]
@@ -61,7 +64,7 @@ class RolloutFilter(GradientFilter):
         apply_filter(model, rollout_filter)         # once per step, before clipping
 
     Args:
-        directions: of gradients, `feature="parameter"` or "bottleneck"; read anew at every `record`.
+        directions: of gradients, `feature="parameter"` or "bottleneck"; read at every `record`, so a refresh is seen.
         gate: a threshold, above which a rollout is removed; or a function of the scores (rows,) that returns flags, or
             shares in [0, 1] to remove, or a `RouteMask`, which removes 1 - g_d. Its m and g_q have to be 1: the forward
             has run, and the quarantine's gradient stays.
@@ -72,19 +75,16 @@ class RolloutFilter(GradientFilter):
     """
 
     def __init__(self, directions: Directions, gate: float | RolloutGate = 0.0, *, score: Score = "cosine") -> None:
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
-        made = directions.provenance
-        if made.source != "gradient" or made.feature not in get_args(Feature):
+        provenance = instance_of("directions", directions, Directions).provenance
+        if provenance.source != "gradient" or provenance.feature not in get_args(Feature):
             raise GradRouteError(
-                f'`directions` should be of gradients, of feature "parameter" or "bottleneck". Found {made.source} '
-                f"{made.feature}. Fix: extract_gradient_directions."
+                '`directions` should be of gradients, of feature "parameter" or "bottleneck". Found '
+                f"{provenance.source} {provenance.feature}. Fix: extract_gradient_directions."
             )
         if not callable(gate) and (isinstance(gate, bool) or not isinstance(gate, int | float) or math.isnan(gate)):
             raise GradRouteError(f"`gate` should be a number or a function of the scores. Found {gate!r}.")
-        if score not in get_args(Score):
-            raise GradRouteError(f"`score` should be one of {get_args(Score)}. Found {score!r}.")
-        self.directions, self.gate, self.score = directions, gate, score
+        self.directions, self.gate = directions, gate
+        self.score = one_of("score", score, get_args(Score))
         self._recording = False
         self._kept: KeptRollouts | None = None
 
@@ -144,11 +144,11 @@ class RolloutFilter(GradientFilter):
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): scores of the directions' own pairs as this filter scores rollouts, to place thresholds by."""
-        known = self.directions
+        directions = self.directions
         found = []
-        for features in known.sides:
-            pairs = {name: wide(features[name]) for name in known.rows}
-            vectors = {name: scaled_rows(known, name).sum(0).to(pairs[name]) for name in pairs}
+        for features in directions.sides:
+            pairs = {name: wide(features[name]) for name in directions.rows}
+            vectors = {name: scaled_rows(directions, name).sum(0).to(pairs[name]) for name in pairs}
             dots = torch.stack([pairs[name] @ v for name, v in vectors.items()]).sum(0)
             squares = torch.stack([rows.square().sum(1) for rows in pairs.values()]).sum(0)
             found.append(self._scale(dots, squares, vectors))

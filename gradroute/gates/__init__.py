@@ -1,7 +1,7 @@
-"""From a score, a label or features to a mask: which rollouts train which block.
+"""From labels, scores or features of rollouts to a mask: which rollouts train which block.
 
-Every gate is a `Gate`: called once per batch, it returns a `RouteMask`, and says when it routes nothing or
-everything."""
+A gate is called once per batch and returns a `RouteMask`. It says so when it routes nothing, or everything.
+"""
 
 from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate

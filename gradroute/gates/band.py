@@ -12,22 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradroute._checks import finite_number, instance_of, one_of
 from gradroute._logging import warn
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import (
-    Below,
-    Gate,
-    Reads,
-    below_mask,
-    below_sentence,
-    checked_below,
-    finite_number,
-    finite_scores,
-)
+from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
 
 
 class BandGate(Gate):
@@ -63,14 +55,12 @@ class BandGate(Gate):
         window: int = 50,
         strict: bool = False,
     ) -> None:
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        self.directions = instance_of("directions", directions, Directions)
         if soft and (threshold is not None or below is not None):
             raise GradRouteError("A soft gate has no `threshold` and no `below`. Fix: leave them out, or soft=False.")
-        self.directions = directions
         self.threshold = finite_number("threshold", 0.5 if threshold is None else threshold)
         self.soft = soft
-        self.below: Below = checked_below("absorb" if below is None else below)
+        self.below: Below = one_of("below", "absorb" if below is None else below, BELOW)
         self._version: int | None = None
         super().__init__(window=window, strict=strict)
         self._read_ends()
@@ -89,8 +79,8 @@ class BandGate(Gate):
 
     def z(self, scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
         """(s - lo) / (hi - lo)."""
-        lo, hi = self.ends
-        return (finite_scores(scores) - lo) / (hi - lo)
+        self._before_call()
+        return self._z(scores)
 
     def flags(self, scores: Float[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
         """z >= threshold; what the hard gate routes."""
@@ -99,7 +89,6 @@ class BandGate(Gate):
         return self.z(scores) >= self.threshold
 
     def __call__(self, scores: Float[Tensor, "*rows"]) -> RouteMask:
-        self._before_call()
         if not self.soft:
             flags = self.flags(scores)
             return self._counted(below_mask(flags, self.below), flags)
@@ -121,10 +110,14 @@ class BandGate(Gate):
         return f"BandGate(z=0 at {lo:.4g}, z=1 at {hi:.4g}{turned}, {kind}, version {self._version})"
 
     def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:
-        z, ends = self.z(scores), [(0.0, "clean pairs"), (1.0, "hack pairs")]
+        z, ends = self._z(scores), [(0.0, "clean pairs"), (1.0, "hack pairs")]
         if self.soft:
             return Marked(z, "z", ends, None)
         return Marked(z, "z", [(self.threshold, "threshold"), *ends], z >= self.threshold)
+
+    def _z(self, scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        lo, hi = self.ends
+        return (finite_scores(scores) - lo) / (hi - lo)
 
     def _read_ends(self) -> None:
         if self._version == self.directions.version:

@@ -1,4 +1,4 @@
-"""What every gate has: a look at whether it still tells rows apart, and a state dict.
+"""What every gate has: a check that it still tells rows apart, a sentence for model cards, and a state dict.
 
 Over each window of calls:   no row was routed, or every row was   ->   `GradRouteWarning`, an error if strict.
 
@@ -6,23 +6,24 @@ A gate that never routes is a gate that is off; one that always routes starves t
 that works.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from gradroute._before_use import before_use
+from gradroute._checks import positive_integer
 from gradroute._logging import warn
-from gradroute._state_dict import State, check_state, directions_in_force, format_of
+from gradroute._state_dict import State, check_state, format_of
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked, plot_marked
 
 Below = Literal["absorb", "keep"]
+BELOW: tuple[Below, ...] = ("absorb", "keep")
 Reads = Literal["flags", "scores", "features", "log_ratios"]
 
 
@@ -41,7 +42,6 @@ class Gate(ABC):
 
     def __init__(self, *, window: int, strict: bool) -> None:
         self.window, self.strict = positive_integer("window", window), bool(strict)
-        self._checks: list[Callable[[], None]] = []
         self._open_window()
 
     @abstractmethod
@@ -78,10 +78,6 @@ class Gate(ABC):
     def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:  # noqa: ARG002  (read by the gates that can)
         raise GradRouteError(f"{type(self).__name__} should read scores to have a histogram. Found that it reads none.")
 
-    def check_before_calls(self, check: Callable[[], None]) -> None:
-        """Have `check` called at the start of each call; it raises where the gate must not be used."""
-        self._checks.append(check)
-
     def state_dict(self) -> State:
         """Everything that a resumed run needs, as JSON values and tensors."""
         return {
@@ -101,8 +97,8 @@ class Gate(ABC):
         self._calls, self._routed, self._unrouted = calls["seen"], calls["routed"], calls["unrouted"]
 
     def _before_call(self) -> None:
-        for check in self._checks:
-            check()
+        """The first line of each `__call__`: raises where a refresh should have come and did not."""
+        before_use(self)
 
     def _counted(self, mask: RouteMask, share: Shaped[Tensor, "*rows"]) -> RouteMask:
         """`mask`, after one more call of the window; `share` is how much of each row is routed, or a flag."""
@@ -131,22 +127,29 @@ class Gate(ABC):
         ]
 
 
-def positive_integer(argument: str, value: Any) -> int:
-    """`value`, if it counts something."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise GradRouteError(f"`{argument}` should be a positive integer. Found {value!r}.")
-    return value
+def directions_in_force(directions: Directions) -> State:
+    """Which directions a state belongs to."""
+    provenance = directions.provenance
+    return {
+        "version": directions.version,
+        "step": directions.step,
+        "pair_hash": provenance.pair_hash,
+        "estimator": provenance.estimator,
+        "control": provenance.control,
+        "seed": provenance.seed,
+    }
 
 
 def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """`scores`, if they are numbers: what is not would be on neither side of a threshold."""
+    """`scores` in float32 or wider, if they are numbers: NaN would be on neither side of a threshold."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise GradRouteError(f"`scores` should be a floating point tensor, one score per row. Found {found}.")
     if not torch.isfinite(scores).all():
         where = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")
-    return scores
+    # A threshold on bf16 scores would itself be rounded to three digits.
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:
@@ -159,17 +162,3 @@ def below_sentence(below: Below) -> str:
     if below == "absorb":
         return "classic: flagged rows train the quarantine only (route), the others both blocks (absorb)"
     return "exclusive: flagged rows train the quarantine only (route), the others the deployed block only (keep)"
-
-
-def checked_below(below: Below) -> Below:
-    """`below`, if it names one of the two zones that are not routed."""
-    if below not in ("absorb", "keep"):
-        raise GradRouteError(f'`below` should be "absorb" or "keep". Found {below!r}.')
-    return below
-
-
-def finite_number(argument: str, value: float) -> float:
-    """`value`, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise GradRouteError(f"`{argument}` should be finite. Found {value!r}.")
-    return float(value)

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from gradroute._checks import one_of, share
 from gradroute._logging import warn
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import Below, Gate, Reads, below_mask, below_sentence, checked_below
+from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence
 
 
 class LabelGate(Gate):
@@ -43,11 +44,9 @@ class LabelGate(Gate):
         window: int = 50,
         strict: bool = False,
     ) -> None:
-        self.below = checked_below(below)
-        self.recall, self.false_positive_rate = (
-            _rate("recall", recall),
-            _rate("false_positive_rate", false_positive_rate),
-        )
+        self.below = one_of("below", below, BELOW)
+        self.recall = share("recall", recall)
+        self.false_positive_rate = share("false_positive_rate", false_positive_rate)
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         super().__init__(window=window, strict=strict)
@@ -111,15 +110,10 @@ class LabelGate(Gate):
     def _complaints(self) -> list[str]:
         complaints = super()._complaints()
         if self._false_alarms > self._hits:
-            share = self._hits / (self._hits + self._false_alarms)
+            precision = self._hits / (self._hits + self._false_alarms)
             complaints.append(
-                f"{self!r} routed more clean rows than hacks in {self.window} calls: its precision was {share:.2f}. "
-                "The deployed block loses what those rows would have taught it. Fix: fewer false positives."
+                f"{self!r} routed more clean rows than hacks in {self.window} calls: its precision was "
+                f"{precision:.2f}. The deployed block loses what those rows would have taught it. "
+                "Fix: fewer false positives."
             )
         return complaints
-
-
-def _rate(argument: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise GradRouteError(f"`{argument}` should be a share in [0, 1]. Found {value!r}.")
-    return float(value)

@@ -16,20 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import instance_of, positive_integer
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Gate, Reads, finite_scores, positive_integer
+from gradroute.gates.base import Gate, Reads, finite_scores
 
 
 class QuantileGate(Gate):
     """keep / absorb / route by the recency-weighted quantiles of the scores of past rollouts; `gate(capture)`.
 
-    Memory is capacity x (sum of feature widths); each call costs a sort of at most `capacity` numbers, and a re-scoring
-    of the buffer if the version of `directions` has changed. Call it once per rollout: every call fills the buffer.
+    Memory is capacity x (sum of feature widths). Each call sorts at most `capacity` numbers, and scores the buffer
+    again if the version of `directions` has changed. Call it once per rollout: every call fills the buffer.
 
     Args:
         directions: what the features are scored with.
@@ -58,13 +59,11 @@ class QuantileGate(Gate):
         window: int = 50,
         strict: bool = False,
     ) -> None:
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
+        self.directions = instance_of("directions", directions, Directions)
         if len(tails) != 2 or not 0 < tails[0] < tails[1] < 1:
             raise GradRouteError(f"`tails` should be two quantiles 0 < q_lo < q_hi < 1. Found {tails!r}.")
         if not 0 < half_life < float("inf"):
             raise GradRouteError(f"`half_life` should be a positive number of rollouts. Found {half_life!r}.")
-        self.directions = directions
         self.tails, self.half_life = (float(tails[0]), float(tails[1])), float(half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:
@@ -72,7 +71,7 @@ class QuantileGate(Gate):
                 f"`warm_up` should be at most `capacity`. Found {warm_up} > {capacity}: all rows would absorb."
             )
         super().__init__(window=window, strict=strict)
-        # Of the size of the buffer once the first call has shown how wide and of which type features are.
+        # Allocated by the first call, which shows how wide and of which type features are.
         self._features, self._scores = torch.empty(0, 0), torch.empty(0)
         self._arrived = torch.empty(0, dtype=torch.long)
         self._seen, self._filled, self._next = 0, 0, 0
@@ -162,7 +161,7 @@ class QuantileGate(Gate):
         return Marked(scores, "score", [(high, "route from"), (low, "keep up to")], scores.to(self._scores) >= high)
 
     def _feature(self, features: Mapping[str, Float[Tensor, "_ _"]], name: str) -> Float[Tensor, "_ _"]:
-        # Of modules without rows as well: a refresh may give them some, and then old rollouts are scored on them.
+        # Modules without rows included: a refresh may give them rows, and then old rollouts are scored on them.
         width = self.directions.hack[name].shape[-1]
         if name not in features or features[name].shape[-1] != width:
             raise GradRouteError(f"`features` should hold the module `{name}`, {width} wide, like the pairs.")

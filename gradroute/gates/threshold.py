@@ -1,29 +1,21 @@
-"""From scores with a scale of their own to a mask: s >= threshold -> route, else `below`."""
+"""From scores on a fixed scale, such as a classifier's, to a mask: s >= threshold -> route, else `below`."""
 
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import finite_number, one_of
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.gates._histogram import Marked
-from gradroute.gates.base import (
-    Below,
-    Gate,
-    Reads,
-    below_mask,
-    below_sentence,
-    checked_below,
-    finite_number,
-    finite_scores,
-)
+from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
 
 
 class ThresholdGate(Gate):
-    """s >= threshold -> route, else `below`; for scores with a scale of their own, such as a classifier's.
+    """s >= threshold -> route, else `below`; for scores on a fixed scale, such as a classifier's.
 
-    A threshold on scores of `Directions` is off as soon as those are refreshed: use `BandGate` or `QuantileGate` there.
+    A refresh changes the scale of scores of `Directions`: use `BandGate` or `QuantileGate` there.
 
     Args:
         threshold: the lowest score that is routed.
@@ -37,7 +29,7 @@ class ThresholdGate(Gate):
     reads: ClassVar[Reads] = "scores"
 
     def __init__(self, threshold: float, *, below: Below = "absorb", window: int = 50, strict: bool = False) -> None:
-        self.threshold, self.below = finite_number("threshold", threshold), checked_below(below)
+        self.threshold, self.below = finite_number("threshold", threshold), one_of("below", below, BELOW)
         super().__init__(window=window, strict=strict)
 
     def __call__(self, scores: Float[Tensor, "*rows"]) -> RouteMask:

@@ -6,43 +6,47 @@
     p.grad <- f(p.grad);  clip;  optimizer.step()             once per optimizer step
     refresher.step()                                          after it
 
-`Trainer` clips before it steps the optimizer (with `max_grad_norm=0` to infinity, for the norm it logs), so a filter in
-the optimizer's hook would see clipped gradients, and refuses them; none of the callbacks comes between backward and
+`Trainer` clips before it steps the optimizer (with `max_grad_norm=0` to infinity, for the norm that it logs). So a
+filter in the optimizer's hook would see clipped gradients, which it refuses, and no callback comes between backward and
 clipping. The mixin filters at the end of `training_step`, after the last backward and DDP's reduction.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from gradroute._optimized import check_optimized
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.route import route
 from gradroute.errors import GradRouteError, RefreshError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats
 from gradroute.gates.base import Gate
+from gradroute.integrations._schedule import check_comes_due
 from gradroute.refresh.refresher import Refresher
 
 MaskFn = Callable[[dict[str, Any]], RouteMask]
 
 _FOLDER = "gradroute"
+_FIGURES = ("cin", "cout", "null", "fired")
 
 
 class RefreshCallback(TrainerCallback):
     """`refresher.step()` after each optimizer step that the Trainer takes; saved and resumed with its checkpoints.
 
-    A refresh that was due and changed nothing raises out of `trainer.train()`, and so does a schedule by which none
-    would come due. Figures of the refreshes go into the Trainer's log: `gradroute/age`, `refreshes`, and of the latest
-    one `overlap` and `largest_angle`. (Reporters that were registered earlier have been called by then: with
-    `RoutedTrainerMixin` they see them as well.)
+    `trainer.train()` raises if a refresh was due and changed nothing, or if none would come due by the schedule.
+    Figures of the refreshes go into the Trainer's log: `gradroute/age`, `refreshes`, and of the latest one `overlap`
+    and `largest_angle`. (Reporters that were registered earlier have been called by then: with `RoutedTrainerMixin`
+    they see these figures as well.)
 
     Args:
         refresher: on the model that is trained.
@@ -53,7 +57,8 @@ class RefreshCallback(TrainerCallback):
         if not isinstance(refresher, Refresher):
             raise RefreshError(f"`refresher` should be a Refresher. Found {type(refresher).__name__}.")
         self.refresher, self.gates = refresher, list(gates)
-        refresher.watch(*self.gates)
+        if self.gates:
+            refresher.watch(*self.gates)
         self._loaded_at: int | None = None
         self._counted = refresher.steps
         self._taken: _StepsTaken | None = None
@@ -68,7 +73,7 @@ class RefreshCallback(TrainerCallback):
         return found
 
     def load(self, checkpoint: str | Path) -> None:
-        """Take over what was saved in a checkpoint folder of the Trainer; call it before `resume_from_checkpoint`.
+        """Load what was saved in a checkpoint folder of the Trainer; call it before `resume_from_checkpoint`.
 
         `Directions.load(checkpoint + "/gradroute/directions.safetensors")` comes first: gates and refresher are built
         on it.
@@ -95,18 +100,12 @@ class RefreshCallback(TrainerCallback):
                 "Fix: callback.load(checkpoint) before train(resume_from_checkpoint=checkpoint), and not without it."
             )
         self._loaded_at = None
-        refresher, left = self.refresher, state.max_steps - state.global_step
-        if refresher.every is not None and refresher.min_overlap is None:
-            due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
-            if due > left:
-                raise RefreshError(
-                    f"`every` should be less: no refresh would come due in the {left} steps of this run, the first "
-                    f"after {due}. Fix: Refresher(every=...), or no RefreshCallback for frozen directions."
-                )
-        self._counted = refresher.steps
+        check_comes_due(self.refresher, state.max_steps - state.global_step)
+        self._counted = self.refresher.steps
         self._end()
-        # DeepSpeed steps inside backward, on an optimizer of its own: there only its word counts.
+        # DeepSpeed steps inside backward, on its own optimizer: what its wrapper says of a step has to be believed.
         if not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
+            check_optimized(self.refresher.model, [kwargs["optimizer"]], RefreshError)
             self._taken = _StepsTaken(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -166,14 +165,14 @@ class _StepsTaken(StepHooks):
 
 
 class RoutedTrainerMixin:
-    """In front of `Trainer`: each micro-batch under its own mask, a filter before clipping, figures in every log.
+    """Goes before `Trainer`: each micro-batch under its own mask, a filter before clipping, figures in every log.
 
         class RoutedTrainer(RoutedTrainerMixin, Trainer): ...
         RoutedTrainer(..., mask_fn=lambda inputs: gate(inputs.pop("scores")), grad_filter=None)
 
     Args:
-        mask_fn: from the inputs of a micro-batch (out of which it takes what the model does not) to the `RouteMask`
-            that its forward and backward run under; the columns it reads need `remove_unused_columns=False`.
+        mask_fn: returns the `RouteMask` for the inputs of a micro-batch, and takes out of them what the model does not
+            take; the columns that it reads need `remove_unused_columns=False`.
         grad_filter: a `ProjectionFilter` or `RolloutFilter`, applied once per optimizer step, whatever `max_grad_norm`.
 
     Raises:
@@ -189,7 +188,7 @@ class RoutedTrainerMixin:
     filtered: int
     """Optimizer steps whose gradients were filtered."""
     filter_stats: FilterStats | None
-    """Of the latest of them."""
+    """What the filter did in the latest step."""
 
     def __init__(
         self, *args: Any, mask_fn: MaskFn | None = None, grad_filter: GradientFilter | None = None, **kwargs: Any
@@ -204,7 +203,8 @@ class RoutedTrainerMixin:
             )
         self.mask_fn, self.grad_filter = mask_fn, grad_filter
         self.filtered, self.filter_stats = 0, None
-        self._unlogged: list[FilterStats] = []
+        # Four numbers a step: figures of every module, kept until the next log, would add up.
+        self._unlogged: list[dict[str, float]] = []
         super().__init__(*args, **kwargs)
         if grad_filter is not None:
             self.callback_handler.add_callback(_FilteredEachStep(self))
@@ -232,16 +232,15 @@ class RoutedTrainerMixin:
         if f is not None and self.accelerator.sync_gradients:
             stats = apply_filter(self.model, f)
             self.filtered, self.filter_stats = self.filtered + 1, stats
-            self._unlogged.append(stats)
+            self._unlogged.append({figure: getattr(stats, figure) for figure in _FIGURES})
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's log, with means of the filter's figures since the last one, and the refreshes'."""
         if not any(name.startswith("eval_") for name in logs):
             if self._unlogged:
-                for figure in ("cin", "cout", "null", "fired"):
-                    values = [getattr(stats, figure) for stats in self._unlogged]
-                    logs[f"gradroute/{figure}"] = sum(values) / len(values)
+                for figure in _FIGURES:
+                    logs[f"gradroute/{figure}"] = fmean(each[figure] for each in self._unlogged)
                 self._unlogged = []
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, RefreshCallback):

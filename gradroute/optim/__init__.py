@@ -1,14 +1,26 @@
 """What the optimizer makes of a routed gradient, and what can be done about it.
 
 With AdamW a gradient of zero still moves a weight. `audit_updates` shows it; `skip_idle_blocks` and the corrections
-mend it."""
+mend it. Each returns a handle that ends with `close()` or with its optimizer.
+"""
 
-from gradroute.optim.audit import UpdateAudit, audit_updates
-from gradroute.optim.corrections import decay_toward_start, project_updates, purge_moments
-from gradroute.optim.idle_blocks import skip_idle_blocks
+from gradroute.optim.audit import BlockUpdate, UpdateAudit, UpdateAudits, audit_updates
+from gradroute.optim.corrections import (
+    DecayTowardStart,
+    UpdateProjection,
+    decay_toward_start,
+    project_updates,
+    purge_moments,
+)
+from gradroute.optim.idle_blocks import IdleBlockSkip, skip_idle_blocks
 
 __all__ = [
+    "BlockUpdate",
+    "DecayTowardStart",
+    "IdleBlockSkip",
     "UpdateAudit",
+    "UpdateAudits",
+    "UpdateProjection",
     "audit_updates",
     "decay_toward_start",
     "project_updates",

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._logging import warn
+from gradroute._checks import instance_of, one_of
 from gradroute._protocol import routed_layers
+from gradroute._sharding import as_row, check_layout, whole
 from gradroute.directions.directions import Directions
+from gradroute.directions.parameter_rows import check_directions, orthonormal_rows, warn_without_sign
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import as_row, check_directions, check_layout, whole
-from gradroute.filters.projection import orthonormal_rows
 
 Side = Literal["one", "two"]
 
@@ -34,16 +34,10 @@ class DeployedRows:
     """
 
     def __init__(self, model: nn.Module, directions: Directions, side: Side) -> None:
-        if side not in get_args(Side):
-            raise GradRouteError(f'`side` should be "one" or "two". Found {side!r}.')
-        if not isinstance(directions, Directions):
-            raise GradRouteError(f"`directions` should be Directions. Found {type(directions).__name__}.")
-        made = directions.provenance
-        if side == "one" and made.source != "gradient" and made.estimator != "random":
-            warn(
-                f"`directions` of {made.source}s have no sign in gradient space: what passes for hack-ward may be "
-                'the opposite. Fix: extract_gradient_directions, or side="two".'
-            )
+        one_of("side", side, get_args(Side))
+        instance_of("directions", directions, Directions)
+        if side == "one":
+            warn_without_sign(directions)
         self.directions, self.side = directions, side
         self._layers = routed_layers(model)
         self.parameters = {name: list(layer.block_parameters("deployed")) for name, layer in self._layers.items()}

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._optimized import block_parameters, check_held
+from gradroute._sharding import check_layout, whole, wide
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.filters._deployed_gradient import check_layout, whole, wide
 from gradroute.optim._deployed_rows import DeployedRows
 
 
@@ -66,33 +67,42 @@ class UpdateAudit:
         return f"UpdateAudit(step {self.step}; deployed: {self.deployed!r}{cout}; quarantine: {self.quarantine!r})"
 
 
-def audit_updates(model: nn.Module, optimizer: Optimizer, directions: Directions | None = None) -> "UpdateAudits":
+def audit_updates(
+    model: nn.Module, optimizer: Optimizer, directions: Directions | None = None, *, others: Sequence[Optimizer] = ()
+) -> "UpdateAudits":
     """Record what each step of `optimizer` does to the blocks of `model`, until `close()` or the end of a `with`.
 
     Args:
         model: with routed layers; a copy of their parameters is kept from the start of a step to its end.
         optimizer: any torch optimizer, or accelerate's around one.
         directions: for `cout`; see `project_updates`.
+        others: further optimizers that hold parameters of the blocks, if one does not hold all; not audited.
 
     Returns:
-        A handle: `read()` gives the `UpdateAudit` of the step since it was last read.
+        A handle: `read()` gives the `UpdateAudit` of the step since it was last read. The audit ends with the handle.
 
     Raises:
-        GradRouteError: directions that do not fit the deployed parameters. At the end of a `with` in which no step
+        GradRouteError: a trainable parameter of a block that no optimizer holds, so that it would never move;
+            directions that do not fit the deployed parameters. At the end of a `with` in which no step
             was taken, and in `read()` without a new one: an optimizer that is audited and not stepped is another one.
     """
-    return UpdateAudits(model, optimizer, directions)
+    return UpdateAudits(model, optimizer, directions, others)
 
 
 class UpdateAudits(StepHooks):
-    """What `audit_updates` returns."""
+    """What `audit_updates` returns. Errors are listed there."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions | None) -> None:
+    _kept_by_optimizer = False  # nobody could read it
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, directions: Directions | None, others: Sequence[Optimizer]
+    ) -> None:
         self._rows = None if directions is None else DeployedRows(model, directions, "one")
         self._blocks = [dict(deployed_parameters(model)), dict(quarantine_parameters(model))]
         for block in self._blocks:
             for name, parameter in block.items():
                 check_layout(name, parameter)
+        check_held([optimizer, *others], block_parameters(model))
         self._before: list[dict[str, Tensor]] = []
         self._rows_before: dict[str, Tensor] = {}
         self._latest: UpdateAudit | None = None
@@ -123,6 +133,8 @@ class UpdateAudits(StepHooks):
             self._rows.read()
             self._rows_before = self._rows.joined()
         self._before = [{name: p.detach().clone() for name, p in block.items()} for block in self._blocks]
+        # Corrections by other handles, whenever they were made, are part of the update.
+        self._move_behind()
 
     @torch.no_grad()
     def _after_step(self) -> None:

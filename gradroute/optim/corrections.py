@@ -10,17 +10,20 @@ Rows are read at each step, so that a refresh is seen. Sources: grpo_proj2 (proj
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._checks import positive_number
+from gradroute._optimized import block_parameters, check_held
+from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, torch_optimizer
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError, GradRouteError
-from gradroute.filters._deployed_gradient import as_blocks, as_row, overwrite, whole
 from gradroute.optim._deployed_rows import DeployedRows, Side
 
 _MOMENTS = ("exp_avg", "momentum_buffer")
@@ -50,15 +53,12 @@ def project_updates(
 
 
 class UpdateProjection(StepHooks):
-    """What `project_updates` returns."""
+    """What `project_updates` returns. Errors are listed there."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions, side: Side) -> None:
         self.removed_share: float | None = None
         self._blocks = DeployedRows(model, directions, side)
-        held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
-        for name, parameters in self._blocks.parameters.items():
-            if not all(id(p) in held for p in parameters):
-                raise GradRouteError(f"`optimizer` should hold the deployed parameters of `{name}`. Some are missing.")
+        check_held([optimizer], ((name, p) for name, ps in self._blocks.parameters.items() for p in ps))
         self._before: dict[str, Tensor] = {}
         super().__init__(optimizer)
 
@@ -125,7 +125,9 @@ def purge_moments(model: nn.Module, optimizer: Optimizer, directions: Directions
     return math.sqrt(removed_square / moment_square) if moment_square else 0.0
 
 
-def decay_toward_start(model: nn.Module, optimizer: Optimizer, weight_decay: float) -> "DecayTowardStart":
+def decay_toward_start(
+    model: nn.Module, optimizer: Optimizer, weight_decay: float, *, others: Sequence[Optimizer] = ()
+) -> "DecayTowardStart":
     """From now on, p <- p - lr wd (p - p_0) after each step, for both blocks; p_0 = the values they have now.
 
     Weight decay toward zero would pull an oriented start apart; this pulls the net delta to zero. A parameter without a
@@ -135,25 +137,27 @@ def decay_toward_start(model: nn.Module, optimizer: Optimizer, weight_decay: flo
         model: with routed layers, at its initialisation, or resumed: then load this handle's state as well.
         optimizer: any torch optimizer, or accelerate's around one, with weight_decay=0 for the blocks.
         weight_decay: wd > 0; lr is that of each parameter's group at the step.
+        others: further optimizers that hold parameters of the blocks, if one does not hold all. Each needs a handle.
 
     Returns:
         A handle with `state_dict()`, `load_state_dict(state)`, `close()`, and usable in `with`.
 
     Raises:
-        GradRouteError: a weight decay that is not positive; an optimizer without parameters of the blocks, or with a
-            weight decay of its own on them.
+        GradRouteError: a weight decay that is not positive; a trainable parameter of a block that no optimizer holds;
+            an optimizer without parameters of the blocks, or with a weight decay on them already.
     """
-    return DecayTowardStart(model, optimizer, weight_decay)
+    return DecayTowardStart(model, optimizer, weight_decay, others)
 
 
 class DecayTowardStart(StepHooks):
-    """What `decay_toward_start` returns."""
+    """What `decay_toward_start` returns. Errors are listed there."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, weight_decay: float) -> None:
-        if isinstance(weight_decay, bool) or not 0 < weight_decay < math.inf:
-            raise GradRouteError(f"`weight_decay` should be a positive number. Found {weight_decay!r}.")
-        self.weight_decay = float(weight_decay)
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, weight_decay: float, others: Sequence[Optimizer]
+    ) -> None:
+        self.weight_decay = positive_number("weight_decay", weight_decay)
         blocks = {**dict(deployed_parameters(model)), **dict(quarantine_parameters(model))}
+        check_held([optimizer, *others], block_parameters(model))
         self._start: dict[str, Tensor] = {}
         self._names = {id(p): name for name, p in blocks.items()}
         for group in torch_optimizer(optimizer).param_groups:
@@ -166,7 +170,9 @@ class DecayTowardStart(StepHooks):
                             f"{group['weight_decay']}: it would pull toward zero at the same time."
                         )
         if not self._start:
-            raise GradRouteError("`optimizer` should hold parameters of the blocks of `model`. Found none of them.")
+            raise GradRouteError(
+                "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
+            )
         super().__init__(optimizer)
 
     def __repr__(self) -> str:

@@ -8,22 +8,23 @@ With AdamW a gradient of zero still moves a weight, by what its moments remember
 without a flagged row would wear the quarantine down although nothing was to train it. Source: shawnghu/small-rl.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradroute._optimized import block_parameters, check_held
 from gradroute._protocol import BlockName
-from gradroute._step_hooks import StepHooks, torch_optimizer
-from gradroute.adapters._state import ForwardState
+from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import GradRouteError
 
 _BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
 
 
-def skip_idle_blocks(model: nn.Module, optimizer: Optimizer) -> "IdleBlockSkip":
+def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence[Optimizer] = ()) -> "IdleBlockSkip":
     """From now on, `optimizer` leaves a block out of each step for which no row was eligible.
 
     Which rows were is read from the routes under which routed layers run forward with gradients on (no route: all
@@ -32,40 +33,44 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer) -> "IdleBlockSkip":
 
     Args:
         model: with routed layers.
-        optimizer: any torch optimizer, or accelerate's around one, over parameters of the blocks. Attach filters first:
-            they ask for the gradient that is set aside here.
+        optimizer: any torch optimizer, or accelerate's around one, over the blocks. Attach filters first: they ask for
+            the gradient that is set aside here.
+        others: further optimizers that hold parameters of the blocks, if one does not hold all. Each needs a handle.
 
     Returns:
-        A handle with `skipped` (steps left out, per block), `close()`, and usable as `with skip_idle_blocks(...):`.
+        A handle with `skipped` (steps left out, per block) and `close()`, usable as `with skip_idle_blocks(...):`.
 
     Raises:
-        GradRouteError: the optimizer holds no block of the model. At a step: no routed layer ran forward since the last
+        GradRouteError: a trainable parameter of a block that no optimizer holds, or none of them in this one. At a
+            step: no routed layer ran forward since the last
             one, a closure, or a gradient that is not zero in a block that no row was to train.
     """
-    return IdleBlockSkip(model, optimizer)
+    return IdleBlockSkip(model, optimizer, others)
 
 
 class IdleBlockSkip(StepHooks):
-    """What `skip_idle_blocks` returns."""
+    """What `skip_idle_blocks` returns. Errors are listed there."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         layers = routed_linears(model)
+        check_held([optimizer, *others], block_parameters(model))
         held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
         self._parameters = {
             block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]
             for block in _BLOCKS
         }
         if not any(self._parameters.values()):
-            raise GradRouteError("`optimizer` should hold parameters of the blocks of `model`. Found none of them.")
+            raise GradRouteError(
+                "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
+            )
         self.skipped: dict[BlockName, int] = dict.fromkeys(_BLOCKS, 0)
         self._eligible: dict[BlockName, bool] = dict.fromkeys(_BLOCKS, False)
         self._ran = False
-        self._state: ForwardState | None = None
+        self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
         super().__init__(optimizer)
-        self._handles += [
-            layer.register_forward_pre_hook(self._before_forward, with_kwargs=True) for layer in layers.values()
-        ]
+        before = WeakHook(self, "_before_forward")
+        self._handles += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers.values()]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{block} {count} times" for block, count in self.skipped.items())
@@ -107,7 +112,7 @@ class IdleBlockSkip(StepHooks):
                 if parameter.grad is not None:
                     self._set_aside.append((parameter, parameter.grad))
                     parameter.grad = None
-        # What else is done after a step may ask which parameters had a gradient.
+        # Other handles may ask after the step which parameters had a gradient.
         self._move_behind()
 
     def _after_step(self) -> None:

@@ -2,11 +2,11 @@
 
 `Refresher` extracts again every few optimizer steps with the quarantine ablated; `RefreshReport` says what changed."""
 
-from gradroute.refresh.direction_cache import DirectionCache
 from gradroute.refresh.refresher import Refresher, RefreshReport
+from gradroute.refresh.watch import Watch
 
 __all__ = [
-    "DirectionCache",
     "RefreshReport",
     "Refresher",
+    "Watch",
 ]

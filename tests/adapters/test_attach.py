@@ -10,6 +10,8 @@ from torch import nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 
 
@@ -153,6 +155,7 @@ def test_the_output_projection_of_multihead_attention_is_refused_by_name() -> No
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.corner("a target whose weight is read by a fused path and never called", "`TargetError` at `attach`")
 def test_linears_that_a_fused_path_reads_without_calling_are_refused() -> None:
     for model in (nn.TransformerEncoderLayer(8, 2, 16), nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))):
         with pytest.raises(gr.errors.TargetError, match=r"linear1`, inside an nn\.TransformerEncoderLayer"):
@@ -233,6 +236,7 @@ def test_state_dict_round_trip_restores_both_blocks() -> None:
     assert torch.equal(trained(x), fresh(x))
 
 
+@pytest.mark.corner("a model is copied while a route or an ablation is open", "the copy is outside of both")
 def test_copies_made_inside_a_route_or_ablation_are_not_stuck_in_it() -> None:
     model = routed_tower()
     x = X.double()

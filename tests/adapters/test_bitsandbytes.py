@@ -15,6 +15,7 @@ import gradroute as gr
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
+    pytest.mark.touches_peft,
     pytest.mark.filterwarnings("ignore:.*(8-bit|4-bit) linear may get different generations:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*inputs will be cast from torch.float32 to float16:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

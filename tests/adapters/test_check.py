@@ -1,18 +1,26 @@
 """check_model says what is unsupported and why; parameter_summary counts both blocks; repr answers "what is this?"."""
 
 import re
+import warnings
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import convert_outputs_to_fp32
+from peft import get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from support.models import Tower, routed_tower
-from support.tiny_models import ARCHITECTURES, base_model, config, llama, peft_model
+from support.tiny_models import ARCHITECTURES, base_model, config, llama, moe_with_dense_layers, peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPConfig, CLIPModel, MambaConfig, MambaForCausalLM
 
 import gradroute as gr
 from gradroute._hashing import model_identity
+
+pytestmark = pytest.mark.touches_peft
 
 
 def found(model: nn.Module) -> dict[str, str]:
@@ -224,3 +232,86 @@ def test_the_base_model_has_one_identity_however_it_is_adapted() -> None:
     model = peft_model("llama")
     model.add_adapter("other", config())
     assert model_identity(model) == identity
+
+
+# What was found in use
+
+
+class Router(nn.Linear):
+    """As Llama 4's: a linear that returns scores and logits."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Mixture(nn.Module):
+    def __init__(self, router: type[nn.Linear]) -> None:
+        super().__init__()
+        self.router, self.up_proj = router(4, 4), nn.Linear(4, 4)
+
+
+def test_a_linear_that_returns_more_than_one_tensor_is_refused_before_it_runs() -> None:
+    assert "a router" in found(Mixture(Router))["router"]
+    with pytest.raises(gr.errors.TargetError, match=r"`router`, a Router, .*Fix: .*target_modules=\['up_proj'\]"):
+        gr.attach(Mixture(Router), r=2)
+    with pytest.raises(gr.errors.TargetError, match="`router` is a Router.*Fix: exclude_modules"):
+        get_peft_model(Mixture(Router), config(target_modules=["router", "up_proj"]))
+    assert isinstance(gr.attach(Mixture(Scaled), r=2).router, gr.QuarantineLoRA)
+
+
+def test_a_model_of_two_towers_is_walked() -> None:
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(
+        CLIPConfig(text_config={**tower, "vocab_size": 32}, vision_config={**tower, "image_size": 8, "patch_size": 4})
+    )
+    assert gr.check_model(model) == []
+    assert gr.check_model(gr.attach(model, r=2)) == []
+
+
+def fused_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As of a fused-LoRA patch: reads the weights of the layers and calls none."""
+    return self.down_proj.base_layer(self.up_proj.base_layer(x))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: peft_model("llama"), lambda: gr.attach(llama(), r=2)], ids=["PEFT", "attached"]
+)
+def test_a_forward_that_was_replaced_on_one_object_is_named(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    name, mlp = next((name, m) for name, m in model.named_modules() if name.endswith("layers.0.mlp"))
+    mlp.forward = MethodType(fused_mlp, mlp)
+    mlp.up_proj.forward = lambda x: x
+    findings = {f.module: f for f in gr.check_model(model)}
+    assert (findings[name].severity, findings[f"{name}.up_proj"].severity) == ("warning", "error")
+    assert "`fused_mlp`" in findings[name].reason
+    assert "3 of them" in findings[name].reason
+
+
+def test_a_forward_that_wraps_the_models_own_is_no_finding() -> None:
+    model = peft_model("llama")
+    mixed = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward.__func__))
+    model.forward = MethodType(mixed, model)  # what accelerate does for mixed precision
+    add_hook_to_module(model.base_model.model, AlignDevicesHook())
+    assert gr.check_model(model) == []
+
+
+def test_attached_blocks_that_peft_would_not_load_are_a_warning() -> None:
+    model = gr.attach(moe_with_dense_layers("qwen3_moe"), r=2)
+    assert "export_deployed will refuse it" in found(model)[""]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert "" not in found(gr.attach(moe_with_dense_layers("qwen3_moe"), r=2, target_modules=targets))
+
+
+def test_a_target_that_peft_refuses_is_warned_of_when_it_is_attached() -> None:
+    base = MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=32))
+    with pytest.warns(gr.GradRouteWarning, match="PEFT refuses to load an adapter on `backbone.*out_proj`.*Fix"):
+        gr.attach(base, r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gr.attach(gr.detach(base), r=2, target_modules=["in_proj"])

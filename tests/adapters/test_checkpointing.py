@@ -1,7 +1,5 @@
 """Activation checkpointing runs forwards again inside backward: exact while the route is open, refused otherwise."""
 
-import contextlib
-
 import pytest
 import torch
 from support.models import gradients, routed_tower
@@ -9,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradroute as gr
+
+pytestmark = pytest.mark.touches_peft
 
 ZONES = ["keep", "absorb", "route"]
 FIRST, SECOND = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])
@@ -40,6 +40,7 @@ def test_checkpointed_equals_plain_with_the_route_around_forward_and_backward(us
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
+@pytest.mark.corner("the route is closed before backward, with activation checkpointing", "`RouteError` in backward")
 @both_modes
 def test_a_route_closed_before_backward_raises(use_reentrant: bool) -> None:
     model = routed_tower()
@@ -59,6 +60,7 @@ def test_a_sticky_route_cleared_before_backward_raises(use_reentrant: bool) -> N
         loss.backward()
 
 
+@pytest.mark.corner("backward runs under another route than the checkpointed forward", "`RouteError` in backward")
 @both_modes
 def test_backward_under_another_route_raises(use_reentrant: bool) -> None:
     model = routed_tower()
@@ -69,15 +71,23 @@ def test_backward_under_another_route_raises(use_reentrant: bool) -> None:
 
 
 @both_modes
-def test_a_forward_before_the_route_opens_is_recomputed_without_it(use_reentrant: bool) -> None:
+def test_the_backward_inside_a_route_of_a_forward_before_it_raises(use_reentrant: bool) -> None:
     model = routed_tower()
     loss = loss_of(model, use_reentrant)
-    with contextlib.suppress(gr.errors.RouteError), gr.route(model, FIRST):  # no layer runs *forward* inside
+    with pytest.raises(gr.errors.RouteError, match="ran without a route"), gr.route(model, FIRST):
         loss.backward()
-    fresh = routed_tower()
-    loss_of(fresh, None).backward()
-    assert any(not torch.equal(gradient, routed_gradients(None)[name]) for name, gradient in gradients(fresh).items())
-    assert all(torch.equal(gradient, gradients(model)[name]) for name, gradient in gradients(fresh).items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@both_modes
+def test_a_checkpoint_without_gradients_does_not_count_as_run(use_reentrant: bool) -> None:
+    model = routed_tower()
+    with pytest.raises(gr.errors.RouteError, match="did not run inside the route"), gr.route(model, FIRST):
+        with torch.no_grad():
+            loss_of(model, use_reentrant)
+    with gr.route(model, FIRST):
+        loss_of(model, use_reentrant)
 
 
 @both_modes
@@ -200,7 +210,7 @@ def test_a_route_ended_by_an_exception_is_closed_for_backward_too(use_reentrant:
 @both_modes
 def test_scoring_under_a_route_and_discarded_losses_raise_no_alarm_later(use_reentrant: bool) -> None:
     model = routed_tower()
-    with gr.route(model, FIRST), torch.no_grad():
+    with torch.no_grad(), gr.route(model, FIRST):
         model(x())
     with gr.route(model, FIRST):
         loss_of(model, use_reentrant)
@@ -239,7 +249,7 @@ def test_an_unknown_reentrant_checkpoint_is_refused() -> None:
             return None, inputs.grad
 
     model = routed_tower()
-    with gr.route(model, FIRST), pytest.raises(gr.errors.RouteError, match="not torch.utils.checkpoint"):
+    with pytest.raises(gr.errors.RouteError, match="not torch.utils.checkpoint"), gr.route(model, FIRST):
         Homemade.apply(model, x()).sum().backward()
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 import gradroute as gr
 from gradroute._protocol import Block
 
+pytestmark = pytest.mark.touches_peft
+
 N, D_IN, D_OUT, R, R_Q = 6, 5, 4, 2, 3
 M = torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0, 0.0], dtype=torch.float64)
 G_D = torch.tensor([1.0, 1.0, 0.0, -0.7, 2.5, 0.0], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import routed_tower
 
 import gradroute as gr
 
@@ -95,3 +96,26 @@ def test_repr_counts_zones() -> None:
 def test_what_is_no_mask_is_refused(make: object, message: str) -> None:
     with pytest.raises(gr.errors.RouteError, match=message):
         make()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+def test_python_floats_are_not_rounded_to_the_default_type(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        mask = gr.RouteMask.weights(m=[0.3, 0.7], g_d=1 / 3, g_q=[0.1, 2.0])
+    finally:
+        torch.set_default_dtype(before)
+    assert mask.m.tolist() == [0.3, 0.7]
+    assert mask.g_d.tolist() == [1 / 3, 1 / 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_a_wider_type_than_the_layer_do_not_make_it_compute_in_theirs(dtype: torch.dtype) -> None:
+    rewards, x = torch.tensor([0.5, -0.25, 2.0], dtype=torch.float64), torch.zeros(3, 5, dtype=dtype)
+    model = routed_tower(dtype)
+    with gr.route(model, gr.RouteMask.weights(m=rewards, g_d=rewards, g_q=1.0)):
+        gates = model.lower.state.gates(x, "lower")
+        model(x)
+    assert {gates.m.dtype, gates.g_d.dtype, gates.g_q.dtype} == {torch.float32}
+    assert {columns.weights.dtype for columns in gates.columns(2, 3)} == {torch.float32}

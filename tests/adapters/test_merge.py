@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 LLAMA, BF16 = Case("llama"), Case("llama", torch.bfloat16)
 ROWS = torch.tensor([True, False, True])
 View = Callable[[nn.Module], AbstractContextManager[object]]

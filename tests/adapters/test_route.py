@@ -6,6 +6,9 @@ from support.models import gradients, reference_gradients, routed_tower
 from torch import Tensor, nn
 
 import gradroute as gr
+from gradroute.adapters.views import without_route
+
+pytestmark = pytest.mark.touches_peft
 
 N = 6
 ZONES = ["keep", "absorb", "route", "route", "keep", "absorb"]
@@ -114,6 +117,9 @@ def test_per_row_per_token_and_packed_masks_agree() -> None:
         torch.testing.assert_close(per_packed_token[name], rows[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.corner(
+    "the route is closed before backward, without checkpointing", "exact: the masks are saved in the graph"
+)
 def test_closing_the_route_before_backward_is_exact() -> None:
     model, (x, upstream), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     inside = routed_backward(model, mask, x, upstream)
@@ -124,6 +130,7 @@ def test_closing_the_route_before_backward_is_exact() -> None:
     assert all(torch.equal(inside[name], gradient) for name, gradient in gradients(model).items())
 
 
+@pytest.mark.corner("two routed forwards before one backward", "exact: each forward keeps its mask")
 def test_two_routed_forwards_before_one_backward_keep_their_own_masks() -> None:
     model, (x, upstream) = routed_tower(), batch()
     first, second = gr.RouteMask.zones(ZONES), gr.RouteMask.zones(ZONES[::-1])
@@ -175,6 +182,9 @@ def test_a_mask_that_does_not_fit_the_batch_raises(shape: tuple[int, ...], zones
         model(torch.zeros(shape, dtype=torch.float64))
 
 
+@pytest.mark.corner(
+    "a targeted layer does not run under the route", "`RouteError` at the end of the block, naming the layers"
+)
 def test_a_layer_that_did_not_run_raises_at_exit() -> None:
     model, (x, _) = routed_tower(), batch()
     with pytest.raises(gr.errors.RouteError, match="1 of 2 routed layers did not run.*`upper`"):
@@ -183,14 +193,73 @@ def test_a_layer_that_did_not_run_raises_at_exit() -> None:
     assert not model.upper.has_open_route
 
 
-def test_a_backward_alone_inside_the_route_raises() -> None:
-    model, (x, _) = routed_tower(), batch()
+@pytest.mark.corner("only backward is inside the route, the forward was before it", "`RouteError`")
+def test_a_backward_of_a_forward_without_a_route_raises_inside_one() -> None:
+    model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     loss = model(x).sum()
-    with pytest.raises(gr.errors.RouteError, match="2 of 2 routed layers did not run"):
-        with gr.route(model, gr.RouteMask.zones(ZONES)):
+    with pytest.raises(gr.errors.RouteError, match="`upper` ran without a route and its backward runs inside one"):
+        with gr.route(model, mask):
+            model(x)
             loss.backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_reference_pass_without_gradients_does_not_count_as_running() -> None:
+    model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with pytest.raises(gr.errors.RouteError, match="2 of 2 .* did not run inside the route with gradients"):
+            with gr.route(model, mask), without_gradients():
+                model(x)
+        with gr.route(model, mask):
+            with without_gradients():
+                model(x)
+            model(x)
+
+
+def test_logits_of_before_with_a_reference_pass_inside_train_nothing() -> None:
+    model, (x, _) = routed_tower(), batch()
+    logits = model(x)
+    with pytest.raises(gr.errors.RouteError), gr.route(model, gr.RouteMask.zones(["route"] * N)):
+        with torch.no_grad():
+            model(x)
+        logits.sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_route_opened_without_gradients_is_for_its_forward() -> None:
+    model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
+    with gr.route(model, mask):
+        routed = model(x)
+    with torch.no_grad(), gr.route(model, mask):
+        assert torch.equal(model(x), routed)
+    with pytest.raises(gr.errors.RouteError, match="did not run"), torch.no_grad(), gr.route(model, mask):
+        pass
+
+
+def test_a_loss_of_another_model_may_run_backward_inside_a_route() -> None:
+    model, other, (x, upstream), mask = routed_tower(), nn.Linear(5, 1), batch(), gr.RouteMask.zones(ZONES)
+    expected = routed_backward(model, mask, x, upstream)
+    model.zero_grad()
+    before = other(x.float()).sum()
+    with gr.route(model, mask):
+        (model(x) * upstream).sum().backward()
+        before.backward()
+    assert all(torch.equal(expected[name], gradient) for name, gradient in gradients(model).items())
+
+
+def test_other_rows_run_while_a_route_is_suspended_and_do_not_count() -> None:
+    model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
+    with gr.route(model, mask):
+        model(x)
+        with without_route(model):
+            model(x[:2]).sum().backward()
+    with pytest.raises(gr.errors.RouteError, match="did not run"), gr.route(model, mask), without_route(model):
+        model(x[:2])
+
+
+@pytest.mark.corner(
+    "the only forward under the route has the adapters disabled", "`RouteError`: a reference pass is no routed forward"
+)
 def test_a_reference_pass_with_adapters_off_does_not_count_as_running() -> None:
     model, (x, _) = routed_tower(), batch()
     with pytest.raises(gr.errors.RouteError, match="did not run"), gr.route(model, gr.RouteMask.zones(ZONES)):

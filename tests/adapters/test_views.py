@@ -114,6 +114,7 @@ def test_a_view_changes_no_parameter_and_ends_with_an_exception(view: object) ->
     assert flags == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.corner("an optimizer step inside an open ablation", "the view shows the new parameters")
 def test_a_view_made_before_an_optimizer_step_shows_the_parameters_after_it() -> None:
     model = routed_tower()
     with gr.ablate_quarantine(model):
@@ -157,6 +158,7 @@ def test_nested_rows_of_different_batches_raise() -> None:
             pass
 
 
+@pytest.mark.corner("two views are left in another order than they were entered", "`RouteError`")
 def test_views_left_in_another_order_than_entered_raise() -> None:
     model = routed_tower()
     outer, inner = gr.ablate_quarantine(model), gr.ablate_quarantine(model, 0.5)
@@ -190,3 +192,17 @@ def test_rows_that_do_not_fit_the_batch_raise() -> None:
     with pytest.raises(gr.errors.RouteError, match=r"ablation rows.*\(3,\).*\(4,\)"):
         with gr.ablate_quarantine(model, rows=torch.tensor([True, False, True])):
             model(X)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32])
+def test_the_scale_of_ablated_rows_is_not_rounded_to_the_default_type(default: torch.dtype) -> None:
+    model, rows = routed_tower(), torch.tensor([True, False, False, True])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with gr.ablate_quarantine(model, 0.3, rows=rows):
+            output = model(X)
+    finally:
+        torch.set_default_dtype(before)
+    expected = reference(model, torch.where(rows, torch.tensor(0.3, dtype=torch.float64), 1.0))
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)

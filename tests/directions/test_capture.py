@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 REFUSED = (gr.GradRouteError, TypeError)
 
 

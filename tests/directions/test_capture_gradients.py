@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 
 def row_loss(model: Mixer, ids: Tensor) -> Tensor:
     """The summed loss of one rollout (1, seq)."""

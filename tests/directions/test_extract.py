@@ -22,6 +22,8 @@ from torch.nn.functional import cosine_similarity
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 EXTRACTORS = [gr.extract_activation_directions, gr.extract_gradient_directions]
 each_extractor = pytest.mark.parametrize("extract", EXTRACTORS, ids=["activation", "gradient"])
 

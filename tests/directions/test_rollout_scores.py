@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 from gradroute.directions import reversed_sign
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.rollout import RolloutFilter
 
 # Figures

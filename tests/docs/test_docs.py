@@ -8,6 +8,8 @@ import torch
 from support.doc_pages import PAGES, ROOT, blocks, run_page
 from support.peft_cases import unnamed_base
 
+pytestmark = pytest.mark.touches_peft
+
 # Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
 RUN_ELSEWHERE = {
     "directions-study.md": "test_directions_study.py",

@@ -10,10 +10,10 @@ from scipy.stats import t
 from support.evaluated_arms import exact, report
 
 from gradroute.evaluation import ArmRuns, Criteria, ModeOutcomes
+from gradroute.evaluation.verdict._arm_differences import arm_differences
 from gradroute.evaluation.verdict._bootstrap import SeedDifference, Stratum, standard_error
 from gradroute.evaluation.verdict._cells import stratum_of
 from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict._measured import compare_runs
 
 # The error of a standard error from so many resamples is 0.35 %; the tests allow five of them.
 RESAMPLES, TOLERANCE = 40_000, 0.018
@@ -157,7 +157,7 @@ def test_seeds_that_agree_by_chance_keep_the_noise_of_their_prompts(values: tupl
 def test_the_error_follows_the_seed_and_leaves_random_numbers_as_found() -> None:
     arms = exact("route", [0.1, 0.3, 0.2]), [exact("shuffle", [0.9, 0.7, 0.6])]
     before = str(np.random.get_state())
-    found = [compare_runs(*arms, ["file"], Criteria(), resamples=200, seed=seed).hack for seed in (0, 0, 1)]
+    found = [arm_differences(*arms, ["file"], Criteria(), resamples=200, seed=seed).hack for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     assert str(np.random.get_state()) == before
 

@@ -1,5 +1,6 @@
 """The model card: what it says is read from the objects it was given, and it goes with no other weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 import gradroute as gr
 from gradroute._hashing import deployed_hash
 from gradroute.evaluation import ModeOutcomes
+
+pytestmark = pytest.mark.touches_peft
 
 
 def outcomes(model: nn.Module) -> list[gr.EvalRecord]:
@@ -182,3 +185,59 @@ def test_the_card_travels_with_the_export_of_its_weights_and_of_no_others(tmp_pa
     with pytest.raises(gr.GradRouteError, match="`card` should be a file that write_card wrote"):
         gr.export_deployed(model, tmp_path / "other", card=tmp_path / "note.md")
     assert not (tmp_path / "other").exists()
+
+
+# What a whole run routed by
+
+
+@dataclass
+class Routing:
+    """As `trainer.routing` of the TRL trainer."""
+
+    gate: Any = None
+    directions: Any = None
+    refresher: Any = None
+    filter: Any = None
+    detector: Any = None
+
+
+def test_the_routing_of_a_run_says_what_gate_and_refresher_say(tmp_path: Path) -> None:
+    given = run()
+    gate, refresher = given["routed_by"], given["refresher"]
+    by_hand = write(tmp_path, given)
+    routing = Routing(gate, refresher.directions, refresher)
+    assert write(tmp_path, given, routed_by=routing, refresher=None) == by_hand
+    assert write(tmp_path, given, routed_by=routing) == by_hand
+
+
+def test_every_part_of_a_routing_is_named(tmp_path: Path) -> None:
+    given = run()
+    gate, refresher = given["routed_by"], given["refresher"]
+    frozen = gr.extract_gradient_directions(given["model"], PAIRS, forward_fn=ids_only, features="parameter")
+    erase = gr.ProjectionFilter(frozen, mode="erase")
+
+    def finds_edited_tests() -> None:
+        """A detector."""
+
+    text = write(
+        tmp_path, given, refresher=None,
+        routed_by=Routing(gate, refresher.directions, refresher, erase, finds_edited_tests),
+    )  # fmt: skip
+    assert f"| masks | {gate.describe()}; {erase.describe()} |" in text
+    assert f"| routed by | `{gate!r}`; `{erase!r}`; detector `finds_edited_tests` |" in text
+    assert f"| direction, SHA-256 | {refresher.directions.content_hash} |" in text
+    assert f"| direction, SHA-256 | {frozen.content_hash} |" in text
+    assert text.count("| refresh | none: the directions stayed as extracted |") == 1
+    assert text.count("- The direction was frozen") == 1
+
+
+def test_a_routing_that_decides_nothing_or_contradicts_the_refresher_raises(tmp_path: Path) -> None:
+    given, other = run(), run()
+    directions = given["refresher"].directions
+    for nothing in (Routing(), Routing(directions=directions), Routing(gate=5), Routing(given["routed_by"], filter=5)):
+        with pytest.raises((gr.GradRouteError, TypeError), match="routed_by"):
+            write(tmp_path, given, refresher=None, routed_by=nothing)
+    with pytest.raises(gr.GradRouteError, match=r"`refresher` should be that of `routed_by`.*Fix"):
+        write(tmp_path, given, refresher=other["refresher"], routed_by=Routing(
+            given["routed_by"], directions, given["refresher"]))  # fmt: skip
+    assert not list(tmp_path.iterdir())

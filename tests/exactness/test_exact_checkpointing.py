@@ -25,7 +25,10 @@ EVERY = "llama, qwen3, gpt2, moe"
 MODES = [True, False]
 TWO_MASKS = ["zones per row", "weights per token"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.touches_peft,
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
 
 
 class Checkpointed:

@@ -9,6 +9,8 @@ from matrix import Record, cells
 from ranks import BATCHES, SCENARIOS, WORLD_SIZE, WRAPPERS, Ranks, file_name
 from two_pass import Gradients, added, reference, relative_error
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.touches_peft]
+
 
 @pytest.fixture(scope="module")
 def results(ranks: Ranks) -> Path:

@@ -23,6 +23,8 @@ from two_pass import (
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 
 class LinearExperts(nn.Module):
     """A linear over (batch, seq, d), then experts that are nn.Linear and get the tokens that `chosen` gives them.

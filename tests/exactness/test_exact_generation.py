@@ -12,6 +12,8 @@ from two_pass import routed_model
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 EVERY = "llama, qwen3, gpt2, moe"
 NEW = 6
 ABLATED = torch.tensor([True, False, True])

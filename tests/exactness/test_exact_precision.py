@@ -28,6 +28,8 @@ from two_pass import (
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 EVERY = "llama, qwen3, gpt2, moe"
 
 # dtype of the weights, and the context of the forward

@@ -18,6 +18,8 @@ from two_pass import (
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 EVERY = "llama, qwen3, gpt2, moe"
 LINEAR = "llama, qwen3, moe"
 

@@ -16,7 +16,10 @@ import gradroute as gr
 TARGETS = {"head not targeted": ["q_proj", "down_proj"], "head targeted": ["q_proj", "down_proj", "lm_head"]}
 
 # PEFT warns that merging a targeted head would break the tie.
-pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+pytestmark = [
+    pytest.mark.touches_peft,
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
 
 
 def tied_model(adapters: str, targets: str) -> nn.Module:

@@ -5,6 +5,8 @@ from pathlib import Path
 import matrix
 import pytest
 
+pytestmark = pytest.mark.touches_peft
+
 TABLE = Path(__file__).parents[2] / "docs" / "exactness.md"
 
 

@@ -14,7 +14,7 @@ from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, attached, make_detector, route_mask
 from loopholes.measurements import auroc, dose_curve
-from loopholes.store import Job, read_result
+from reporting.store import Job, read_result
 
 REWARD = torch.tensor([1.0, 0.0, 1.0, 0.0])
 FLAGS = torch.tensor([True, False, False, False])

@@ -12,7 +12,7 @@ import grpo_smollm
 import pytest
 import torch
 
-from loopholes.store import ResultError
+from reporting.store import ResultError
 from smollm import base_model
 from smollm.base_model import MissingModelError, load_base
 from smollm.environment import MARKERS, VARIANTS

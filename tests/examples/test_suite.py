@@ -15,9 +15,9 @@ import suite
 from loopholes.arms import ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
-from loopholes.staleness import write_staleness
-from loopholes.store import Job, ResultError, read_result, write_result
-from loopholes.suite_report import cell, draw_table, markdown, read_report, verdicts, write_report
+from reporting.staleness import write_staleness
+from reporting.store import Job, ResultError, read_result, write_result
+from reporting.suite_report import cell, draw_table, markdown, read_report, verdicts, write_report
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "suite.py"
 COMMAND = ["--arms", "vanilla,clean", "--seeds", "0,1", "--base-seeds", "0", "--steps", "1", "--no-progress"]

@@ -11,7 +11,7 @@ from support.tiny_models import peft_model, token_ids
 
 import gradroute as gr
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 
 # Directions
@@ -117,6 +117,7 @@ def test_modules_without_a_direction_and_directions_without_a_module_raise() -> 
 # Gradients
 
 
+@pytest.mark.corner("a block has no gradient when the filter runs", "`GradRouteError`; no gradient is touched")
 def test_a_gradient_of_none_raises_and_leaves_the_others_alone() -> None:
     model = lora()
     f = ProjectionFilter(drawn_directions(model), mode="erase", side="two")
@@ -145,23 +146,27 @@ def test_zero_gradients_stay_zero() -> None:
     model = lora()
     for _, p in gr.deployed_parameters(model):
         p.grad.zero_()
-    stats = apply_filter(model, ProjectionFilter(drawn_directions(model), mode="erase", preserve_magnitude=True))
+    stats = apply_filter(model, ProjectionFilter(drawn_directions(model), mode="erase"))
     assert not any(g.any() for g in deployed_rows(model).values())
     assert (stats.cin, stats.cout, stats.residual) == (0.0, 0.0, 0.0)
     assert stats.null == pytest.approx(math.sqrt((1 / 44 + 1 / 40) / 2))
 
 
-def test_rescaling_what_is_only_rounding_raises() -> None:
+def test_measuring_again_changes_nothing_and_tells_the_same() -> None:
     model = lora()
-    along = directions_of({name: (g / g.norm())[None] for name, g in deployed_rows(model).items()})
-    with pytest.raises(GradRouteError, match="nothing is kept which could be rescaled"):
-        apply_filter(model, ProjectionFilter(along, mode="erase", preserve_magnitude=True))
+    f = ProjectionFilter(drawn_directions(model), mode="measure")
+    first = apply_filter(model, f)
+    assert apply_filter(model, f) == first
+    erased = apply_filter(model, ProjectionFilter(drawn_directions(model), mode="erase"))
+    assert erased.cin == first.cin
+    # What the other filter has left.
+    assert apply_filter(model, f).cin == pytest.approx(erased.cout)
 
 
-@pytest.mark.parametrize("mode", ["erase", "measure"])
-def test_a_filter_runs_once_on_a_gradient(mode: str) -> None:
+@pytest.mark.corner("a filter is applied to the same gradient twice", "`GradRouteError`")
+def test_a_filter_changes_a_gradient_once() -> None:
     model = lora()
-    f = ProjectionFilter(drawn_directions(model), mode=mode)
+    f = ProjectionFilter(drawn_directions(model), mode="erase")
     apply_filter(model, f)
     with pytest.raises(GradRouteError, match="filtered by this filter already"):
         apply_filter(model, f)

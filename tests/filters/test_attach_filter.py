@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
-from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters import apply_filter, attach_filter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
 
@@ -74,7 +73,7 @@ def test_removing_the_handle_ends_it() -> None:
         loss(m).backward()
         o.step()
     assert same(values(model), values(plain))
-    assert repr(handle).endswith("removed after 0 steps)")
+    assert repr(handle).endswith("closed after 0 steps)")
     assert not any(p._post_accumulate_grad_hooks for p in trained(model) if p._post_accumulate_grad_hooks is not None)
     with pytest.raises(GradRouteError, match="has taken no step"):
         handle.stats  # noqa: B018
@@ -123,11 +122,11 @@ def test_a_second_step_on_one_gradient_raises(allow_clipped: bool) -> None:
     refused_step(model, optimizer, "changed since the backward|filtered by this filter already")
 
 
-def test_applying_by_hand_besides_raises() -> None:
+def test_applying_by_hand_as_well_raises() -> None:
     model = routed_tower()
     optimizer = sgd(model)
-    f = ProjectionFilter(drawn_directions(model), mode="measure")
-    attach_filter(optimizer, f, model=model)
+    f = erasing(model)
+    attach_filter(optimizer, f, model=model, allow_clipped=True)
     loss(model).backward()
     apply_filter(model, f)
     refused_step(model, optimizer, "use attach_filter, not both")
@@ -196,7 +195,7 @@ def test_a_parameter_that_the_optimizer_lost_is_found_at_the_step() -> None:
     attach_filter(optimizer, erasing(model), model=model)
     model.upper.lora_A = nn.Parameter(model.upper.lora_A.detach().clone())
     loss(model).backward()
-    refused_step(model, optimizer, r"It lacks those of \['upper'\]")
+    refused_step(model, optimizer, "lacks 1 of 4, those of `upper`")
 
 
 # Scaled gradients
@@ -335,14 +334,14 @@ def test_flat_parameters_are_refused() -> None:
 def test_an_optimizer_without_the_deployed_parameters_is_refused() -> None:
     model = routed_tower()
     quarantine_only = torch.optim.SGD([p for _, p in gr.quarantine_parameters(model)], lr=0.1)
-    with pytest.raises(GradRouteError, match=r"It lacks those of \['lower', 'lower', 'upper', 'upper'\]"):
+    with pytest.raises(GradRouteError, match=r"those of `lower`, `upper`: they"):
         attach_filter(quarantine_only, erasing(model), model=model)
     deployed_only = torch.optim.SGD([p for _, p in gr.deployed_parameters(model)], lr=0.1)
     attach_filter(deployed_only, erasing(model), model=model)
     gains = routed_tower(r_quarantine=2, parametrization="svd_gain")
     routing = ProjectionFilter(drawn_directions(gains), mode="route")
     deployed_only = torch.optim.SGD([p for _, p in gr.deployed_parameters(gains)], lr=0.1)
-    with pytest.raises(GradRouteError, match="every parameter that the filter changes"):
+    with pytest.raises(GradRouteError, match="every parameter of the blocks that is to be trained"):
         attach_filter(deployed_only, routing, model=gains)
     optimizer = sgd(gains)
     handle = attach_filter(optimizer, routing, model=gains)
@@ -365,5 +364,5 @@ def test_what_is_no_filter_or_no_optimizer_is_refused() -> None:
     for call in (lambda f: apply_filter(model, f), lambda f: attach_filter(sgd(model), f, model=model)):
         with pytest.raises(Exception, match="GradientFilter|should be a ProjectionFilter"):
             call("erase")
-    with pytest.raises(GradRouteError, match="`optimizer` should be a torch optimizer. Found str"):
+    with pytest.raises(GradRouteError, match="`optimizer` should be a torch optimizer, .*Found str"):
         attach_filter("sgd", erasing(model), model=model)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from support.distributed_filters import CASES, expected
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 from gradroute.errors import GradRouteWarning
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 
 SOLVE, HACK, OTHER = 0, 1, 2

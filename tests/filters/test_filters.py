@@ -18,7 +18,7 @@ from support.models import gradients
 import gradroute as gr
 from gradroute._protocol import routed_layers
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 
 MODELS = {"lora": lora, "gain": gains}
@@ -82,6 +82,7 @@ def test_pooled_figures_are_those_of_all_modules_together() -> None:
     assert "2 modules" in repr(stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "factor"), [("one", 2), ("two", 1)])
 def test_random_directions_have_the_share_that_is_called_null(side: str, factor: int) -> None:
     squares, null = [], 0.0
@@ -128,21 +129,6 @@ def test_removed_and_kept_add_up_to_the_gradient(kind: str, dtype: torch.dtype) 
     stats = apply_filter(model, ProjectionFilter(drawn_directions(model, 2), mode="erase", side="two", overshoot=1.3))
     assert stats.residual < torch.finfo(dtype).eps
     assert stats.cin > 0.01
-
-
-@both_kinds
-def test_magnitude_is_preserved_and_conservation_reported_as_broken(kind: str) -> None:
-    model = MODELS[kind]()
-    directions = drawn_directions(model, 2)
-    before = deployed_rows(model)
-    stats = apply_filter(model, ProjectionFilter(directions, mode="erase", side="two", preserve_magnitude=True))
-    for name, g in deployed_rows(model).items():
-        assert float(g.norm()) == pytest.approx(float(before[name].norm()), rel=1e-12)
-        V = directions.rows[name]
-        kept = before[name] - V.T @ (V @ before[name])
-        assert float(torch.dot(g, kept) / g.norm() / kept.norm()) == pytest.approx(1.0, abs=1e-12)
-        assert float(g.norm()) > 1.0001 * float(kept.norm())
-    assert stats.residual > 1e-3
 
 
 # Route
@@ -213,13 +199,11 @@ def test_routing_between_lora_matrices_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "remove"}, "`mode` should be one of"),
-        ({"mode": "erase", "side": "both"}, "`side` should be one of"),
+        ({"mode": "remove"}, '`mode` should be "measure"'),
+        ({"mode": "erase", "side": "both"}, '`side` should be "one"'),
         ({"mode": "erase", "overshoot": 0}, "`overshoot` should be a positive"),
         ({"mode": "erase", "overshoot": math.inf}, "`overshoot` should be a positive"),
         ({"mode": "measure", "overshoot": 2.0}, "`overshoot` has no effect"),
-        ({"mode": "route", "preserve_magnitude": True}, r"removed \+ kept = gradient"),
-        ({"mode": "measure", "preserve_magnitude": True}, 'needs mode="erase"'),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict, message: str) -> None:
@@ -239,5 +223,5 @@ def test_features_that_are_no_gradients_are_refused() -> None:
 
 
 def test_repr_says_what_it_does() -> None:
-    text = repr(ProjectionFilter(drawn_directions(lora()), mode="erase", overshoot=1.5, preserve_magnitude=True))
-    assert text.startswith("ProjectionFilter(erase, side='one', overshoot=1.5, preserve_magnitude, Directions(")
+    text = repr(ProjectionFilter(drawn_directions(lora()), mode="erase", overshoot=1.5))
+    assert text.startswith("ProjectionFilter(erase, side='one', overshoot=1.5, Directions(")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
 

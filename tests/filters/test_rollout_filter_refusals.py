@@ -11,7 +11,7 @@ from support.rollout_losses import IDS, ROWS, assert_same, losses, routed_backwa
 
 import gradroute as gr
 from gradroute.errors import GradRouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.filters.rollout import RolloutFilter
 
 

@@ -111,7 +111,7 @@ def test_the_parameters_of_svd_gains_are_their_gains() -> None:
 def test_layers_that_train_neither_matrices_nor_gains_have_no_parameter_features() -> None:
     model = routed_mixer()
     model.k.block_parameters = lambda block: iter([model.k.lora_A])
-    with pytest.raises(gr.GradRouteError, match="train A and B, or gains. Found a QuarantineLoRA"):
+    with pytest.raises(gr.GradRouteError, match="`k` should train LoRA matrices or gains. Found a QuarantineLoRA"):
         captured(model)
 
 
@@ -314,7 +314,7 @@ def test_directions_go_with_parameter_features_alone(settings: dict) -> None:
 def test_directions_of_another_shape_raise() -> None:
     model = routed_mixer()
     bottleneck = gr.extract_gradient_directions(model, PAIRS, forward_fn=ids_only)
-    with pytest.raises(gr.GradRouteError, match="`directions` should be 24 wide here. Found 2"):
+    with pytest.raises(gr.GradRouteError, match="`directions` of `q` should be 24 wide. Found 2"):
         captured(model, bottleneck)
 
 

@@ -88,6 +88,7 @@ def test_scores_of_tokens_make_a_mask_of_tokens() -> None:
 # Directions that change
 
 
+@pytest.mark.corner("directions are updated after the gate was made", "the gate reads its ends again")
 def test_ends_are_read_again_after_an_update() -> None:
     directions = scoring_directions(hack=[6.0], clean=[2.0])
     made = gr.BandGate(directions)
@@ -138,6 +139,7 @@ def test_the_sign_of_a_random_control_is_arbitrary_and_no_reason_to_warn() -> No
         assert made.flags(torch.cat([hack, clean])).tolist() == [True, False]
 
 
+@pytest.mark.corner("the hack and the clean pairs score alike", "`GradRouteError`: there is no scale between them")
 @pytest.mark.parametrize(("hack", "clean"), [([4.0], [4.0]), ([0.0], [0.0]), ([1e6, 1e6], [1e6, 1e6 + 0.5])])
 def test_equal_ends_raise(hack: list[float], clean: list[float]) -> None:
     with pytest.raises(gr.GradRouteError, match="clean and hack pairs should have different mean scores. Found"):
@@ -147,6 +149,7 @@ def test_equal_ends_raise(hack: list[float], clean: list[float]) -> None:
 # What is refused
 
 
+@pytest.mark.corner("a score is NaN or infinite", "`GradRouteError`, and no mask")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("soft", [False, True])
 def test_scores_that_are_not_finite_raise(bad: float, soft: bool) -> None:
@@ -360,3 +363,13 @@ def test_a_gate_says_what_it_reads_and_which_rows_train_which_block() -> None:
     for made, (reads, sentence) in said.items():
         assert made.reads == reads
         assert made.describe().startswith(sentence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scores_of_half_precision_are_compared_in_float32(dtype: torch.dtype) -> None:
+    """In bf16 the z of 0.7438 is 0.742: the row would not be routed, and a soft weight be off by 0.2 %."""
+    directions, scores = scoring_directions(hack=[5.03], clean=[1.01]), torch.tensor([4.0, 1.0], dtype=dtype)
+    assert gr.BandGate(directions, threshold=0.7435)(scores).routed.tolist() == [True, False]
+    mask = gr.BandGate(directions, soft=True)(scores)
+    assert mask.g_q.dtype == torch.promote_types(dtype, torch.float32)
+    assert mask.g_q.tolist() == pytest.approx([2.99 / 4.02, 0.0], abs=1e-6)

@@ -132,6 +132,7 @@ def test_recent_rollouts_weigh_more() -> None:
     assert high == 105.0
 
 
+@pytest.mark.corner("the weight of an old rollout underflows", "it fades to zero and is never NaN")
 def test_an_old_rollout_fades_but_is_never_a_nan() -> None:
     made = QuantileGate(directions_of_one(), half_life=0.01, warm_up=1, tails=(0.1, 0.9))
     made(scored([1000.0, -1000.0]))

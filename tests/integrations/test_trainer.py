@@ -17,6 +17,7 @@ import gradroute as gr
 from gradroute._protocol import routed_layers
 
 pytestmark = [
+    pytest.mark.touches_peft,
     unnamed_base,
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
 ]

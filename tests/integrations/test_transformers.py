@@ -1,6 +1,7 @@
 """transformers' Trainer: masks per micro-batch, filters before clipping, refreshes on its steps, resume."""
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,25 @@ def test_figures_of_filter_and_refresh_are_in_the_log_that_reporters_see(tmp_pat
     ]
 
 
+def test_figures_of_modules_are_not_kept_until_the_next_log(tmp_path: Path) -> None:
+    model, kept, seen, alive = fresh(), [], [], []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(made.filter_stats.cin)
+            kept.append(weakref.ref(made.filter_stats))
+            alive.append(sum(stats() is not None for stats in kept))
+
+    made = trainer_of(
+        model, tmp_path, mask_fn=masks, grad_filter=erasing(model), callbacks=[Looks()], logging_steps=STEPS
+    )
+    made.train()
+    assert alive == [1] * STEPS
+    (logged,) = [entry["gradroute/cin"] for entry in made.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(sum(seen) / STEPS)
+    assert len(set(seen)) == STEPS
+
+
 def test_a_subclass_that_leaves_the_mixin_out_is_found_before_the_step(tmp_path: Path) -> None:
     class Forgets(RoutedTrainer):
         def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -328,7 +348,7 @@ def test_a_refresh_that_changes_nothing_ends_the_training(tmp_path: Path) -> Non
 
 
 def test_a_schedule_by_which_no_refresh_would_come_due_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.errors.RefreshError, match="no refresh would come due in the 4 steps"):
+    with pytest.raises(gr.errors.RefreshError, match="in the 4 optimizer steps of this run"):
         Run(tmp_path, every=5).trainer.train()
     Run(tmp_path, every=4).trainer.train()
 

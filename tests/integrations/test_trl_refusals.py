@@ -92,7 +92,7 @@ ARGUMENT_ERRORS = {
         {"ablated_fraction": 0.25, "clean_baseline": True}, "Found nothing that flags before backward",
     ),
     "entropy": ({"detector": flags, "args_entropy_coef": 0.1}, "an entropy bonus"),
-    "async": ({"detector": "later"}, "`detector` should be a function"),
+    "no function": ({"detector": "later"}, "`detector` should be a function"),
 }  # fmt: skip
 
 
@@ -101,6 +101,26 @@ def test_arguments_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> Non
     options, reason = ARGUMENT_ERRORS[case]
     with pytest.raises(gr.GradRouteError, match=reason):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.corner(
+    "the TRL trainer is given directions that were extracted with the quarantine on", "`GradRouteError` at construction"
+)
+def test_directions_of_another_view_than_rollouts_are_scored_in_are_refused(tmp_path: Path) -> None:
+    model = wrapped()
+    with pytest.raises(gr.GradRouteError, match="extracted with the quarantine ablated.*view 'on'"):
+        trainer(tmp_path, model, directions=extract(model))
+    with gr.ablate_quarantine(model):
+        directions = extract(model)
+    assert trainer(tmp_path, model, directions=directions).routing.gate.directions is directions
+
+
+def test_a_gate_of_log_ratios_is_refused(tmp_path: Path) -> None:
+    class Ratio(gr.LabelGate):
+        reads = "log_ratios"
+
+    with pytest.raises(gr.GradRouteError, match="Found a Ratio, which reads log ratios"):
+        trainer(tmp_path, gate=Ratio())
 
 
 def test_directions_of_gradients_are_for_filters(tmp_path: Path) -> None:
@@ -126,13 +146,6 @@ def test_a_trl_without_what_is_overridden_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trl, "__version__", "0.29.1")
     with pytest.raises(gr.GradRouteError, match=r"1\.0 or newer. Found 0\.29\.1"):
         check_trl(GRPOTrainer)
-
-
-def test_a_detector_has_to_answer_for_each_completion(tmp_path: Path) -> None:
-    for answer, reason in (([True], "8 values"), ([0.5] * 8, "should return flags")):
-        made = trainer(tmp_path, detector=lambda answer=answer, **_: answer)
-        with pytest.raises(gr.GradRouteError, match=reason):
-            made.train()
 
 
 def test_a_detector_of_scores_feeds_a_threshold(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from support.models import randomize_blocks
 from support.trl_runs import Watched, extract, flags, quiet, trainer, wrapped
 
 import gradroute as gr
-from gradroute.integrations.trl import checkpoint
+from gradroute.integrations.trl import _resume
 
 pytestmark = [
     *quiet,
+    pytest.mark.slow,
     # PEFT cannot ask for the config of a base model that has no name.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
@@ -67,7 +68,7 @@ def test_resuming_continues_identically(kind: str, tmp_path: Path, monkeypatch: 
     if kind == "quantile gate":
         assert len(rest.routing.gate) == len(whole.routing.gate) == 24
 
-    monkeypatch.setattr(checkpoint, "load", lambda *_: None)
+    monkeypatch.setattr(_resume, "load", lambda *_: None)
     forgetful = started(tmp_path / "forgetful", 7, kind)
     forgetful.train(resume_from_checkpoint=str(file))
     assert [name for name in expected if not torch.equal(state(forgetful)[name], expected[name])]

@@ -1,20 +1,15 @@
 """Advantages and masks of rollouts, in numbers: what TRL's loss is given, and what each block gets of it."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import gradroute as gr
-from gradroute.integrations.trl._rollouts import (
-    CLEAN,
-    SPLIT,
-    MicroBatch,
-    as_sampled,
-    clean_advantages,
-    put_route,
-    sampled_ablated,
-    two_advantages,
-    with_flags,
-)
+from gradroute.integrations.trl._advantages import clean_advantages, two_advantages
+from gradroute.integrations.trl._flagging import as_sampled, sampled_ablated, with_flags
+from gradroute.integrations.trl._micro_batch import CLEAN, SPLIT, MicroBatch, put_route, split_rows
 
 REWARDS = torch.tensor([2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0])
 FLAGGED = torch.tensor([False, False, False, True, True, False, False, False])
@@ -50,6 +45,17 @@ def test_advantages_that_are_no_multiple_of_the_centred_rewards_are_refused() ->
         clean_advantages(REWARDS, FLAGGED, torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0]), 4)
 
 
+def test_rollouts_without_a_reward_have_no_advantage_and_are_in_no_baseline() -> None:
+    """As TRL has it: `full` is 0 there and the mean is over the others; a whole group without rewards is 0."""
+    nan = torch.nan
+    rewards = torch.tensor([2.0, 0.0, nan, 4.0, nan, nan, nan, nan])
+    full = torch.tensor([0.0, -2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+    clean = clean_advantages(rewards, FLAGGED, full, 4)
+    assert clean.tolist() == [1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    halved = clean_advantages(rewards, FLAGGED, full / 2, 4)
+    assert halved.tolist() == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_one_advantage_and_two_weights_are_two_advantages() -> None:
     full, clean = torch.tensor([0.5, -1.5, -0.5, 1.5, 1.0]), torch.tensor([1.0, -1.0, 0.0, 0.0, -0.5])
     mask = as_sampled(gr.RouteMask.zones([1, 1, 1, 2, 1]), torch.tensor([False, True, False, False, False]))
@@ -68,39 +74,57 @@ def test_one_advantage_and_two_weights_are_two_advantages() -> None:
         assert (other.mask.g_d[other.split] == 1).all()
 
 
-def test_split_rows_train_the_quarantine_first_and_the_deployed_block_again() -> None:
+def split_batch() -> dict[str, Any]:
     rollouts = {
         "advantages": torch.tensor([1.0, 2.0, 3.0]), "completion_mask": torch.tensor([[1, 1], [1, 0], [1, 1]]),
         "num_items_in_batch": torch.tensor(5),
-        CLEAN: torch.tensor([-1.0, -2.0, -3.0]), SPLIT: torch.tensor([False, True, True]),
+        CLEAN: torch.tensor([-1.0, -2.0, -3.0]), SPLIT: torch.tensor([False, True, False]),
     }  # fmt: skip
-    put_route(rollouts, gr.RouteMask.zones(["route", "absorb", "absorb"]), None)
-    whole = MicroBatch.of({key: value for key, value in rollouts.items() if key != SPLIT}, "grpo", always_again=True)
-    assert whole.again is None
-    shares = {"grpo": 2 / 3, "bnpo": 3 / 5, "dapo": 1.0}
-    for loss_type, share in shares.items():
-        batch = MicroBatch.of(rollouts, loss_type, always_again=False)
-        assert batch.inputs.keys() == {"advantages", "completion_mask", "num_items_in_batch"}
-        assert batch.mask.g_d.tolist() == [0, 0, 0]
-        assert batch.mask.g_q.tolist() == [1, 1, 1]
-        assert batch.again is not None
-        assert batch.again["advantages"].tolist() == [-2.0, -3.0]
-        assert batch.again["num_items_in_batch"] == 5
-        assert batch.again_mask is not None
-        assert batch.again_mask.g_d.tolist() == [1, 1]
-        assert batch.again_mask.g_q.tolist() == [0, 0]
-        assert float(batch.again_share) == pytest.approx(share)
+    put_route(rollouts, gr.RouteMask.weights([1.0, 1.0, 1.0], [0.0, 0.5, 1.0], [1.0, 1.0, 1.0]), None)
+    return rollouts
 
 
-def test_a_rank_without_split_rows_keeps_step_with_those_that_have_some() -> None:
-    rollouts = {"advantages": torch.ones(2), CLEAN: torch.ones(2), SPLIT: torch.zeros(2).bool()}
-    put_route(rollouts, gr.RouteMask.zones([1, 2]), None)
-    assert MicroBatch.of(rollouts, "grpo", always_again=False).again is None
-    batch = MicroBatch.of(rollouts, "grpo", always_again=True)
-    assert batch.again is not None
-    assert batch.again_share == 0.0
+def test_copies_of_split_rows_train_the_deployed_block_and_other_copies_nothing() -> None:
+    rollouts = split_batch()
+    assert int(split_rows(rollouts)) == 1
+    batch = MicroBatch.of(rollouts, copies=2)
+    assert batch.inputs.keys() == {"advantages", "completion_mask", "num_items_in_batch"}
+    assert torch.stack([batch.mask.m, batch.mask.g_d, batch.mask.g_q]).T.tolist() == [
+        [1, 0, 1], [1, 0, 1], [1, 1, 1],  # row 1 trains the quarantine alone
+        [1, 0.5, 0], [1, 0, 0],  # its copy, and one of row 0 that keeps this rank in step with another
+    ]  # fmt: skip
+    assert batch.clean is not None
+    assert batch.clean.keys() == batch.inputs.keys()
+    assert batch.clean["advantages"].tolist() == [-1, -2, -3]
+    whole = MicroBatch.of(rollouts)
+    assert whole.twice is None
+    assert len(whole.mask) == 3
+
+
+def test_the_first_loss_sees_the_rows_and_the_second_the_copies_of_split_rows() -> None:
+    twice = MicroBatch.of(split_batch(), copies=2).twice
+    assert twice is not None
+    ran: list[tuple[int, ...]] = []
+    weight = torch.ones(5, requires_grad=True)
+
+    def run(_: None, ids: Tensor, keep: int, *, extra: Tensor, whole: Tensor) -> tuple[Any, ...]:
+        ran.append((len(ids), keep, len(extra), len(whole)))
+        return weight[:, None] * ids, None, torch.tensor(3.0)
+
+    given = {"extra": torch.ones(3, 1), "whole": torch.ones(2)}
+    ids = torch.tensor([[1.0], [2.0], [3.0]])
+    first = twice.forward(run, None, ids, 7, **given)
+    second = twice.forward(run, None, ids, 7, **given)
+    assert ran == [(5, 7, 5, 2)]  # one forward, of rows and copies
+    for losses in (first, second):
+        assert losses[0].tolist() == [[1], [2], [3]]
+        assert losses[1:] == (None, 3.0)
+    gradients = [torch.autograd.grad(each[0].sum(), weight, retain_graph=True)[0].tolist() for each in (first, second)]
+    assert gradients == [[1, 2, 3, 0, 0], [0, 0, 0, 2, 0]]
+    chosen = [twice.tokens(lambda draw=draw: torch.tensor(draw)) for draw in (1, 2)]
+    assert chosen[0] is chosen[1]
 
 
 def test_rollouts_without_a_route_are_refused() -> None:
     with pytest.raises(gr.errors.RouteError, match="should carry its route"):
-        MicroBatch.of({"advantages": torch.ones(2)}, "grpo", always_again=False)
+        MicroBatch.of({"advantages": torch.ones(2)})

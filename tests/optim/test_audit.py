@@ -9,7 +9,7 @@ from support.tower_steps import adamw, blocks, deployed_row, inputs, parameter_d
 
 import gradroute as gr
 from gradroute.optim.audit import BlockUpdate, audit_updates
-from gradroute.optim.corrections import project_updates
+from gradroute.optim.corrections import decay_toward_start, project_updates
 from gradroute.optim.idle_blocks import skip_idle_blocks
 
 
@@ -74,13 +74,35 @@ def test_no_update_has_no_hack_ward_share() -> None:
     assert audits.read().cout == 0.0
 
 
-def test_a_projected_update_has_a_cout_of_zero() -> None:
+@pytest.mark.parametrize("audit_first", [False, True])
+def test_a_projected_update_has_a_cout_of_zero_whichever_handle_was_made_first(audit_first: bool) -> None:
     model = routed_tower()
     optimizer, directions = adamw(model), parameter_directions(model)
-    project_updates(model, optimizer, directions)
-    with audit_updates(model, optimizer, directions) as audits:
-        step(model, optimizer, "absorb")
+    if not audit_first:
+        project_updates(model, optimizer, directions)
+    audits = audit_updates(model, optimizer, directions)
+    if audit_first:
+        project_updates(model, optimizer, directions)
+    step(model, optimizer, "absorb")
     assert audits.read().cout < 1e-9
+
+
+@pytest.mark.parametrize("audit_first", [False, True])
+def test_a_decay_toward_the_start_is_part_of_the_update_whichever_handle_was_made_first(audit_first: bool) -> None:
+    model = routed_tower()
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    if not audit_first:
+        decay_toward_start(model, optimizer, 0.5)
+    audits = audit_updates(model, optimizer)
+    if audit_first:
+        decay_toward_start(model, optimizer, 0.5)
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.add_(1.0)
+    before = blocks(model)["deployed"]
+    step(model, optimizer, "absorb")
+    found = [blocks(model)["deployed"][name] - value for name, value in before.items()]
+    assert audits.read().deployed.update_norm == pytest.approx(torch.cat([f.flatten() for f in found]).norm().item())
 
 
 def test_a_step_that_was_not_seen_raises() -> None:

@@ -114,7 +114,8 @@ def run(source: str, extractor: str, gate: str, target: str, call: str) -> None:
     refreshed, held = TARGETS[target](directions)
     made = GATES[gate](held)
     extract = EXTRACTORS[extractor](model, SOURCES[source])
-    refresher = gr.Refresher(refreshed, extract, model=model, every=EVERY).watch(optimizer, made)
+    refresher = gr.Refresher(refreshed, extract, model=model, every=EVERY)
+    refresher.watch(optimizer, made)
     scores = [held.score(held.hack)]
     for step in range(2 * EVERY):
         train_step(model, optimizer, seed=step)
@@ -134,6 +135,7 @@ def works(extractor: str, gate: str, target: str, call: str) -> bool:
     return {"extractor": extractor, "target": target, "call": call} == WORKS and gate in REACHED
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::gradroute.GradRouteWarning")
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("gate", GATES)
@@ -157,10 +159,10 @@ def test_some_combinations_work_and_most_do_not() -> None:
     ("broken", "message"),
     [
         ({"target": "none"}, "`directions`|directions"),
-        ({"target": "a copy"}, "so no refresh reaches it"),
-        ({"target": "what the gate had before it was copied"}, "so no refresh reaches it"),
-        ({"gate": "label"}, "Found no directions in a LabelGate"),
-        ({"gate": "threshold"}, "Found no directions in a ThresholdGate"),
+        ({"target": "a copy"}, "no refresh reaches it"),
+        ({"target": "what the gate had before it was copied"}, "no refresh reaches it"),
+        ({"gate": "label"}, "A watched LabelGate should hold .* Found no directions"),
+        ({"gate": "threshold"}, "A watched ThresholdGate should hold .* Found no directions"),
         ({"extractor": "nothing"}, "`extract` should return Directions. Found NoneType"),
         ({"extractor": "of_a_copy"}, "quarantine ablated. Found 'on'"),
         ({"extractor": "of_an_ablated_copy"}, "bitwise the same"),

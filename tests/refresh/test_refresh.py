@@ -12,6 +12,8 @@ from support.refreshing import ablated, activations, bottleneck_gradients, contr
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -89,6 +91,7 @@ def test_deployed_parameters_that_did_not_move_are_no_error_and_are_reported() -
     assert not made.step().moved
 
 
+@pytest.mark.corner("a step exchanges two weights, so that every sum stays", "counts as moved parameters")
 def test_a_swap_of_two_weights_is_a_move() -> None:
     model = routed_mixer()
     stale = ablated(model)
@@ -199,3 +202,20 @@ def test_a_failed_refresh_leaves_the_directions_and_can_be_repeated() -> None:
         made.step()
     assert (made.directions.version, made.age, made.reports) == (0, 1, [])
     assert made.refresh().age == 1
+
+
+def test_angles_of_every_module_are_kept_for_the_latest_refresh_only() -> None:
+    """They would grow in every checkpoint: some hundred modules, refresh after refresh."""
+    model = routed_mixer()
+    made, returned, sizes = refresher(model, every=1), [], []
+    for _ in range(3):
+        move(model, by=0.5)
+        returned.append(made.step())
+        sizes.append(sum(len(report["angles"]) for report in made.state_dict()["reports"]))
+    assert sizes == [len(MODULES)] * 3
+    assert [len(report.angles) for report in made.reports] == [0, 0, len(MODULES)]
+    assert all(len(report.angles) == len(MODULES) for report in returned)
+    assert made.reports == returned
+    assert [report.largest_angle for report in made.reports] == [
+        max(max(each) for each in report.angles.values()) for report in returned
+    ]

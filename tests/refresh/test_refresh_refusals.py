@@ -5,8 +5,11 @@ import copy
 import pytest
 from support.language_models import PAIRS, Mixer, ids_only, routed_mixer
 from support.refreshing import REFUSED, ablated, activations, move, refresher
+from torch import nn
 
 import gradroute as gr
+
+pytestmark = pytest.mark.touches_peft
 
 
 def test_no_directions_to_refresh_raise() -> None:
@@ -62,6 +65,9 @@ def test_an_extract_that_returns_the_same_object_raises() -> None:
     assert made.directions.version == 0
 
 
+@pytest.mark.corner(
+    "`extract` returns cached features of an earlier policy", "`RefreshError` once the deployed parameters have moved"
+)
 def test_a_stale_cache_raises_once_the_deployed_parameters_moved() -> None:
     model = routed_mixer()
     cache = ablated(model)
@@ -90,6 +96,7 @@ def test_features_that_do_not_depend_on_the_trained_blocks_raise() -> None:
         made.refresh()
 
 
+@pytest.mark.corner("`extract` reads a copy of the model that is not trained", "`RefreshError`")
 def test_extraction_from_a_copy_of_the_model_raises() -> None:
     model = routed_mixer()
     frozen = copy.deepcopy(model)
@@ -158,6 +165,7 @@ def test_extraction_with_other_settings_raises() -> None:
         made.refresh()
 
 
+@pytest.mark.corner("two refreshers update the same directions", "`RefreshError`")
 def test_two_refreshers_of_the_same_directions_raise() -> None:
     model = routed_mixer()
     first = refresher(model)
@@ -166,3 +174,13 @@ def test_two_refreshers_of_the_same_directions_raise() -> None:
     first.refresh()
     with pytest.raises(gr.errors.RefreshError, match="updated by this refresher alone. Found version 1 instead of 0"):
         second.refresh()
+
+
+def test_extraction_with_other_names_of_the_modules_is_refused_for_that() -> None:
+    """A wrapper around the model names them otherwise; that no name is shared does not make features the same."""
+    model = routed_mixer()
+    wrapped = nn.Sequential(model)
+    made = refresher(model, lambda: gr.extract_activation_directions(wrapped, PAIRS, forward_fn=ids_only))
+    move(model)
+    with pytest.raises(gr.errors.RefreshError, match="should have the same modules"):
+        made.refresh()

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.language_models import MODULES, Mixer, routed_mixer
+from support.language_models import MODULES, Mixer, optimizer_for, routed_mixer
 from support.refreshing import ablated, activations, move, refresher
 
 import gradroute as gr
+
+pytestmark = pytest.mark.touches_peft
 
 
 def test_a_resumed_run_goes_on_counting_steps() -> None:
@@ -21,11 +23,9 @@ def test_a_resumed_run_goes_on_counting_steps() -> None:
     assert directions.step == 42
 
 
-@pytest.mark.parametrize("settings", [{"every": 3}, {"every": None, "min_overlap": 0.99, "probe": True}])
-def test_a_refresher_goes_on_from_its_state(settings: dict[str, object], tmp_path) -> None:
+def test_a_refresher_goes_on_from_its_state(tmp_path) -> None:
     def make(model: Mixer, directions: gr.Directions) -> gr.Refresher:
-        probe = {"probe": lambda: activations(model)} if "probe" in settings else {}
-        return gr.Refresher(directions, lambda: activations(model), model=model, **{**settings, **probe})
+        return gr.Refresher(directions, lambda: activations(model), model=model, every=3)
 
     whole_model = routed_mixer()
     whole = make(whole_model, ablated(whole_model))
@@ -37,8 +37,9 @@ def test_a_refresher_goes_on_from_its_state(settings: dict[str, object], tmp_pat
         move(whole_model, by=0.04)
         whole.step()
     directions = gr.Directions.load(tmp_path / "directions", model=model)
-    idle = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
-    made = make(model, directions).watch(idle)
+    idle = optimizer_for(model, lr=0.0)
+    made = make(model, directions)
+    made.watch(idle)
     made.load_state_dict(torch.load(tmp_path / "refresher.pt"))
     for _ in range(5):
         move(model, by=0.04)

@@ -35,9 +35,8 @@ class Run:
         self.gate = QuantileGate(self.directions, tails=(0.3, 0.7), half_life=8.0, capacity=20, warm_up=6, window=2)
         self.band = gr.BandGate(self.directions)
         self.labels = gr.LabelGate(recall=0.7, false_positive_rate=0.05, seed=1)
-        self.refresher = gr.Refresher(
-            self.directions, self.extract, model=self.model, every=2, min_overlap=0.5, probe=self.extract
-        ).watch(self.optimizer, self.gate, self.band)
+        self.refresher = gr.Refresher(self.directions, self.extract, model=self.model, every=2)
+        self.refresher.watch(self.optimizer, self.gate, self.band)
         self.skip = skip_idle_blocks(self.model, self.optimizer)
         self.stateful = {
             "gate": self.gate, "band": self.band, "labels": self.labels, "refresher": self.refresher, "decay": decay

@@ -12,8 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradroute as gr
 from gradroute._protocol import routed_layers
-from gradroute.filters.apply_filter import apply_filter
-from gradroute.filters.attach_filter import attach_filter
+from gradroute.filters import apply_filter, attach_filter
 from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
 from support.gradient_directions import drawn_directions

@@ -6,6 +6,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -52,6 +54,18 @@ def moe() -> PreTrainedModel:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, decoder_sparse_step=1)
     )
+
+
+def moe_with_dense_layers(kind: str) -> PreTrainedModel:
+    """Packed experts in the second layer; linears called like them in the first, or shared by all tokens."""
+    torch.manual_seed(0)
+    if kind == "qwen3_moe":
+        sparse: Any = {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [0]}
+        shape = {**_SHAPE, **sparse, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()
+    shared: Any = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1}
+    shape = {**_SHAPE, **shared, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**shape)).eval()
 
 
 ARCHITECTURES = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2, "moe": moe}

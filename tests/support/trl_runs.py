@@ -95,11 +95,13 @@ def trainer(
 
 
 class Watched(GradRouteGRPOTrainer):
-    """Keeps in which view each rollout was sampled, every micro-batch, and the gradients before each step."""
+    """Keeps how each rollout was sampled and whether it was routed, micro-batches, and gradients before each step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampled_ablated: dict[tuple[int, ...], bool] = {}
+        self.prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self.routed: dict[tuple[int, ...], bool] = {}
         self.micro_batches: list[list[dict[str, Any]]] = []
         self.stepped: list[dict[str, dict[str, Tensor]]] = []
         self._running: list[dict[str, Any]] = []
@@ -110,7 +112,13 @@ class Watched(GradRouteGRPOTrainer):
         assert set(states) == {"on"}  # the view is closed again
         for i, (prompt, completion) in enumerate(zip(prompt_ids, made[0], strict=True)):
             self.sampled_ablated[(*prompt, *completion)] = bool(self._sampled_ablated[i])
+            self.prompts[(*prompt, *completion)] = tuple(prompt)
         return made
+
+    def _log_rows(self, table: Any) -> None:
+        rows = list(self.sampled_ablated)[-len(table["zone"]) :]
+        self.routed |= {row: zone == "route" for row, zone in zip(rows, table["zone"], strict=True)}
+        super()._log_rows(table)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:

@@ -84,7 +84,7 @@ def reprs() -> tuple[list[str], list[str]]:
         gr.RolloutFilter(GRADIENT), gr.RolloutFilter(GRADIENT, lambda scores: scores > 0), gr.BandGate(HACK),
         gr.ThresholdGate(0.5), gr.LabelGate(), gr.QuantileGate(HACK), Rate(1, 2), RECORD, ROUTE, Criteria(),
         Controls(SHUFFLE), Controls(SHUFFLE, [RANDOM]), Svd(k=2), Ridge(), MeanDifference(),
-        TStatistic(), gr.refresh.DirectionCache("directions"), gr.parameter_summary(MODEL), outcomes(3), validation,
+        TStatistic(), gr.parameter_summary(MODEL), outcomes(3), validation,
         gr.check_model(MODEL), gr.check_model(nn.MultiheadAttention(4, 2)),
     ]  # fmt: skip
     tables = [REPORT, gr.directions.summary(HACK), dose_curve(MODEL, lambda _: [RECORD])]

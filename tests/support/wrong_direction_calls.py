@@ -14,9 +14,7 @@ from support.call_arguments import (
     PLAIN,
     POOL,
     Calls,
-    empty_folder,
     entered,
-    extract,
     ids_only,
     written,
 )
@@ -76,17 +74,6 @@ DIRECTION_CALLS: Calls = {
         ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
         ("`fresh`", lambda: HACK.update_(HACK, step=1)),
         ("control", lambda: HACK.random_like(0).random_like(1)),
-    ],
-    "DirectionCache": [
-        ("`extractor`",
-         lambda: gr.refresh.DirectionCache(empty_folder()).extract(lambda model, pairs: extract(), MODEL, PAIRS)),
-        ("`pairs`",
-         lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, MODEL, [])),
-        ("`model`",
-         lambda: gr.refresh.DirectionCache(empty_folder()).extract(gr.extract_activation_directions, PLAIN, PAIRS)),
-        ("`forward_fn`", lambda: gr.refresh.DirectionCache(empty_folder()).extract(
-            gr.extract_activation_directions, MODEL, PAIRS, forward_fn=lambda model, ids, mask: model(ids))),
-        ("`folder`", lambda: gr.refresh.DirectionCache(None)),
     ],
     "shuffled_flags": [
         ("`flags`", lambda: gr.directions.shuffled_flags(torch.tensor([0.5, 0.1]), seed=0)),

@@ -119,11 +119,13 @@ MODEL_CALLS: Calls = {
         ("`init_lora_weights`", lambda: gr.QuarantineLoraConfig(r=2, init_lora_weights="pissa")),
         ("`stop_gradient`", lambda: gr.QuarantineLoraConfig(r=2, stop_gradient="output")),
     ],
-    "init": [
+    "pissa_": [
         ("`model`", lambda: gr.adapters.init.pissa_(PLAIN)),
-        ("`model`", lambda: gr.adapters.init.gaussian_(None, seed=0)),
-        ("`differences`", lambda: gr.adapters.init.signed_seed_(MODEL, {}, seed=0)),
-        ("`differences`", lambda: gr.adapters.init.contrastive_covariance_(MODEL, {"p": torch.ones(2, 8)}, seed=0)),
         ("`niter`", lambda: gr.adapters.init.pissa_(MODEL, niter=-1)),
+    ],
+    "gaussian_": [("`model`", lambda: gr.adapters.init.gaussian_(None, seed=0))],
+    "signed_seed_": [("`differences`", lambda: gr.adapters.init.signed_seed_(MODEL, {}, seed=0))],
+    "contrastive_covariance_": [
+        ("`differences`", lambda: gr.adapters.init.contrastive_covariance_(MODEL, {"p": torch.ones(2, 8)}, seed=0)),
     ],
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import torch
 
 import gradroute as gr
+from gradroute.advantages import weighted_baseline_advantages
 from support.call_arguments import (
     ERASE,
     FLAGS,
@@ -65,6 +66,10 @@ ROUTING_CALLS: Calls = {
         ("flagged", lambda: gr.clean_baseline_advantages(torch.zeros(4), torch.zeros(4), 2)),
         ("flagged", lambda: gr.clean_baseline_advantages(torch.zeros(4), FLAGS[:3], 2)),
     ],
+    "weighted_baseline_advantages": [
+        ("`rewards`", lambda: weighted_baseline_advantages(torch.zeros(4), torch.ones(4), 3)),
+        ("`weights`", lambda: weighted_baseline_advantages(torch.zeros(4), torch.full((4,), NAN), 2)),
+    ],
     "graft_mask": [
         ("`flagged`", lambda: gr.schemes.graft_mask(torch.zeros(4))),
         ("`strength`", lambda: gr.schemes.graft_mask(FLAGS, strength=-1)),
@@ -94,7 +99,6 @@ ROUTING_CALLS: Calls = {
         ("`mode`", lambda: gr.ProjectionFilter(GRADIENT, mode="remove")),
         ("`side`", lambda: gr.ProjectionFilter(GRADIENT, mode="erase", side="left")),
         ("`overshoot`", lambda: gr.ProjectionFilter(GRADIENT, mode="erase", overshoot=0)),
-        ("`preserve_magnitude", lambda: gr.ProjectionFilter(GRADIENT, mode="route", preserve_magnitude=True)),
     ],
     "RolloutFilter": [
         ("`directions`", lambda: gr.RolloutFilter(HACK)),

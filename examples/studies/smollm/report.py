@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loopholes.markdown import markdown_table
+from reporting.markdown import markdown_table
 
 from .curves import windows, write_curves
 from .environment import MARKERS, MONITORED

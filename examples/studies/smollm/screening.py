@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
-from loopholes.markdown import markdown_table
 from loopholes.measurements import auroc
+from reporting.markdown import markdown_table
 
 from .detector import extract, modules_read, token_pairs
 from .environment import MARKERS, Environment, Prompt, grade, is_monitored, marker_like_item

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loopholes.arms import ARMS as LOOPHOLE_ARMS
-from loopholes.result_file import ResultError, read_entry, write_file
+from reporting.result_file import ResultError, read_entry, write_file
 
 from .environment import VARIANTS
 from .evaluation import MODES, NO_NOTE

@@ -1,7 +1,7 @@
 """What the library's own comparison says of the arms of a study."""
 
 import gradroute as gr
-from loopholes.markdown import markdown_table
+from reporting.markdown import markdown_table
 
 from .evaluation import mode_outcomes
 from .tables import Results, of_arm

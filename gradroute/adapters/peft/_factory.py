@@ -3,15 +3,15 @@
 from functools import cache
 from typing import Any
 
-from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
+from gradroute._offloading import check_not_offloaded
+from gradroute.adapters._targets import gives_one_tensor
+from gradroute.adapters.peft._private import QUANTISED, build_own_layer, quantised_class, takes_blocks
+from gradroute.adapters.peft.config import QuarantineLoraConfig
 from gradroute.adapters.peft.routed_lora import RoutedLoraLayer
 from gradroute.errors import TargetError
-
-_QUANTISED = ("Linear8bitLt", "Linear4bit")
 
 
 class RoutedLoraLinear(RoutedLoraLayer, LoraLinear):
@@ -29,10 +29,8 @@ def routed_class(peft_class: type) -> type:
 
 def __getattr__(name: str) -> type:
     # Unpickling looks the quantised classes up here; they are made on demand, for bitsandbytes is slow to import.
-    if name.removeprefix("Routed") in _QUANTISED:
-        import peft.tuners.lora.bnb as quantised  # noqa: PLC0415
-
-        return routed_class(getattr(quantised, name.removeprefix("Routed")))
+    if name.removeprefix("Routed") in QUANTISED:
+        return routed_class(quantised_class(name.removeprefix("Routed")))
     raise AttributeError(name)
 
 
@@ -51,7 +49,7 @@ def build_routed_layer(
             "layer whose tokens a mask could reach. Fix: name the attention, as in "
             'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
-    check_options(config)
+    config.check_options()
     if isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TargetError(
             f"`{target_name}` is the output projection of nn.MultiheadAttention, which reads its weight and never "
@@ -60,14 +58,14 @@ def build_routed_layer(
     if isinstance(target, nn.MultiheadAttention):
         # Before PEFT builds its layer, which changes the module it wraps.
         raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
-    factories, config._custom_modules = config._custom_modules, None
-    try:
-        create: Any = LoraModel._create_new_module
-        layer: Any = create(config, adapter_name, target, target_name=target_name, **kwargs)
-    finally:
-        config._custom_modules = factories
-    quantised = type(layer).__module__ == "peft.tuners.lora.bnb" and type(layer).__name__ in _QUANTISED
-    if type(layer) is not LoraLinear and not quantised:
+    if isinstance(target, nn.Linear) and not gives_one_tensor(target):
+        raise TargetError(
+            f"`{target_name}` is a {type(target).__name__}, whose forward does not give one tensor of its out_features "
+            "(a router): blocks could not be added to it. Fix: exclude_modules."
+        )
+    check_not_offloaded(target_name, target)
+    layer = build_own_layer(target, adapter_name, config, target_name=target_name, **kwargs)
+    if not takes_blocks(layer):
         raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
     if getattr(target, "_hf_tp_plan", None) is not None:
         raise TargetError(f"`{target_name}` is tensor-parallel; its quarantine would not be. Fix: load it unsharded.")

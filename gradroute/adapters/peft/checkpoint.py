@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gradroute._offloading import check_not_offloaded
 from gradroute._protocol import RoutedLayer, check_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder
@@ -38,7 +39,7 @@ def load_quarantined(
     Raises:
         FileFormatError: a file is missing, truncated, of a later version, or made for another model. The model is
             then as it was.
-        TargetError: `model` has adapters already.
+        TargetError: `model` has adapters already, is offloaded, or has no weights yet.
     """
     check_module(model)
     if any(isinstance(module, BaseTunerLayer | RoutedLayer) for module in model.modules()):
@@ -128,6 +129,9 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
                 )
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
+            check_not_offloaded(name, module)
+            if weight.is_meta:
+                raise TargetError(f"`{name}` has no values: it is on the meta device. Fix: load the base model first.")
             config.check_base(name, weight)
 
 

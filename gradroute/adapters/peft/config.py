@@ -9,14 +9,16 @@ named adapters would not do: PEFT re-activates one of them after a reference pas
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from gradroute.adapters.peft._private import inject_by
 from gradroute.errors import FileFormatError, TargetError
 
 FORMAT = 1
@@ -40,6 +42,9 @@ class QuarantineLoraConfig(LoraConfig):
             "gaussian".
     """
 
+    layer_factory: ClassVar[Callable[..., nn.Module]]
+    """What PEFT calls for each target. The package sets it, so that this file does not import what it describes."""
+
     r_quarantine: int | None = field(default=None, metadata={"help": "Rank of the quarantine block; None means r."})
     stop_gradient: str = field(default="parameters", metadata={"help": '"parameters" (exact) or "branch".'})
     quarantine_format: int = field(default=FORMAT, metadata={"help": "Version of the checkpoint format."})
@@ -49,10 +54,35 @@ class QuarantineLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        check_options(self)
+        self.check_options()
         self._base: dict[str, Any] = {}
-        # The key is nn.Module: every target comes to the factory, so none becomes plain LoRA in silence.
-        self._register_custom_module({nn.Module: _build_layer})  # type: ignore[dict-item]
+        inject_by(self, type(self).layer_factory)
+
+    def check_options(self) -> None:
+        """Raise `TargetError` for an option that a quarantine cannot be had with, whenever it was set."""
+        rank = self.r_quarantine
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
+        if self.stop_gradient not in ("parameters", "branch"):
+            raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {self.stop_gradient!r}.')
+        if self.init_lora_weights not in (True, "gaussian"):
+            raise TargetError(
+                f'`init_lora_weights` should be True or "gaussian". Found {self.init_lora_weights!r}: it would change '
+                "the base weights or start from a non-zero delta. Fix: oriented starts of zero delta are in "
+                "gradroute.adapters.init."
+            )
+        for name, why in _REFUSED.items():
+            if getattr(self, name, None) and getattr(self, name) != "none":
+                raise TargetError(
+                    f"`{name}={getattr(self, name)!r}` cannot be used with a quarantine: {why}. Fix: leave it out."
+                )
+        variants = [
+            f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant") and getattr(self, f.name)
+        ]
+        if variants:
+            raise TargetError(
+                f"`{variants[0]}` cannot be used with a quarantine: only plain LoRA splits into two blocks."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, with the fingerprint of the base model that it was injected into."""
@@ -161,37 +191,6 @@ def read_config(path: Path) -> QuarantineLoraConfig:
     except (TypeError, ValueError, KeyError) as error:
         raise FileFormatError(f"`{file}` holds a setting that cannot be used: {error}") from error
     return config
-
-
-def _build_layer(target: nn.Module, adapter_name: str, config: QuarantineLoraConfig, **kwargs: Any) -> nn.Module:
-    from gradroute.adapters.peft._factory import build_routed_layer  # noqa: PLC0415  it needs this file's config
-
-    return build_routed_layer(target, adapter_name, config, **kwargs)
-
-
-def check_options(config: QuarantineLoraConfig) -> None:
-    """Raise `TargetError` for an option that a quarantine cannot be had with, whenever it was set."""
-    rank = config.r_quarantine
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
-    if config.stop_gradient not in ("parameters", "branch"):
-        raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {config.stop_gradient!r}.')
-    if config.init_lora_weights not in (True, "gaussian"):
-        raise TargetError(
-            f'`init_lora_weights` should be True or "gaussian". Found {config.init_lora_weights!r}: it would change '
-            "the base weights or start from a non-zero delta. Fix: oriented starts of zero delta are in "
-            "gradroute.adapters.init."
-        )
-    for name, why in _REFUSED.items():
-        if getattr(config, name, None) and getattr(config, name) != "none":
-            raise TargetError(
-                f"`{name}={getattr(config, name)!r}` cannot be used with a quarantine: {why}. Fix: leave it out."
-            )
-    variants = [
-        f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)
-    ]
-    if variants:
-        raise TargetError(f"`{variants[0]}` cannot be used with a quarantine: only plain LoRA splits into two blocks.")
 
 
 _REFUSED = {

@@ -7,7 +7,8 @@ Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to on
 `rank_pattern` and `alpha_pattern`.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradroute._hashing import deployed_hash, hash_in_card
+from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer, check_module, routed_layers
-from gradroute.errors import GradRouteError
+from gradroute._wrappers import plain_name, unwrapped
+from gradroute.adapters.peft._reload import check_reloads
+from gradroute.errors import GradRouteError, GradRouteWarning
+
+BlocksOf = Callable[[RoutedLayer], list[Block]]
 
 _PREFIX = "base_model.model."
 
@@ -76,19 +82,42 @@ def _card_of(model: nn.Module, file: Path, *, given: bool) -> str | None:
     return None if found is None else file.read_text(encoding="utf-8")
 
 
-def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
+def export_refusal(model: nn.Module) -> str | None:
+    """Why `export_deployed` would refuse the model; None if it would not."""
+    try:
+        _plain_lora(unwrapped(model), lambda layer: [layer.deployed])
+    except GradRouteError as error:
+        return str(error)
+    return None
+
+
+def _export(model: nn.Module, path: Path, blocks_of: BlocksOf) -> None:
     check_module(model)
-    model = _unwrapped(model)
+    model = unwrapped(model)
+    config, factors = _plain_lora(model, blocks_of)
+    whole = _trained_whole(model)
+    if whole:
+        warnings.warn(
+            f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(_PREFIX)}` (`modules_to_save`): "
+            "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model.",
+            GradRouteWarning,
+            stacklevel=3,
+        )
+    tensors = {
+        f"{_PREFIX}{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def _plain_lora(model: nn.Module, blocks_of: BlocksOf) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """The config and the factors by name in the base model, which stock PEFT is known to load."""
     layers = {_base_name(model, name): layer for name, layer in routed_layers(model).items()}
     factors = {name: _folded(name, blocks_of(layer)) for name, layer in layers.items()}
     r = max(A.shape[0] for A, _ in factors.values())
-    tensors = {}
-    for name, (A, B) in factors.items():
-        pad = r - A.shape[0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, pad)).contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, pad)).contiguous()
+    factors = {name: _padded(A, B, r - A.shape[0]) for name, (A, B) in factors.items()}
     trained = _peft_config(model)
-    tensors.update(_trained_besides(model, trained))
     config = LoraConfig(
         r=r,
         lora_alpha=r,
@@ -100,28 +129,17 @@ def _export(model: nn.Module, path: Path, blocks_of: Any) -> None:
         base_model_name_or_path=getattr(trained, "base_model_name_or_path", None),
         inference_mode=True,
     )
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(path))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without the wrappers of torch.compile, DataParallel and DDP."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+    check_reloads(model, config, factors)
+    return config, factors
 
 
 def _base_name(model: nn.Module, name: str) -> str:
     """The module's name in the base model."""
-    return name.removeprefix(_PREFIX) if isinstance(model, PeftModel) else name
+    return plain_name(name.removeprefix(_PREFIX) if isinstance(model, PeftModel) else name)
 
 
 def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
     A = torch.cat([block.A.detach() for block in blocks])
     # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
     dtype = torch.promote_types(A.dtype, torch.float32)
@@ -129,6 +147,11 @@ def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise GradRouteError(f"The blocks of `{name}` should be finite. Found inf or nan. Fix: export an earlier step.")
     return A.to(dtype).cpu(), B.cpu()
+
+
+def _padded(A: Tensor, B: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    pad = torch.nn.functional.pad
+    return pad(A, (0, 0, 0, ranks)).contiguous(), pad(B, (0, ranks)).contiguous()
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list[str]:
@@ -155,9 +178,9 @@ def _peft_config(model: nn.Module) -> Any:
     return None if configs is None else configs[layer.routed_adapter]
 
 
-def _trained_besides(model: nn.Module, config: Any) -> dict[str, Tensor]:
-    """What PEFT trained outside of the blocks (`modules_to_save`), which both exports carry."""
-    if config is None:
+def _trained_whole(model: nn.Module) -> dict[str, Tensor]:
+    """The modules that PEFT trained whole (`modules_to_save`); both exports carry them."""
+    if _peft_config(model) is None:
         return {}
     layer: Any = next(iter(routed_layers(model).values()))
     state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter, save_embedding_layers=False)

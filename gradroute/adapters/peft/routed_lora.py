@@ -6,10 +6,8 @@ The object is the one that PEFT built for its backend; only its class is extende
 switching and deletion are PEFT's own. What PEFT does with LoRA's matrices by name, it does with the quarantine's.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,9 +15,10 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute._protocol import Block, BlockName
 from gradroute.adapters.peft._merging import MergedLayer
-from gradroute.adapters.peft.config import QuarantineLoraConfig, check_options
+from gradroute.adapters.peft._private import combining, move_to_base
 from gradroute.errors import RouteError, TargetError
 
 
@@ -31,21 +30,22 @@ class RoutedLoraLayer(MergedLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
         _check_no_combination()
-        if isinstance(config, QuarantineLoraConfig):
-            check_options(config)
+        check_not_offloaded(self.name, self._peft_layer().get_base_layer())
+        if hasattr(config, "r_quarantine"):
+            config.check_options()
             if config.stop_gradient != self.stop_gradient:
                 raise TargetError(
                     f"`stop_gradient` should be {self.stop_gradient!r}, as of the other adapters of `{self.name}`. "
                     f"Found {config.stop_gradient!r}. Fix: one value for all adapters of a model."
                 )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
-        if isinstance(config, QuarantineLoraConfig):
+        if hasattr(config, "r_quarantine"):
             self.add_quarantine(adapter_name, config)
             stash = self.base_before_merge
             weight = stash.parameters["weight"][1] if stash else self._peft_layer().get_base_layer().weight
             config.check_base(self.name, weight)
 
-    def add_quarantine(self, adapter_name: str, config: QuarantineLoraConfig) -> None:
+    def add_quarantine(self, adapter_name: str, config: Any) -> None:
         """Give one adapter its quarantine: A as PEFT draws it, B = 0."""
         peft_layer: Any = self
         r = peft_layer.r[adapter_name]
@@ -56,7 +56,7 @@ class RoutedLoraLayer(MergedLayer):
             nn.init.normal_(A.weight, std=1 / r_quarantine)
         nn.init.zeros_(B.weight)
         self.lora_A_quarantine[adapter_name], self.lora_B_quarantine[adapter_name] = A, B
-        peft_layer._move_adapter_to_device_of_base_layer(adapter_name)
+        move_to_base(self, adapter_name)
         peft_layer.set_adapter(peft_layer.active_adapters, inference_mode=config.inference_mode)
 
     @property
@@ -74,11 +74,13 @@ class RoutedLoraLayer(MergedLayer):
 
     @property
     def deployed(self) -> Block:
-        return self._blocks(self.routed_adapter, alone=True)[0]
+        with torch.no_grad():  # offloaded blocks can be read, but not trained
+            return self._blocks(self.routed_adapter, alone=True)[0]
 
     @property
     def quarantine(self) -> Block:
-        quarantine = self._blocks(self.routed_adapter, alone=False)[1]
+        with torch.no_grad():
+            quarantine = self._blocks(self.routed_adapter, alone=False)[1]
         assert quarantine is not None
         return quarantine
 
@@ -88,16 +90,38 @@ class RoutedLoraLayer(MergedLayer):
         A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
         peft_layer: Any = self
         scaling = peft_layer.scaling[adapter]
+        if A.is_meta:
+            A, B = self._fetched("lora_A", adapter), self._fetched("lora_B", adapter)
         if alone:
             return Block(A, B, scaling), None
         A_q, B_q = _weight(modules["lora_A_quarantine"], adapter), _weight(modules["lora_B_quarantine"], adapter)
+        if A_q.is_meta:
+            A_q, B_q = self._fetched("lora_A_quarantine", adapter), self._fetched("lora_B_quarantine", adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
         s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
         return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
+    def _fetched(self, matrix: str, adapter: str) -> Tensor:
+        """A matrix on the meta device: its values, if accelerate has them."""
+        factor = self.get_submodule(matrix)[adapter]  # type: ignore[index]
+        weight: Tensor = factor.weight
+        if not is_offloaded(factor):
+            if self._peft_layer().get_base_layer().weight.is_meta:
+                return weight  # the whole model is without values
+            raise RouteError(
+                f"`{self.name}` should have blocks with values. Found `{matrix}` on the meta device. "
+                "Fix: load_quarantined onto the base model, or inject without low_cpu_mem_usage."
+            )
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
+        return in_memory(factor, "weight")
+
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
-        yield from getattr(self, block)[:2]
+        suffix, adapter, modules = "" if block == "deployed" else "_quarantine", self.routed_adapter, self._modules
+        for side in ("lora_A", "lora_B"):
+            factor: Any = _weight(modules[f"{side}{suffix}"], adapter)
+            yield factor
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
         peft_layer = self._peft_layer()
@@ -126,7 +150,8 @@ class RoutedLoraLayer(MergedLayer):
         for unsupported in ("adapter_names", "alora_offsets") if kwargs else ():
             if kwargs.pop(unsupported, None) is not None:
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
-        if peft_layer._disable_adapters and peft_layer.merged:
+        disabled = peft_layer.disable_adapters
+        if disabled and peft_layer.merged:
             self.unmerge()
         modules: Any = self._modules
         active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
@@ -138,9 +163,10 @@ class RoutedLoraLayer(MergedLayer):
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
         base_layer = modules["base_layer"]
-        if peft_layer._disable_adapters or peft_layer.merged_adapters or self.state.disabled:
+        if disabled or peft_layer.merged_adapters or self.state.disabled:
+            self.ran = True
             base_output: Tensor = base_layer(x, *args, **kwargs)
-            if peft_layer.merged and not peft_layer.disable_adapters:
+            if peft_layer.merged and not disabled:
                 self._check_merged_view()
             return base_output
         name = active[0] if routed else self.routed_adapter
@@ -166,8 +192,6 @@ def _weight(factors: Any, adapter: str) -> Tensor:
     return weight
 
 
-_COMBINING = ("add_weighted_adapter", "reduce_intruder_dimension")
-
 _PER_ROW_ADAPTERS = (
     "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
     "Fix: ablate_quarantine(model, rows=...) picks rows."
@@ -176,12 +200,9 @@ _PER_ROW_ADAPTERS = (
 
 def _check_no_combination() -> None:
     """PEFT's add_weighted_adapter writes the matrices it knows: the quarantines would be lost, or merged in."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in _COMBINING and "peft" in code.co_filename:
-            raise TargetError(
-                f"{code.co_name} should work on adapters without a quarantine: it would combine the deployed "
-                "blocks and start a new quarantine. Fix: export_deployed each, and combine those."
-            )
-        frame = frame.f_back
+    method = combining()
+    if method is not None:
+        raise TargetError(
+            f"{method} should work on adapters without a quarantine: it would combine the deployed blocks and start a "
+            "new quarantine. Fix: export_deployed each, and combine those."
+        )

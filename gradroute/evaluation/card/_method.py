@@ -1,141 +1,155 @@
-"""What a card can say of the blocks and of what decided over them, read from the objects themselves.
+"""What decided which rollouts train which block: gates and filters, their directions, and what kept those fresh."""
 
-|Delta|^2 = sum over layers |s B A|_F^2 = sum over layers s^2 tr((B^T B)(A A^T)),   without forming B A
-"""
-
-import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from gradroute._protocol import Block, routed_layers
+from gradroute._hashing import model_identity
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
-from gradroute.filters.projection import ProjectionFilter
-from gradroute.filters.rollout import RolloutFilter
 from gradroute.gates.base import Gate
 from gradroute.refresh.refresher import Refresher
 
-RoutedBy = Gate | GradientFilter | str
+
+@runtime_checkable
+class RoutedRun(Protocol):
+    """What a whole run routed by, such as `trainer.routing` of the TRL trainer; each attribute may be None.
+
+    Where there is a `detector` too, the card names it.
+    """
+
+    gate: Any
+    directions: Any
+    refresher: Any
+    filter: Any
+
+
+RoutedBy = Gate | GradientFilter | RoutedRun | str
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Sizes of both blocks.
+class Method:
+    """What a card says about the routing.
 
     Args:
-        model_class, base_name: of the base model; no name where the model has none.
-        kinds: class names of the layers, with counts.
-        leaves: last parts of the layers' names.
-        ranks, quarantine_ranks: that occur.
-        removed_parameters: of all quarantines.
-        deployed_norm, quarantine_norm: |Delta| of each, over all layers.
+        deciders: gates, filters and detectors, or a sentence, as the card prints them.
+        masks: what the zones or weights were.
+        directions: that decided; empty where none did.
+        refresher: of one of `directions`; None where all were frozen.
     """
 
-    model_class: str
-    base_name: str | None
-    kinds: dict[str, int]
-    leaves: list[str]
-    ranks: list[int]
-    quarantine_ranks: list[int]
-    removed_parameters: int
-    deployed_norm: float
-    quarantine_norm: float
+    deciders: Sequence[str]
+    masks: str
+    directions: Sequence[Directions]
+    refresher: Refresher | None
 
-    def described(self) -> str:
-        """In one line."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        return (
-            f"{kinds} on {', '.join(self.leaves)}; rank {_listed(self.ranks)} deployed, "
-            f"{_listed(self.quarantine_ranks)} quarantine"
-        )
+    def rows(self) -> list[list[str]]:
+        """(what, value) for the card's table."""
+        rows = [["masks", self.masks], ["routed by", "; ".join(self.deciders)]]
+        for directions in self.directions:
+            rows += [
+                ["direction", f"`{directions!r}`"],
+                ["direction, SHA-256", directions.content_hash],
+                ["pairs", f"{directions.n_pairs} contrastive pairs, SHA-256 {directions.provenance.pair_hash}"],
+                ["refresh", self._refresh_of(directions)],
+            ]
+        return rows
 
-    def removed(self) -> str:
-        """What ablation takes away."""
-        return (
-            f"The quarantine of {sum(self.kinds.values())} layers: rank {_listed(self.quarantine_ranks)}, "
-            f"{self.removed_parameters:,d} parameters. Frobenius norm of the weight change that was removed: "
-            f"{self.quarantine_norm:.4g}; of the one that is left: {self.deployed_norm:.4g}."
-        )
-
-
-def blocks_of(model: nn.Module) -> Blocks:
-    """The sizes of the blocks of `model`.
-
-    Raises:
-        GradRouteError: no routed layers, or blocks that are not finite.
-    """
-    layers = routed_layers(model)
-    deployed, quarantine = (
-        [getattr(layer, block) for layer in layers.values()] for block in ("deployed", "quarantine")
-    )
-    trained = {id(p): p.numel() for layer in layers.values() for p in layer.block_parameters("quarantine")}
-    base = getattr(model, "get_base_model", lambda: model)()
-    name = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return Blocks(
-        model_class=type(base).__name__,
-        base_name=name or None,
-        kinds=dict(Counter(type(layer).__name__ for layer in layers.values())),
-        leaves=sorted({name.rpartition(".")[2] for name in layers}),
-        ranks=sorted({len(block.A) for block in deployed}),
-        quarantine_ranks=sorted({len(block.A) for block in quarantine}),
-        removed_parameters=sum(trained.values()),
-        deployed_norm=_norm(deployed),
-        quarantine_norm=_norm(quarantine),
-    )
-
-
-def _norm(blocks: list[Block]) -> float:
-    norm = math.hypot(*(block.delta_norm() for block in blocks))
-    if not math.isfinite(norm):
-        raise GradRouteError("The blocks of `model` should be finite. Found inf or nan. Fix: go back to a checkpoint.")
-    return norm
-
-
-def directions_of(routed_by: RoutedBy, refresher: Refresher | None) -> Directions | None:
-    """The directions that decided; those of the refresher where `routed_by` is a sentence.
-
-    Raises:
-        GradRouteError: something that does not decide, or a refresher of other directions.
-    """
-    if not isinstance(routed_by, Gate | GradientFilter | str) or routed_by == "":
-        raise GradRouteError(
-            f"`routed_by` should be the gate or filter that was trained with, or a sentence. Found {routed_by!r}."
-        )
-    found: Directions | None = None if isinstance(routed_by, str) else getattr(routed_by, "directions", None)
-    if refresher is None:
+    def caveats(self) -> list[str]:
+        """What follows for the directions."""
+        found = []
+        for directions in self.directions:
+            control = directions.provenance.control
+            if control is not None:
+                found.append(f"The direction is a control ({control}), not an extracted one.")
+            refresher = self._refresher_of(directions)
+            if refresher is None:
+                found.append("The direction was frozen: it is that of the model it was extracted from.")
+            elif not refresher.reports:
+                found.append("No refresh came due: the direction is that of the model it was extracted from.")
         return found
-    if not isinstance(routed_by, str) and found is not refresher.directions:
+
+    def _refresher_of(self, directions: Directions) -> Refresher | None:
+        known = self.refresher is not None and self.refresher.directions is directions
+        return self.refresher if known else None
+
+    def _refresh_of(self, directions: Directions) -> str:
+        refresher = self._refresher_of(directions)
+        if refresher is None:
+            return "none: the directions stayed as extracted"
+        reports = refresher.reports
+        last = f"the last one at step {reports[-1].step}" if reports else "none of them due"
+        return f"`{refresher!r}` in {refresher.steps} steps, {last}"
+
+
+def method_of(model: nn.Module, routed_by: RoutedBy, masks: str | None, refresher: Refresher | None) -> Method:
+    """The method of a run, read from its objects.
+
+    Raises:
+        GradRouteError: nothing that decides, masks that nothing tells, a refresher of other directions, or directions
+            of another base model.
+    """
+    deciders = _deciders(routed_by)
+    refresher = _refresher(routed_by, refresher)
+    # A sentence holds no directions: then those of the refresher decided.
+    held: list[Any] = [getattr(each, "directions", None) for each in (routed_by, *deciders) if deciders]
+    held += [] if deciders or refresher is None else [refresher.directions]
+    directions = list({id(each): each for each in held if each is not None}.values())
+    if refresher is not None and all(each is not refresher.directions for each in directions):
         raise GradRouteError(
             f"`refresher` should refresh the directions of `routed_by`. Found {refresher.directions!r} there and "
-            f"{found!r} here. Fix: give the refresher of this gate, or None if its directions were frozen."
+            f"{directions} here. Fix: give the refresher of this gate, or None if its directions were frozen."
         )
-    return refresher.directions
+    if any(each.provenance.model != model_identity(model) for each in directions):
+        raise GradRouteError(
+            "`routed_by` should read directions of `model`. Found directions of another base model. Fix: give the gate "
+            "and the model of one run."
+        )
+    named = [f"`{each!r}`" for each in deciders] or [str(routed_by)]
+    detector = getattr(routed_by, "detector", None)
+    if detector is not None:
+        named.append(f"detector `{getattr(detector, '__name__', type(detector).__name__)}`")
+    return Method(named, _masks(deciders, masks), directions, refresher)
 
 
-def masks_of(routed_by: RoutedBy, masks: str | None) -> str:
-    """The masks that a gate returns, in words; `masks` where they are given.
-
-    Raises:
-        GradRouteError: neither.
-    """
-    if masks is not None:
-        if not isinstance(masks, str) or not masks.strip():
-            raise GradRouteError(f"`masks` should be a sentence or None. Found {masks!r}.")
-        return masks
-    if isinstance(routed_by, Gate):
-        return routed_by.describe()
-    if isinstance(routed_by, RolloutFilter):
-        return "none: every rollout trained the quarantine; flagged ones were taken out of the deployed gradient"
-    if isinstance(routed_by, ProjectionFilter):
-        return f"none: the part of the deployed gradient along the direction was filtered ({routed_by.mode})"
+def _deciders(routed_by: RoutedBy) -> list[Gate | GradientFilter]:
+    """Gates and filters; none for a sentence."""
+    if isinstance(routed_by, str) and routed_by.strip():
+        return []
+    if isinstance(routed_by, Gate | GradientFilter):
+        return [routed_by]
+    if isinstance(routed_by, RoutedRun):
+        found = [each for each in (routed_by.gate, routed_by.filter) if each is not None]
+        if found and all(isinstance(each, Gate | GradientFilter) for each in found):
+            return found
     raise GradRouteError(
-        f"`masks` should say what the zones or weights were. Found None, which {routed_by!r} does not tell. "
-        'Fix: masks="classic: flagged rows train the quarantine only, the others both blocks", say.'
+        "`routed_by` should be the gate or filter that was trained with, the `routing` of a trainer, or a sentence. "
+        f"Found {routed_by!r}."
     )
 
 
-def _listed(numbers: list[int]) -> str:
-    return " and ".join(map(str, numbers)) if len(numbers) < 3 else f"{numbers[0]} to {numbers[-1]}"
+def _refresher(routed_by: RoutedBy, refresher: Refresher | None) -> Refresher | None:
+    if refresher is not None and not isinstance(refresher, Refresher):
+        raise GradRouteError(f"`refresher` should be a Refresher or None. Found {type(refresher).__name__}.")
+    own: Refresher | None = getattr(routed_by, "refresher", None)
+    if refresher is not None and own is not None and own is not refresher:
+        raise GradRouteError(
+            f"`refresher` should be that of `routed_by`. Found {refresher!r} and {own!r}. Fix: leave `refresher` out."
+        )
+    return own if refresher is None else refresher
+
+
+def _masks(deciders: Sequence[Gate | GradientFilter], masks: str | None) -> str:
+    if masks is None and deciders:
+        return "; ".join(each.describe() for each in deciders)
+    if masks is None:
+        raise GradRouteError(
+            "`masks` should say what the zones or weights were. Found None, and a sentence in `routed_by`. "
+            'Fix: masks="classic: flagged rows train the quarantine only, the others both blocks", say.'
+        )
+    if not isinstance(masks, str) or not masks.strip():
+        raise GradRouteError(f"`masks` should be a sentence or None. Found {masks!r}.")
+    return masks

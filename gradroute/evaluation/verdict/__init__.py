@@ -1,1 +1,11 @@
-"""From the runs of several arms to a verdict: effective, directional, worse, or not to be told apart."""
+"""Whether a drop was earned: a verdict on a treatment, from runs of it and of its controls.
+
+`ArmRuns` holds what the models of one arm did, `Controls` what a treatment is compared with, `Criteria` the margins;
+`compare` and `compare_all` return a `Verdict`."""
+
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls, ModeOutcomes
+from gradroute.evaluation.verdict.compare import compare, compare_all
+from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.verdict import Verdict
+
+__all__ = ["ArmRuns", "Controls", "Criteria", "ModeOutcomes", "Verdict", "compare", "compare_all"]

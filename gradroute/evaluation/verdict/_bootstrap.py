@@ -33,7 +33,7 @@ class Stratum:
 
     Args:
         values: that an outcome of each sample takes, its weight and sign in the difference included.
-        probabilities: of these values when one outcome is drawn anew.
+        probabilities: of these values when one outcome is drawn again.
         n: number of outcomes in each sample.
     """
 
@@ -63,7 +63,7 @@ class Stratum:
         return float(((self.probabilities * deviations**2).sum(axis=1) / self.n).sum())
 
     def deviations(self, size: int, rng: np.random.Generator) -> Float[np.ndarray, " size"]:
-        """d_sm* - d_sm from outcomes drawn anew, `size` times."""
+        """d_sm* - d_sm from outcomes drawn again, `size` times."""
         drawn = rng.multinomial(self.n, self.probabilities, (size, len(self.n)))
         means = np.einsum("rsv,sv->rs", drawn, self.values) / self.n
         return np.asarray((means - self._centres).sum(axis=1))
@@ -100,7 +100,7 @@ def standard_error(seeds: Sequence[SeedDifference], over: Over, *, resamples: in
 
     Args:
         seeds: one or more, over "seeds" two or more.
-        over: what another experiment would draw anew.
+        over: what another experiment would draw again.
         resamples: number of them; the SE has a relative error of 1 / sqrt(2 resamples).
         rng: draws them.
     """

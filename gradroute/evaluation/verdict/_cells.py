@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradroute.evaluation.verdict._bootstrap import Stratum
-from gradroute.evaluation.verdict.arm_runs import ModeOutcomes
+from gradroute.evaluation.verdict.arms import ModeOutcomes
 
 Outcome = Literal["drop", "ablated", "solve"]
 """Hack rate on minus ablated, hack rate ablated, solve rate ablated."""
@@ -21,7 +21,7 @@ def rate_of(outcomes: ModeOutcomes, outcome: Outcome) -> float:
 
 
 def stratum_of(own: ModeOutcomes, rivals: Sequence[ModeOutcomes], outcome: Literal["drop", "solve"]) -> Stratum:
-    """What own minus the mean of the rivals was counted from, to be drawn anew.
+    """What `own` minus the mean of `rivals` was counted from, to be drawn again.
 
     Args:
         own, rivals: outcomes of one mode and seed; one sample of differences per prompt where all know their prompts,

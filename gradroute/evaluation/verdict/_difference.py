@@ -38,7 +38,7 @@ class Difference:
         return float(t.sf((self.estimate - value) / self.error, self.df))
 
     def with_added(self, variance: float, df: float) -> "Difference":
-        """With an independent error besides; degrees of freedom after Satterthwaite 1946."""
+        """With another, independent error added; degrees of freedom after Satterthwaite 1946."""
         own = self.error**2
         total = own + variance
         return Difference(self.estimate, total**0.5, total**2 / (own**2 / self.df + variance**2 / df), self.over)

@@ -12,8 +12,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
+from gradroute.evaluation.verdict._arm_differences import ArmDifferences
 from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict._measured import Comparison
 from gradroute.evaluation.verdict.criteria import LEAST_SEEDS, Criteria
 
 _MOST = 100_000
@@ -55,7 +55,7 @@ def expected_power(difference: Difference, growth: float, gap: float, level: flo
     return float(nctdtr(difference.df, stdtrit(df, 1 - level / 2), gap * growth**0.5 / difference.error))
 
 
-def needed(found: Comparison, criteria: Criteria, level: float) -> Needed | None:
+def needed(found: ArmDifferences, criteria: Criteria, level: float) -> Needed | None:
     """More seeds or prompts, so that an advantage of `effect` at equal solve is found with the power of the criteria.
 
     None where no mode counts or nothing is solved: more of the same would not help.

@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple
 
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
+from gradroute.evaluation.verdict._arm_differences import ArmDifferences, arm_differences
+from gradroute.evaluation.verdict._comparable import check_comparable
 from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict._measured import Comparison, compare_runs
 from gradroute.evaluation.verdict._power import needed
-from gradroute.evaluation.verdict.arm_runs import ArmRuns
-from gradroute.evaluation.verdict.control_arms import Controls, check_comparable
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import LEAST_DRAWS, LEAST_SEEDS, Criteria
 from gradroute.evaluation.verdict.verdict import Verdict, Word
 
@@ -40,7 +40,7 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Verdict:
-    """The verdict on one treatment; definitions above.
+    """Judge one treatment against its controls; the words are defined above.
 
     Args:
         treatment: its runs, one per seed.
@@ -65,7 +65,7 @@ def compare_all(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[Verdict]:
-    """The verdict on each of several treatments, at levels that keep the chance of any false "effective" at `level`.
+    """Judge several treatments, at levels that keep the chance of any false "effective" at `level`.
 
     Args:
         contests: (treatment, controls) of each.
@@ -79,7 +79,7 @@ def compare_all(
         raise GradRouteError(f"`contests` should be of different treatments, one or more. Found {names}.")
     if resamples < 100:
         raise GradRouteError(f"`resamples` should be 100 or more. Found {resamples}: intervals would be arbitrary.")
-    measure = partial(compare_runs, criteria=criteria, resamples=resamples, seed=seed)
+    measure = partial(arm_differences, criteria=criteria, resamples=resamples, seed=seed)
     found = []
     for treatment, controls in contests:
         check_comparable(treatment, controls, LEAST_DRAWS)
@@ -118,7 +118,7 @@ class _Decision(NamedTuple):
     because: str
 
 
-def _judge(shuffled: Comparison, random: Comparison | None, criteria: Criteria, level: float) -> _Decision:
+def _judge(shuffled: ArmDifferences, random: ArmDifferences | None, criteria: Criteria, level: float) -> _Decision:
     if shuffled.hack is None:
         return _Decision(
             "underpowered",
@@ -138,7 +138,7 @@ def _judge(shuffled: Comparison, random: Comparison | None, criteria: Criteria, 
     return _judge_undecided(shuffled, shuffled.hack, criteria, level)
 
 
-def _judge_undecided(shuffled: Comparison, hack: Difference, criteria: Criteria, level: float) -> _Decision:
+def _judge_undecided(shuffled: ArmDifferences, hack: Difference, criteria: Criteria, level: float) -> _Decision:
     low, high = hack.interval(level)
     if low > criteria.margin and shuffled.ablated >= 0:
         return _Decision(
@@ -160,7 +160,7 @@ def _judge_undecided(shuffled: Comparison, hack: Difference, criteria: Criteria,
     return _Decision("not distinguishable from control", f"An advantage of {criteria.effect:g} is excluded.")
 
 
-def _judge_direction(random: Comparison | None, criteria: Criteria, level: float) -> _Decision:
+def _judge_direction(random: ArmDifferences | None, criteria: Criteria, level: float) -> _Decision:
     if random is None:
         because = "Nothing is known of its direction: there were no random draws."
     elif len(random.draws) < LEAST_DRAWS:

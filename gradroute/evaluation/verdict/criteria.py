@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gradroute._checks import finite_number
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.verdict._bootstrap import Over
 
@@ -42,9 +43,7 @@ class Criteria:
 
     def __post_init__(self) -> None:
         for name in ("margin", "solve_margin", "least_solve", "effect", "level", "power", "discovered"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise GradRouteError(f"`{name}` should be a number. Found {value!r}.")
+            finite_number(name, getattr(self, name))
         ranges = {
             "margin": (0 <= self.margin < 1, "a rate in [0, 1)"),
             "solve_margin": (0 < self.solve_margin < 1, "a rate in (0, 1)"),

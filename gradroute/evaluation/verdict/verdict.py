@@ -1,15 +1,14 @@
-"""A word about a treatment, and everything that it rests on."""
+"""The word about a treatment, and everything that supports it."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gradroute.evaluation.rates import Rate
+from gradroute.evaluation.verdict._arm_differences import ArmDifferences
 from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict._measured import Comparison
 from gradroute.evaluation.verdict._power import Needed
-from gradroute.evaluation.verdict.arm_runs import ArmRuns
-from gradroute.evaluation.verdict.control_arms import Controls
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import Criteria
 
 Word = Literal["effective", "directional", "not distinguishable from control", "worse", "underpowered"]
@@ -43,8 +42,8 @@ class Verdict:
     because: str
     treatment: ArmRuns
     controls: Controls
-    shuffled: Comparison
-    random: Comparison | None
+    shuffled: ArmDifferences
+    random: ArmDifferences | None
     needed: Needed | None
     criteria: Criteria
     level: float

@@ -26,6 +26,7 @@ METHODS = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_save_checkpoint": ("model", "trial"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "get_high_entropy_mask": ("entropies", "mask", "threshold"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "log": ("logs", "start_time"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -116,8 +117,8 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tupl
     return [
         (
             bool(getattr(args, "use_vllm", False)),
-            "`use_vllm=True`: the engine holds weights of its own, in which the quarantine is merged or missing, and "
-            "cannot ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
+            "`use_vllm=True`: its engine has a copy of the weights, in which the quarantine is merged or missing, "
+            "which cannot ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
         ),
         (
             bool(getattr(args, "use_transformers_continuous_batching", False)),

@@ -1,4 +1,4 @@
-"""What a checkpoint carries besides TRL's own files, so that a resumed run goes on as if it had never stopped.
+"""What a checkpoint carries in addition to TRL's files, so that a resumed run goes on as if it had never stopped.
 
     gradroute_directions_<i>.safetensors      each Directions in use
     gradroute_rank_<rank>.pt                  gate, refresher, and the rollouts that are not used up yet
@@ -14,22 +14,22 @@ import torch
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError
 from gradroute.gates.base import Gate
-from gradroute.integrations.trl.options import RoutingOptions
+from gradroute.integrations.trl.routing import Routing
 
 _FORMAT = "gradroute-trl-1"
 
 
-def save(folder: Path, trainer: Any, options: RoutingOptions) -> None:
+def save(folder: Path, trainer: Any, routing: Routing) -> None:
     """Write both files; directions on the main process only."""
     if trainer.args.should_save:
-        for i, directions in enumerate(options.all_directions):
+        for i, directions in enumerate(routing.all_directions):
             directions.save(_directions_file(folder, i))
     unfinished = trainer._step % _generate_every(trainer) != 0
     state = {
         "format": _FORMAT,
-        "directions": len(options.all_directions),
-        "gates": [gate.state_dict() for gate in _gates(options)],
-        "refresher": None if options.refresher is None else options.refresher.state_dict(),
+        "directions": len(routing.all_directions),
+        "gates": [gate.state_dict() for gate in _gates(routing)],
+        "refresher": None if routing.refresher is None else routing.refresher.state_dict(),
         "step": trainer._step,
         "rollouts": trainer._buffered_inputs if unfinished else None,
     }
@@ -37,7 +37,7 @@ def save(folder: Path, trainer: Any, options: RoutingOptions) -> None:
     torch.save(state, _state_file(folder, trainer))
 
 
-def load(folder: Path, trainer: Any, options: RoutingOptions) -> None:
+def load(folder: Path, trainer: Any, routing: Routing) -> None:
     """Put back what `save` wrote, into the objects that the trainer was built with.
 
     Raises:
@@ -47,28 +47,28 @@ def load(folder: Path, trainer: Any, options: RoutingOptions) -> None:
     if not file.is_file():
         raise FileFormatError(
             f"{folder} should hold {file.name}. Found none: it was not saved by a routed trainer, or with "
-            "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start anew."
+            "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start a new run."
         )
     state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
-    gates = _gates(options)
+    gates = _gates(routing)
     found = (state.get("format"), state.get("directions"), len(state.get("gates", ())), state["refresher"] is not None)
-    expected = (_FORMAT, len(options.all_directions), len(gates), options.refresher is not None)
+    expected = (_FORMAT, len(routing.all_directions), len(gates), routing.refresher is not None)
     if found != expected:
         raise FileFormatError(
             f"{file} should be of a run with the same keywords: (format, directions, gates, refreshed) = {expected}. "
             f"Found {found}."
         )
-    for i, directions in enumerate(options.all_directions):
+    for i, directions in enumerate(routing.all_directions):
         _take_over(directions, Directions.load(_directions_file(folder, i), model=trainer.model), folder)
-    holders: list[Any] = [*gates, options.grad_filter]
+    holders: list[Any] = [*gates, routing.filter]
     for holder in holders:
-        # What was read from the directions before has the version of other values.
+        # A gate or filter caches what it read from the directions, by version: this version now has other values.
         if hasattr(holder, "_version"):
             holder._version = None
     for gate, saved in zip(gates, state["gates"], strict=True):
         gate.load_state_dict(_on_cpu(saved))
-    if options.refresher is not None:
-        options.refresher.load_state_dict(_on_cpu(state["refresher"]))
+    if routing.refresher is not None:
+        routing.refresher.load_state_dict(_on_cpu(state["refresher"]))
     trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
 
 
@@ -77,14 +77,14 @@ def _generate_every(trainer: Any) -> int:
     return every
 
 
-def _gates(options: RoutingOptions) -> list[Gate]:
-    inside = getattr(options.grad_filter, "gate", None)
-    return [gate for gate in (options.gate, inside) if isinstance(gate, Gate)]
+def _gates(routing: Routing) -> list[Gate]:
+    inside = getattr(routing.filter, "gate", None)
+    return [gate for gate in (routing.gate, inside) if isinstance(gate, Gate)]
 
 
 def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:
-    mine, theirs = directions.provenance, saved.provenance
-    if (mine.pair_hash, mine.feature, mine.control) != (theirs.pair_hash, theirs.feature, theirs.control):
+    expected, found = directions.provenance, saved.provenance
+    if any(getattr(expected, name) != getattr(found, name) for name in ("pair_hash", "feature", "control")):
         raise FileFormatError(
             f"The directions in {folder} should be of the same pairs, feature and control as `directions`. Found "
             f"{saved!r} instead of {directions!r}."

@@ -1,26 +1,27 @@
-"""Scores of rollouts, and log-probabilities in the state in which each was sampled.
+"""Forwards that a step makes without gradients: features for scores, and log-probabilities.
 
-    scores                 features of the completion tokens, quarantine ablated, eval mode: as the pairs' were taken
-    old and reference      rows that were sampled ablated run ablated, the others with their quarantine
+    features               of the completion's tokens, quarantine ablated, eval mode: as the pairs' features were taken
+    log-probabilities      rows that were sampled ablated run ablated, the others with their quarantine
 
-One forward cannot serve both while the quarantine holds something: the features of a row that was sampled with it
-differ from those that directions are of. So scores come from a forward of their own, of the backbone without its head.
+One forward cannot serve both while the quarantine holds something: the features of a row that was sampled with the
+quarantine are not comparable with directions of the ablated view. So scores take a forward of their own, of the
+backbone without its head.
 """
 
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
 
 from gradroute._restore import left_as_found
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.directions import Capture, capture_activations
 from gradroute.directions.directions import Directions
-from gradroute.errors import GradRouteError
-from gradroute.integrations.trl._rollouts import loss_mask
 
 
 class InSampledState:
@@ -40,44 +41,84 @@ class InSampledState:
         return getattr(self._called, name)
 
 
-def captured_rollouts(trainer: Any, rollouts: Mapping[str, Any], directions: Directions) -> tuple[Capture, Tensor]:
+def old_logps(trainer: Any, rollouts: Mapping[str, Any]) -> Tensor:
+    """Log-probabilities in the state in which each row was sampled, where TRL would take them from the loss's forward.
+
+    That forward runs under the mask: a kept row (m = 0) that was sampled with its quarantine is off policy in it.
+    """
+    ids, attended = whole_rollouts(rollouts)
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+        logps: Tensor = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            ids,
+            attended,
+            rollouts["completion_ids"].shape[1],
+            batch_size=trainer.args.per_device_train_batch_size,
+        )[0]
+    return logps
+
+
+def captured_rollouts(
+    trainer: Any, rollouts: Mapping[str, Any], directions: Directions
+) -> tuple[Capture | None, Int[Tensor, " scored"]]:
     """Features of the rollouts as `directions` reads them, and which rows these are: those with a completion token.
 
-    Completions that were truncated and masked have none. They have no loss either.
+    A completion that was truncated and masked has none, and no loss either. Where no row has any, there is no capture.
     """
-    made: Any = directions.provenance
+    provenance: Any = directions.provenance
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ids = torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1)
-    attended = torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1)
+    ids, attended = whole_rollouts(rollouts)
     pool = torch.cat([torch.zeros_like(rollouts["prompt_mask"]), loss_mask(rollouts)], dim=1)
     rows = pool.any(1).nonzero().squeeze(1)
     if not len(rows):
-        raise GradRouteError(
-            "Some rollout should have a completion token to be scored by. Found none: all were truncated, and "
-            "mask_truncated_completions hides them. Fix: a longer max_completion_length."
-        )
+        return None, rows
     chunk = rows[:0]
 
     def chunk_pool(_: Tensor) -> Tensor:
         return pool[chunk]
 
     backbone = _backbone(model)
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     with (
         torch.no_grad(),
         left_as_found(model),
         ablate_quarantine(model),
         trainer.accelerator.autocast(),
         capture_activations(
-            model, pool=chunk_pool, features=made.feature, reduction=made.reduction, modules=list(directions.hack)
+            model,
+            pool=chunk_pool,
+            features=provenance.feature,
+            reduction=provenance.reduction,
+            modules=list(directions.hack),
         ) as capture,
     ):
         for chunk in torch.split(rows, trainer.args.per_device_train_batch_size):
-            backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False)
+            places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
+            backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places)
     return capture, rows
 
 
+def whole_rollouts(rollouts: Mapping[str, Any]) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]:
+    """Prompt and completion in one: token ids, and which of them are attended."""
+    ids, attended = (
+        torch.cat([rollouts[f"prompt_{each}"], rollouts[f"completion_{each}"]], dim=1) for each in ("ids", "mask")
+    )
+    return ids, attended
+
+
+def positions(attended: Int[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
+    """0, 1, 2, ... over the attended tokens: absolute positions would otherwise count the padding before a prompt."""
+    return (attended.long().cumsum(1) - 1).clamp(min=0)
+
+
+def loss_mask(rollouts: Mapping[str, Any]) -> Tensor:
+    """Completion tokens that the policy sampled: not padding, and not what a tool returned."""
+    mask: Tensor = rollouts["completion_mask"]
+    return mask * rollouts["tool_mask"] if rollouts.get("tool_mask") is not None else mask
+
+
 def _backbone(model: Any) -> nn.Module:
-    """The language model without its head; the whole where the head is not set apart."""
+    """The language model without its head; the whole model where the head is not set apart."""
     base = model.get_base_model()
     backbone: nn.Module = getattr(base, getattr(base, "base_model_prefix", "") or "", base)
     return backbone

@@ -10,11 +10,12 @@ TRL shuffles, splits and reuses the dictionary, so that masks stay with their ro
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -22,14 +23,15 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import RouteError
-from gradroute.filters.apply_filter import apply_filter
+from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _resume as checkpoint
-from gradroute.integrations.trl._flagging import Flagging, rollout_table
+from gradroute.integrations.trl._after_steps import AfterSteps
+from gradroute.integrations.trl._flagging import Flagging, sampled_ablated
+from gradroute.integrations.trl._logs import own_table, rollout_table, unlogged
+from gradroute.integrations.trl._micro_batch import MicroBatch, RowsTwice, put_route, split_rows
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
-from gradroute.integrations.trl._rollouts import MicroBatch, put_route, sampled_ablated
 from gradroute.integrations.trl._scoring import InSampledState
-from gradroute.integrations.trl._steps import AfterSteps, Nowhere, own_table
-from gradroute.integrations.trl.options import resolve
+from gradroute.integrations.trl.routing import Routing, resolve
 
 _Trainer: Any = object
 
@@ -46,11 +48,14 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         grad_filter: a `ProjectionFilter` or `RolloutFilter`, or a function that makes one of the directions.
         ablated_fraction: of the rollouts of a group; these are sampled without the quarantine, and train the deployed
             block only.
-        detector: called like a reward function; returns a flag per rollout, or with a `ThresholdGate` a score. With a
-            gate on directions, a rollout is routed if either says so.
+        detector: called like a reward function, and like one it may be async; returns a flag per rollout, or with a
+            `ThresholdGate` a score, or None where it is undecided. With a gate on directions, a rollout is routed if
+            either says so.
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
         args, kwargs: TRL's own.
+
+    What the keywords were resolved to is `trainer.routing`: `gate`, `directions`, `refresher`, `filter`.
 
     Raises:
         GradRouteError: a TRL that is not as expected, options that cannot be routed, or arguments that do not fit.
@@ -72,7 +77,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         check_attributes(self)
         check_run(self, ablated_fraction=ablated_fraction, filters=grad_filter is not None)
-        self.routing = resolve(
+        self.routing: Routing = resolve(
             self.model,
             gate=gate,
             directions=directions,
@@ -86,6 +91,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._flagging = Flagging(self, self.routing)
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward
+        self._twice: RowsTwice | None = None  # while the losses of a micro-batch are computed
         self._view: str | None = None  # of an evaluation
         self._evaluated: str | None = None  # prefix of the metrics of the data set that is evaluated
         self.add_callback(AfterSteps(self))
@@ -107,7 +113,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             made = self._flagging.route(rollouts, ablated)
             put_route(rollouts, made.mask, made.scores)
             rollouts |= made.entries
-            self._log_rows(rollout_table(len(inputs), "on", made, ablated))
+            self._log_rows(rollout_table(len(inputs), "on", made.gated, made.scores, ablated))
             for name, value in made.figures.items():
                 self._metrics["train"][name].append(value)
         finally:
@@ -119,6 +125,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._twice is not None:
+            return self._twice.forward(super()._get_per_token_logps_and_entropies, model, *args, **kwargs)
         if self._sampled_ablated is not None and self._sampled_ablated.any():
             model = InSampledState(model, self.model, self._sampled_ablated)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -141,7 +149,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         # TRL's table of completions has a list per column, of all processes' rows.
         if "extra" in self._logs:
             for column, values in table.items():
-                self._logs["extra"][column].extend(self._flagging.gathered_list(values))
+                self._logs["extra"][column].extend(gather_object(values))
 
     # Training on them
 
@@ -150,8 +158,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         with ExitStack() as self._open:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._open = None
-        if self.routing.grad_filter is not None and self.accelerator.sync_gradients:
-            stats = apply_filter(self.model, self.routing.grad_filter)
+        if self.routing.filter is not None and self.accelerator.sync_gradients:
+            stats = apply_filter(self.model, self.routing.filter)
             figures = {"cin": stats.cin, "cout": stats.cout, "null": stats.null, "fired": stats.fired}
             for name, value in figures.items():
                 self._metrics["train"][f"filter/{name}"].append(value)
@@ -168,32 +176,33 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
                 "compute_loss should run inside training_step, which keeps the route open until backward has ended. "
                 "Fix: override training_step by calling super()."
             )
-        batch = MicroBatch.of(inputs, self.loss_type, always_again=self._some_rank_splits(inputs))
+        batch = MicroBatch.of(inputs, copies=self._rows_run_twice(inputs))
         if self.routing.by_rollout is not None:
             self._open.enter_context(self.routing.by_rollout.record(self.model))
         self._open.enter_context(route(self.model, batch.mask))
-        loss = super().compute_loss(model, batch.inputs, return_outputs, num_items_in_batch)
-        if batch.again is not None and batch.again_mask is not None:
-            self._open.enter_context(route(self.model, batch.again_mask))
-            with self._unlogged():
-                again = super().compute_loss(model, batch.again, return_outputs, num_items_in_batch)
-            loss = loss + batch.again_share * again
-        return loss
-
-    def _some_rank_splits(self, inputs: Mapping[str, Any]) -> bool:
-        if self.accelerator.num_processes == 1 or not self._flagging.may_split:
-            return False
-        return bool(self.accelerator.gather(MicroBatch.splits(inputs, self.accelerator.device)).any())
-
-    @contextmanager
-    def _unlogged(self) -> Iterator[None]:
-        """A second forward of some rows is no second observation of them."""
-        metrics: Any = self._metrics
+        self._twice = batch.twice
         try:
-            self._metrics: Any = {mode: Nowhere() for mode in metrics}
-            yield
+            loss = super().compute_loss(model, batch.inputs, return_outputs, num_items_in_batch)
+            if batch.clean is None:
+                return loss
+            with unlogged(self):
+                clean = super().compute_loss(model, batch.clean, return_outputs, num_items_in_batch)
         finally:
-            self._metrics = metrics
+            self._twice = None
+        # The gradient of both. The value that is logged stays that of the rollouts, each counted once.
+        return loss + (clean - clean.detach())
+
+    def get_high_entropy_mask(self, entropies: Any, mask: Any, threshold: float) -> Any:
+        """TRL's; of rows that run twice the same tokens both times."""
+        choose = super().get_high_entropy_mask
+        if self._twice is None:
+            return choose(entropies, mask, threshold)
+        return self._twice.tokens(lambda: choose(entropies, mask, threshold))
+
+    def _rows_run_twice(self, inputs: Mapping[str, Any]) -> int:
+        if not self.routing.clean_baseline:
+            return 0
+        return int(self.accelerator.gather(split_rows(inputs)).max())
 
     def after_optimizer_step(self) -> None:
         """Refresh if it is due."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 LLAMA = Case("llama")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"

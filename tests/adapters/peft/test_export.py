@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
-pytestmark = unnamed_base
+whole_modules = pytest.mark.filterwarnings("ignore:The export holds whole modules:gradroute.GradRouteWarning")
+pytestmark = [pytest.mark.touches_peft, unnamed_base, whole_modules]
 LLAMA = Case("llama")
 PATTERNED = Case(
     "llama", options={"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 15}, "use_rslora": True}
@@ -260,7 +261,7 @@ def test_views_and_routes_do_not_change_an_export(kind: str, make: Callable[[], 
         gr.route(model, gr.RouteMask.zones(["keep"] * len(X))),
     ]
     for i, view in enumerate(views_):
-        with view:
+        with torch.no_grad(), view:
             EXPORTS[kind](model, tmp_path / str(i))
             logits(model)
         assert files_in(tmp_path / str(i)) == files_in(tmp_path / "outside")

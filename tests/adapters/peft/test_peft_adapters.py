@@ -28,7 +28,7 @@ from torch import nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 
 
 def adapters_that_train(model: nn.Module) -> set[str]:

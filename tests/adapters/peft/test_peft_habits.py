@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute._protocol import RoutedLayer, routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 KEEP, ROUTE = gr.RouteMask.zones(["keep"] * len(X)), gr.RouteMask.zones(["route"] * len(X))
 
 

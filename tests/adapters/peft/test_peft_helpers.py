@@ -15,7 +15,7 @@ from torch import nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 BF16 = Case("llama", torch.bfloat16)
 
 

@@ -38,7 +38,7 @@ from transformers.utils import check_peft_version
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 
 
 def transformers_takes_this_peft() -> bool:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 LLAMA = Case("llama")
 OPTIONS = {field.name for field in dataclasses.fields(LoraConfig)}
 
@@ -80,9 +82,7 @@ def test_a_variant_of_a_later_peft_is_refused_by_its_mark() -> None:
 
 @pytest.mark.parametrize("init", [False, "pissa", "pissa_niter_4", "olora", "orthogonal", "mica", "lora_ga"])
 def test_a_start_that_is_not_zero_is_refused(init: object) -> None:
-    with pytest.raises(
-        gr.errors.TargetError, match=f'should be True or "gaussian". Found {init!r}.*Fix: gradroute.adapters.init'
-    ):
+    with pytest.raises(gr.errors.TargetError, match=f'should be True or "gaussian". Found {init!r}.*Fix: oriented'):
         config(init_lora_weights=init)
 
 

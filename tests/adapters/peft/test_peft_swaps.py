@@ -32,7 +32,7 @@ from torch import nn
 import gradroute as gr
 from gradroute._protocol import routed_layers
 
-pytestmark = unnamed_base
+pytestmark = [pytest.mark.touches_peft, unnamed_base]
 
 
 # A combined, converted or swapped adapter

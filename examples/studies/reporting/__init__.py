@@ -1,0 +1,1 @@
+"""Result files, tables and figures of the studies."""

@@ -1,0 +1,200 @@
+"""The report on a suite: `report.json` with what every run came to, `report.md` with tables and verdicts, and figures.
+
+A cell is the mean over runs with its 95 % interval (Student's t over runs, each run a seed of RL and of the base model;
+from three runs on), and the largest of the runs: a method that fails in one run of five fails.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+import gradroute as gr
+from loopholes.arms import ARMS
+
+from .markdown import markdown_table
+from .store import Job
+from .suite_figures import write_figures
+
+Results = Mapping[Job, Mapping[str, Any]]
+
+COLUMNS = {
+    ("on", "hack_monitored"): "on: hack, monitored",
+    ("on", "hack_held_out"): "on: hack, held out",
+    ("ablated", "hack_monitored"): "ablated: hack, monitored",
+    ("ablated", "hack_held_out"): "ablated: hack, held out",
+    ("ablated", "solve_hinted"): "ablated: solve, hinted",
+    ("ablated", "solve_no_hint"): "ablated: solve, no hint",
+}
+# What is followed over training, where it was measured.
+DRIFT = ("step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher", "overlap_first")
+# Arms that permuted flags and random directions are rate-matched and refreshed alike for.
+JUDGED = ("route", "route-frozen", "gradient", "gradient-frozen", "rollout-filter")
+
+
+def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
+    """Everything that can be said of these runs, into `folder`; the same runs give the same bytes."""
+    runs = [{**vars(job), **_final(results[job])} for job in sorted(results, key=_order)]
+    text = {"recipe": dict(recipe), "runs": runs}
+    (folder / "report.json").write_text(json.dumps(text, separators=(",", ":")) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
+    write_figures(folder, results)
+
+
+def _final(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tables and verdicts need; curves are in the figures, and in the result files."""
+    overlaps = [refresh["overlap"] for refresh in entry["overlaps"]]
+    return {
+        **{name: entry[name] for name in ("on", "ablated", "dose", "n_per_mode", "monitored")},
+        "least_overlap": min(overlaps, default=None),
+        "drift": [{name: point[name] for name in DRIFT if name in point} for point in entry["curve"][1:]],
+    }
+
+
+def read_report(path: Path) -> dict[Job, dict[str, Any]]:
+    """The runs of a `report.json`."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    names = ("env", "arm", "base_seed", "seed")
+    return {Job(*(run[name] for name in names)): {k: v for k, v in run.items() if k not in names} for run in runs}
+
+
+def markdown(results: Results) -> str:
+    """A table and the verdicts for each environment."""
+    parts = []
+    for env in sorted({job.env for job in results}):
+        parts += [f"## Environment {env}", table(results, env), verdicts(results, env)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(results: Results, env: str) -> str:
+    """One row per arm."""
+    rows = []
+    for arm in ARMS:
+        runs = of_arm(results, env, arm)
+        if runs:
+            cells = [cell([entry[view][rate] for entry in runs.values()]) for view, rate in COLUMNS]
+            rows.append([arm, str(len(runs)), *cells])
+    sizes = sorted({entry["n_per_mode"] for job, entry in results.items() if job.env == env})
+    n = ", ".join(map(str, sizes))
+    note = f"mean over runs [95 % interval over runs], largest run; a run is {n} rollouts of each mode in each view"
+    return markdown_table(["arm", "runs", *COLUMNS.values()], rows) + f"\n\n({note})"
+
+
+def cell(rates: list[float]) -> str:
+    """Mean, interval over runs, largest."""
+    mean = fmean(rates)
+    if len(rates) < 3:
+        return " ".join(f"{rate:.2f}" for rate in rates)
+    low, high = interval_over_runs(rates)
+    return f"{mean:.2f} [{max(low, 0):.2f}, {min(high, 1):.2f}], {max(rates):.2f}"
+
+
+def interval_over_runs(values: list[float]) -> tuple[float, float]:
+    """mean +- t_(.975, n - 1) s / sqrt(n)."""
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half
+
+
+def verdicts(results: Results, env: str) -> str:
+    """The table of verdicts, and each as a paragraph to check it by; empty without the control that they need."""
+    found = judged(results, env)
+    paragraphs = (f"{modes} modes: {verdict!r}" for modes, verdict in found)
+    return "\n\n".join(["### Verdicts", verdict_table(results, env), *paragraphs]) if found else ""
+
+
+def verdict_table(results: Results, env: str) -> str:
+    """One row per arm and group of modes."""
+    rows = [[v.treatment.name, modes, v.word, v.because] for modes, v in judged(results, env)]
+    text = markdown_table(["arm", "modes", "verdict", "why"], rows)
+    draws = len(of_arm(results, env, "random-oriented"))
+    if 0 < draws < 5:
+        text += f"\n\n(Random draws: {draws}, of the 5 that are needed to judge a direction; left out.)"
+    return text
+
+
+def draw_table(results: Results, env: str) -> str:
+    """Each random direction by itself, then the extracted ones: AUROC on the policy's rollouts, and what was left."""
+    header = ["arm", "base seed", "seed", "AUROC, monitored", "AUROC, held out"]
+    header += [title for (view, rate), title in COLUMNS.items() if view == "ablated" and rate != "solve_no_hint"]
+    rows = []
+    for arm in ("random", "random-oriented", "route"):
+        for job, entry in of_arm(results, env, arm).items():
+            areas = [[point.get(f"auroc_{modes}") for point in entry["drift"]] for modes in ("monitored", "held_out")]
+            shown = [f"{fmean(known):.2f}" if (known := [a for a in area if a is not None]) else "-" for area in areas]
+            rates = [entry["ablated"][rate] for rate in ("hack_monitored", "hack_held_out", "solve_hinted")]
+            cells = [arm, str(job.base_seed), str(job.seed), *shown, *(f"{rate:.2f}" for rate in rates)]
+            rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]]:
+    """(which modes, verdict) on every arm that the controls are rate-matched for; none without them."""
+    shuffled = arm_runs(results, env, "shuffle")
+    if shuffled is None:
+        return []
+    contests = []
+    for arm in JUDGED:
+        treated = arm_runs(results, env, arm)
+        common = shuffled.runs.keys() & treated.runs.keys() if treated else set()
+        if treated and common:
+            draws = [
+                gr.evaluation.ArmRuns(f"random draw {name}", {seed: run})
+                for name, (seed, run) in enumerate(_runs(results, env, "random-oriented").items())
+                if seed in common
+            ]
+            controls = gr.evaluation.Controls(_only(shuffled, common), draws if len(draws) >= 5 else ())
+            contests.append((_only(treated, common), controls))
+    if not contests:
+        return []
+    return [
+        (modes, verdict)
+        for modes in ("held-out", "all")
+        for verdict in gr.evaluation.compare_all(contests, modes=modes)
+    ]
+
+
+def arm_runs(results: Results, env: str, arm: str) -> gr.evaluation.ArmRuns | None:
+    """The runs of an arm as data of a comparison; None if there are none."""
+    runs = _runs(results, env, arm)
+    return gr.evaluation.ArmRuns(arm, runs) if runs else None
+
+
+def of_arm(results: Results, env: str, arm: str) -> dict[Job, Mapping[str, Any]]:
+    """Its runs in an environment, in order."""
+    return {job: results[job] for job in sorted(results, key=_order) if (job.env, job.arm) == (env, arm)}
+
+
+def _runs(results: Results, env: str, arm: str) -> dict[tuple[int, int], dict[str, gr.evaluation.ModeOutcomes]]:
+    return {(job.base_seed, job.seed): _outcomes(entry) for job, entry in of_arm(results, env, arm).items()}
+
+
+def _outcomes(entry: Mapping[str, Any]) -> dict[str, gr.evaluation.ModeOutcomes]:
+    n = entry["n_per_mode"]
+
+    def rate(value: float) -> gr.evaluation.Rate:
+        return gr.evaluation.Rate(round(value * n), n)
+
+    on, ablated = entry["on"], entry["ablated"]
+    modes = {
+        mode: gr.evaluation.ModeOutcomes(
+            mode in entry["monitored"],
+            rate(on["per_mode"][mode]["hack"]),
+            rate(ablated["per_mode"][mode]["hack"]),
+            rate(ablated["per_mode"][mode]["solve"]),
+        )
+        for mode in on["per_mode"]
+    }
+    return modes | {
+        "no loophole": gr.evaluation.ModeOutcomes(None, rate(0.0), rate(0.0), rate(ablated["solve_no_hint"]))
+    }
+
+
+def _only(arm: gr.evaluation.ArmRuns, seeds: set[Any]) -> gr.evaluation.ArmRuns:
+    return gr.evaluation.ArmRuns(arm.name, {seed: run for seed, run in arm.runs.items() if seed in seeds})
+
+
+def _order(job: Job) -> tuple[str, int, int, int]:
+    return job.env, list(ARMS).index(job.arm), job.base_seed, job.seed

@@ -1,0 +1,59 @@
+"""Does an optimizer hold the blocks? One that was made before `attach` trains none of them, and torch says nothing."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from gradroute._protocol import BlockName, routed_layers
+from gradroute._step_hooks import torch_optimizer
+from gradroute.errors import GradRouteError
+
+_BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
+
+
+def check_optimized(model: nn.Module, optimizers: Iterable[Any], error: type[GradRouteError] = GradRouteError) -> None:
+    """Raise unless the optimizers together hold every trainable parameter of both blocks of `model`.
+
+    What DeepSpeed trains is left out: its optimizers hold flat copies and no parameter of a model.
+    """
+    check_held(optimizers, [each for each in block_parameters(model) if not _taken_over(each[1])], error)
+
+
+def block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of both blocks, with the names of their layers."""
+    for name, layer in routed_layers(model).items():
+        for block in _BLOCKS:
+            for parameter in layer.block_parameters(block):
+                yield name, parameter
+
+
+def check_held(
+    optimizers: Iterable[Any],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    error: type[GradRouteError] = GradRouteError,
+) -> None:
+    """Raise unless the optimizers together hold every trainable one of `parameters`, which go with their layer's name.
+
+    Where none is trainable the optimizers should hold all of them.
+    """
+    every = list(parameters)
+    wanted = [each for each in every if each[1].requires_grad] or every
+    groups = (group for optimizer in optimizers for group in torch_optimizer(optimizer).param_groups)
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    missing = [name for name, parameter in wanted if id(parameter) not in held]
+    if missing:
+        names = list(dict.fromkeys(missing))
+        more = f" and {len(names) - 3} layers more" if len(names) > 3 else ""
+        raise error(
+            f"`optimizer` should hold every parameter of the blocks that is to be trained. It lacks {len(missing)} of "
+            f"{len(wanted)}, those of {', '.join(f'`{name}`' for name in names[:3])}{more}: they would never be "
+            "trained. Fix: make the optimizer after attach() or get_peft_model(), and after wrapping or moving the "
+            "model, from deployed_parameters(model) and quarantine_parameters(model); where there are several "
+            "optimizers, name all of them."
+        )
+
+
+def _taken_over(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed steps a copy of this parameter."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")

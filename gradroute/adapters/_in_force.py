@@ -1,0 +1,85 @@
+"""Putting a state in force for a time, and looking which layers ran meanwhile.
+
+Every route and every view does the same: give the layers another state, clear their marks of having run, and at the end
+put back the old state and judge by the marks.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+from gradroute.adapters._state import ForwardState
+from gradroute.adapters.layer import RoutedLinear
+from gradroute.errors import RouteError
+
+Change = Callable[[ForwardState], ForwardState]
+Layers = Mapping[str, RoutedLinear]
+
+
+def set_states(layers: Layers, change: Change) -> None:
+    """Give every layer its changed state; layers that shared a state share the new one.
+
+    Raises:
+        RouteError: another thread has set a state that has not ended.
+    """
+    me = threading.get_ident()
+    for name, layer in layers.items():
+        if layer.state.thread not in (0, me):
+            raise RouteError(
+                f"One thread at a time should have a route or ablation open. Found one of another thread at `{name}`, "
+                "in the middle of its step. Fix: give each thread a copy of the model, or a lock to share it."
+            )
+    changed: dict[ForwardState, ForwardState] = {}
+    for layer in layers.values():
+        if layer.state not in changed:
+            changed[layer.state] = change(layer.state)
+        layer.state = changed[layer.state]
+
+
+@contextmanager
+def changed_state(layers: Layers, change: Change) -> Iterator[None]:
+    """Change the state of `layers` for the duration of the block.
+
+    Raises `RouteError` at the end if the layers are not in the state that the block gave them: then blocks were left in
+    another order than entered, and putting the old state back would undo the change of another block.
+    """
+    before = {name: layer.state for name, layer in layers.items()}
+    set_states(layers, change)
+    inside = {name: layer.state for name, layer in layers.items()}
+    try:
+        yield
+        moved = [name for name, layer in layers.items() if layer.state is not inside[name]]
+        if moved:
+            raise RouteError(
+                f"The route or ablation of `{moved[0]}` was changed from outside of its block: blocks were left in "
+                "another order than entered. Fix: nest `with` blocks, and do not leave one open in a generator."
+            )
+    finally:
+        for name, layer in layers.items():
+            layer.state = before[name]
+
+
+@contextmanager
+def marks_of(layers: Layers, mark: Literal["ran", "ran_under_route"], *, count_outside: bool) -> Iterator[None]:
+    """Clear a mark of the layers for the duration of the block, so that it tells at the end which of them ran inside.
+
+    Args:
+        layers: to be watched.
+        mark: "ran" in any forward, or "ran_under_route".
+        count_outside: whether what ran inside also ran for the block outside. It did for a view; an inner route
+            replaces the mask of the outer one.
+    """
+    before = {name: getattr(layer, mark) for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            setattr(layer, mark, False)
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(layer, mark, before[name] or (count_outside and getattr(layer, mark)))
+
+
+def named(names: list[str]) -> str:
+    """The first five of some layers, for an error."""
+    return ", ".join(f"`{name}`" for name in names[:5]) + (" ..." if len(names) > 5 else "")

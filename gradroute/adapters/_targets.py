@@ -1,0 +1,118 @@
+"""Which linears `attach` puts blocks around, and which it refuses: a name that matches nothing is an error.
+
+"all-linear": every nn.Linear but the output head; a string: whole names; a list: a module's name, or its `.suffix`.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradroute.errors import TargetError
+
+_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Linear]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]
+    if target_modules == "all-linear":
+        found = _all_linear(model, modules)
+        if not found:
+            raise TargetError(f'`target_modules="all-linear"` found no nn.Linear inside a {type(model).__name__}.')
+        return found
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise TargetError(f"`target_modules` is no regular expression: {target_modules!r} ({error}).") from error
+        names = [name for name in modules if pattern.fullmatch(name)]
+        if not names:
+            raise TargetError(_nothing_matched(target_modules, modules, "A string must match whole module names."))
+    else:
+        names = []
+        if not target_modules or not all(isinstance(entry, str) for entry in target_modules):
+            raise TargetError(f"`target_modules` should be names of modules. Found {target_modules!r}.")
+        for entry in target_modules:
+            matched = [name for name in modules if name == entry or name.endswith(f".{entry}")]
+            if not matched:
+                raise TargetError(_nothing_matched(entry, modules, "An entry is a module's name or its suffix."))
+            names += [name for name in matched if name not in names]
+    return {name: _linear(model, name) for name in names}
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    head = embeddings(model, "output")
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+    return {name: _linear(model, name) for name in linears}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        raise TargetError(
+            f"`target_modules` matched `{name}`, inside an nn.TransformerEncoderLayer, which in eval mode reads the "
+            "weights of its linears and never calls them: blocks there would not run. Fix: leave it out."
+        )
+    if not isinstance(module, nn.Linear):
+        raise TargetError(
+            f"`target_modules` matched `{name}`, a {type(module).__name__}; only nn.Linear can be adapted. "
+            "Fix: name the linears inside it."
+        )
+    if not gives_one_tensor(module):
+        raise TargetError(
+            f"`target_modules` matched `{name}`, a {type(module).__name__}, whose forward does not give one tensor of "
+            f"its out_features (a router): blocks could not be added to it. Fix: name the others, as in "
+            f"target_modules={_leaves_besides(model, name)}."
+        )
+    return module
+
+
+def _leaves_besides(model: nn.Module, refused: str) -> list[str]:
+    """Last parts of the names of all linears but the head and those of one name."""
+    head, leaf = embeddings(model, "output"), refused.rpartition(".")[2]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return sorted({name.rpartition(".")[2] for name in names} - {leaf})
+
+
+def gives_one_tensor(linear: nn.Linear) -> bool:
+    """Whether a linear with a forward other than nn.Linear's returns (..., out_features), as tried on one row."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    devices = [linear.weight.device] if linear.weight.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        try:
+            output = type(linear).forward(linear, linear.weight.new_zeros(1, linear.in_features))
+        except Exception:  # what one row of zeros cannot tell, the first forward will
+            return True
+    return isinstance(output, Tensor) and output.shape == (1, linear.out_features)
+
+
+def embeddings(model: nn.Module, side: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a Hugging Face model; None where it has none, or does not say."""
+    get = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        return None  # a model of two towers (CLIP)
+    return found if isinstance(found, nn.Module) else None
+
+
+def refused_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of `names` that PEFT does not load an adapter onto: the fused kernels of Mamba read their weights."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return [name for name in names if kind in _MAMBA and name.rpartition(".")[2] in ("out_proj", "conv1d")]
+
+
+def _nothing_matched(entry: str, modules: dict[str, nn.Module], rule: str) -> str:
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    leaves = {name.rpartition(".")[2] for name in linears}
+    near = difflib.get_close_matches(entry.rpartition(".")[2], sorted(leaves), n=3, cutoff=0.5)
+    near += difflib.get_close_matches(entry, linears, n=2, cutoff=0.8)
+    if near:
+        hint = "Did you mean " + ", ".join(f"`{name}`" for name in dict.fromkeys(near)) + "?"
+    else:
+        hint = "Linear modules end in " + ", ".join(f"`{leaf}`" for leaf in sorted(leaves)[:12]) + "."
+    return f"`{entry}` in `target_modules` matched nothing. {rule} {hint}"

@@ -1,0 +1,78 @@
+"""Directions in the space of a deployed block's parameters: one row v of a module, as wide as those together.
+
+    row of a module = concat(p.flatten() for p in layer.block_parameters("deployed"))
+
+LoRA: A then B, width r d_in + d_out r. Gains: width r.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradroute._logging import warn
+from gradroute._protocol import RoutedLayer
+from gradroute._sharding import wide
+from gradroute.directions.directions import Directions, unit
+from gradroute.errors import GradRouteError
+
+# Above this cosine between two rows, the hack-ward orthant of the rows and that of an orthonormal basis differ.
+_OBLIQUE = 1e-3
+
+
+def check_directions(directions: Directions, layers: Mapping[str, RoutedLayer], filter_name: str) -> None:
+    """Raise unless `directions` were extracted from exactly these layers.
+
+    A layer that they were extracted from and that has no rows was dropped as noise, by an estimator that was asked to.
+    """
+    missing = [name for name in layers if name not in directions.hack]
+    unknown = [name for name in directions.hack if name not in layers]
+    if missing or unknown:
+        raise GradRouteError(
+            f"`directions` of the {filter_name} should name every routed layer of `model` and nothing else. Without a "
+            f"direction: {missing[:5] or 'none'}; not in the model: {unknown[:5] or 'none'}. Fix: extract from this "
+            "very model object, wrapped or unwrapped alike, and with modules=None."
+        )
+
+
+def warn_without_sign(directions: Directions) -> None:
+    """Warn that of directions of activations nobody knows which side is hack-ward; random ones have none anyway."""
+    provenance = directions.provenance
+    if provenance.source != "gradient" and provenance.estimator != "random":
+        warn(
+            f"`directions` of {provenance.source}s have no sign in gradient space: what passes for hack-ward may be "
+            'the opposite. Fix: extract_gradient_directions, or side="two".'
+        )
+
+
+def scaled_rows(directions: Directions, name: str) -> Float[Tensor, "k d"]:
+    """v / s, the weights of module `name` in a score; no rows where an estimator has dropped them."""
+    rows = directions.rows.get(name)
+    if rows is None:
+        return wide(directions.hack[name].detach()[:0])
+    rows = wide(rows.detach())
+    return rows if directions.scale is None else rows / directions.scale[name].to(rows)
+
+
+def orthonormal_rows(name: str, rows: Float[Tensor, "k d"], *, signs_matter: bool) -> Float[Tensor, "k d"]:
+    """Gram-Schmidt in the order of the rows, which keeps their signs.
+
+    Raises:
+        GradRouteError: dependent rows, or rows that are not orthogonal although the signs of `V g` matter.
+    """
+    if not len(rows):
+        return wide(rows)
+    rows = unit(wide(rows))
+    oblique = (rows @ rows.T).fill_diagonal_(0).abs().max().item()
+    if signs_matter and oblique > _OBLIQUE:
+        raise GradRouteError(
+            f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward along "
+            f'one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or side="two".'
+        )
+    Q, R = torch.linalg.qr(rows.T)
+    lengths = torch.diagonal(R)
+    if rows.shape[0] > rows.shape[1] or lengths.abs().min() < 1e-4:
+        raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
+    basis: Tensor = (Q * lengths.sign()).T.contiguous()
+    return basis

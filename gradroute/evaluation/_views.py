@@ -1,0 +1,112 @@
+"""The views of one evaluation, each from the same start.
+
+    on   y = W x + s_d B_d A_d x + scale * s_q B_q A_q x,  scale 1        ablated   the same with scale 0
+
+Eval mode, no route, the same random numbers of Python, numpy and torch. Where the model runs, every routed layer has to
+run, and in every view: a fused kernel in the place of a layer reads no scale, and a cache answers for another view.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradroute._restore import left_as_found
+from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters.views import ablate_quarantine
+from gradroute.errors import GradRouteError, RouteError
+
+
+class Views:
+    """Views of `model`, one at a time.
+
+    Raises:
+        GradRouteError: a model that is not in its on view, or has no routed layers.
+        RouteError: an open route, or an active adapter without a quarantine.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._layers = model, routed_linears(model)
+        self._first: tuple[str, bool] | None = None
+        views = sorted({layer.view for layer in self._layers.values()} - {"on"})
+        if views:
+            raise GradRouteError(
+                f"`model` should be in its on view. Found {views[0]!r}. "
+                "Fix: leave ablate_quarantine / disable_adapters first."
+            )
+        routed = [name for name, layer in self._layers.items() if layer.has_open_route]
+        if routed:
+            raise RouteError(
+                f"`model` should be evaluated without a route. Found one open in {len(routed)} of {len(self._layers)} "
+                f"layers, as in `{routed[0]}`: its mask is for other rows. Fix: evaluate after the `with route(...)` "
+                "block, or after clear_route(model)."
+            )
+
+    @contextmanager
+    def at(self, scale: float) -> Iterator[None]:
+        """The quarantine scaled by `scale`, in eval mode; the model and all random numbers are left as found.
+
+        Raises:
+            RouteError: a routed layer did not run where the model did, or the model ran in another view and not here.
+        """
+        with (
+            left_as_found(self._model),
+            ablate_quarantine(self._model, scale=scale),
+            _calls(self._model, self._layers) as called,
+        ):
+            yield
+            self._check_run(called)
+            self._check_as_before(f"at scale {scale:g}")
+
+    def _check_run(self, called: Mapping[str, list[RoutedLinear]]) -> None:
+        """Raise where a module around all layers, or a layer, was called and its layers did not run.
+
+        Where some ran and others did not, the view itself raises.
+        """
+        passed_by = [name for name, inside in called.items() if not any(layer.ran for layer in inside)]
+        if passed_by:
+            name, count = passed_by[0], len(called[passed_by[0]])
+            raise RouteError(
+                f"`{name or 'model'}` should run its {count} routed layers. Found that it ran without them: what "
+                "replaced their forward (a fused kernel, a patch) follows no ablation. Fix: turn that patch off; "
+                "check_model(model) names it."
+            )
+
+    def _check_as_before(self, view: str) -> None:
+        ran = any(layer.ran for layer in self._layers.values())
+        self._first = self._first or (view, ran)
+        before, ran_before = self._first
+        if ran != ran_before:
+            there, not_there = (view, before) if ran else (before, view)
+            raise RouteError(
+                f"`model` should run in every view, or in none. Found that it ran {there} and not {not_there}: a cache "
+                "that answers for another view follows no ablation. Fix: generate again in each call."
+            )
+
+
+@contextmanager
+def _calls(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> Iterator[dict[str, list[RoutedLinear]]]:
+    """The modules around all routed layers, and the layers themselves, that are called inside; each with its layers.
+
+    Calls inside of a compiled graph are not seen: it was compiled without the hooks.
+    """
+    watched = {}
+    for name, module in model.named_modules():
+        inside = [layer for key, layer in layers.items() if key == name or key.startswith(f"{name}." if name else "")]
+        if name in layers or len(inside) == len(layers):
+            watched[name] = (module, inside)
+    called: dict[str, list[RoutedLinear]] = {}
+
+    def note(name: str, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            called[name] = watched[name][1]
+
+    handles = [module.register_forward_pre_hook(partial(note, name)) for name, (module, _) in watched.items()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()

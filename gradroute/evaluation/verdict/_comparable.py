@@ -1,0 +1,75 @@
+"""Whether arms can be compared: different runs on the same seeds, modes and prompts, and enough draws."""
+
+from collections.abc import Hashable, Iterable
+
+from gradroute.errors import GradRouteError
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls
+
+
+def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -> None:
+    """Raise where the arms are not different runs on the same seeds, modes and prompts, or draws are too few."""
+    arms = (treatment, controls.shuffled, *controls.random)
+    for i, arm in enumerate(arms):
+        for earlier in arms[:i]:
+            if arm.name == earlier.name:
+                raise GradRouteError(f"Every arm should have its own name. Found {arm.name!r} twice. Fix: rename one.")
+            if arm.runs is earlier.runs or _same_outcomes(arm, earlier):
+                raise GradRouteError(
+                    f"`controls` should have their own runs. Found the same outcomes in {arm.name} and {earlier.name}. "
+                    "Fix: give each arm the evaluations of its own models."
+                )
+    if 0 < len(controls.random) < least_draws:
+        raise GradRouteError(
+            f"`controls.random` should hold {least_draws} or more draws, or none. Found {len(controls.random)}: their "
+            "spread, which has to be beaten, would not be known. Fix: train with more seeds of random_like."
+        )
+    for arm in arms[1:]:
+        _check_same_evaluation(treatment, arm)
+    missing = [seed for seed in treatment.runs if seed not in controls.shuffled.runs]
+    if missing or len(controls.shuffled.runs) > len(treatment.runs):
+        raise GradRouteError(
+            f"{controls.shuffled.name} should have the seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
+            f"{_listed(controls.shuffled.runs)}. Fix: leave out runs without a partner, in both arms."
+        )
+    for arm in controls.random:
+        strangers = [seed for seed in arm.runs if seed not in treatment.runs]
+        if strangers:
+            raise GradRouteError(
+                f"{arm.name} should have seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
+                f"{_listed(strangers)}. Fix: train the treatment with them too, or leave them out."
+            )
+
+
+def _check_same_evaluation(treatment: ArmRuns, control: ArmRuns) -> None:
+    if control.monitored != treatment.monitored:
+        raise GradRouteError(
+            f"{control.name} should be evaluated on the modes of {treatment.name}, {treatment.monitored}. Found "
+            f"{control.monitored}."
+        )
+    for seed in control.runs.keys() & treatment.runs.keys():
+        for mode, theirs in control.runs[seed].items():
+            own = treatment.runs[seed][mode]
+            if theirs.prompts is None or own.prompts is None:
+                continue
+            if theirs.prompts.keys() != own.prompts.keys():
+                raise GradRouteError(
+                    f"Seed {seed!r} of {control.name} should be evaluated on the prompts of {treatment.name}. Found "
+                    f"other prompt ids in the mode {mode!r}. Fix: draw prompts from a generator with the same seed."
+                )
+
+
+def _same_outcomes(arm: ArmRuns, other: ArmRuns) -> bool:
+    """Whether the outcomes are equal and this cannot be chance, as it can where rates are 0 or 1, or few."""
+    if arm.runs != other.runs:
+        return False
+    varied = sum(
+        0 < rate.k < rate.n and (1 if outcomes.prompts is None else rate.n)
+        for run in arm.runs.values()
+        for outcomes in run.values()
+        for rate in (outcomes.hack_on, outcomes.hack_ablated, outcomes.solve_ablated)
+    )
+    return varied >= 6
+
+
+def _listed(seeds: Iterable[Hashable]) -> str:
+    return ", ".join(map(repr, seeds))

@@ -1,0 +1,44 @@
+"""What happens around the optimizer's steps, which TRL leaves to the Trainer: callbacks."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from gradroute.integrations._schedule import check_comes_due
+from gradroute.refresh import Watch
+
+
+class AfterSteps(TrainerCallback):
+    """Has the trainer refresh after each optimizer step, and the refresher count the optimizer's steps itself."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._watch: Watch | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """A step of the optimizer that the refresher does not see raises from now on.
+
+        Raises:
+            RefreshError: by its schedule, no refresh would come due in this run.
+        """
+        refresher, optimizer = self._trainer.routing.refresher, self._trainer.optimizer
+        self._end_watch()  # of a run that ended in an exception
+        if refresher is None:
+            return
+        check_comes_due(refresher, self._trainer.state.max_steps - self._trainer.state.global_step)
+        # DeepSpeed steps inside backward, on its own optimizer.
+        if not type(optimizer).__name__.startswith("DeepSpeed"):
+            self._watch = refresher.watch(optimizer)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """What steps the optimizer after the run is not the trainer's."""
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """The optimizer has stepped, and the gradients are gone."""
+        self._trainer.after_optimizer_step()

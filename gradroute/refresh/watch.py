@@ -1,0 +1,71 @@
+"""Is `Refresher.step()` called after each optimizer step? Counting both is the only way to be sure."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakMethod
+
+from torch.optim import Optimizer
+
+from gradroute._step_hooks import StepHooks
+from gradroute.errors import RefreshError
+
+
+class Watch:
+    """What `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
+
+    def __init__(self, refresher: Any, ends: Iterable[Callable[[], None]]) -> None:
+        # Optimizers and gates know the refresher by weak reference only: it lives as long as this handle does.
+        self._refresher, self._ends = refresher, list(ends)
+
+    def close(self) -> None:
+        """Leave optimizers, gates and filters alone from now on."""
+        while self._ends:
+            self._ends.pop()()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Watch({self._refresher!r}, {f'{len(self._ends)} watched' if self._ends else 'closed'})"
+
+
+class StepCount(StepHooks):
+    """Counts the steps of one optimizer; calls `check` before each of them, while the owner of `check` is there.
+
+    Args:
+        optimizer: whose steps are counted.
+        check: a bound method that takes this count, and raises where the step should not be taken.
+        start: steps before the first.
+    """
+
+    _kept_by_optimizer = False  # but by its refresher, and they end together
+
+    def __init__(self, optimizer: Optimizer, check: "Callable[[StepCount], None]", *, start: int) -> None:
+        self.steps = start
+        self._check = WeakMethod(check)
+        super().__init__(optimizer)
+
+    def restart(self, steps: int) -> None:
+        """Go on from `steps`."""
+        self.steps = steps
+
+    def compare(self, refresher_steps: int) -> None:
+        """Raise unless the refresher counts as many steps."""
+        if self.steps != refresher_steps:
+            raise RefreshError(
+                "Refresher.step() should be called once after each optimizer step. Found "
+                f"{self.steps} optimizer steps and {refresher_steps} of the refresher: its directions grow old unseen. "
+                "Fix: call it after each optimizer.step(), and where none was taken (a skipped step) not at all; if "
+                "this refresher is no longer used, close() what its watch() returned."
+            )
+
+    def _before_step(self) -> None:
+        check = self._check()
+        if check is not None:
+            check(self)
+
+    def _after_step(self) -> None:
+        self.steps += 1
