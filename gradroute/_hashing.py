@@ -57,8 +57,8 @@ def model_identity(model: nn.Module) -> str:
         for block in ("deployed", "quarantine")
         for parameter in module.block_parameters(block)
     }
-    named = dict(model.named_parameters())
-    base = {_base_name(name): name for name, p in named.items() if id(p) not in blocks and not _added(name)}
+    parameters = dict(model.named_parameters())
+    base = {_base_name(name): name for name, p in parameters.items() if id(p) not in blocks and not _added(name)}
     digest = hashlib.sha256()
     for name, found_as in sorted(base.items()):
         owner, _, leaf = found_as.rpartition(".")
@@ -69,7 +69,7 @@ def model_identity(model: nn.Module) -> str:
         values = flat[index].double().cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
     identity = digest.hexdigest()
-    _KNOWN[model] = _Known(identity, [(ref(named[name]), _stamp(named[name])) for name in base.values()])
+    _KNOWN[model] = _Known(identity, [(ref(parameters[name]), _stamp(parameters[name])) for name in base.values()])
     return identity
 
 
@@ -77,7 +77,7 @@ def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
     """(version, address): every write moves the one, `.data = ` the other."""
     if parameter is None:
         return None
-    # An inference tensor counts no versions.
+    # An inference tensor has no version.
     return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
 
 
