@@ -29,6 +29,8 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_DRAWS = "__beartype_getrandbits"
 _LONGEST = 200
 _DRAWS = "__beartype_getrandbits"
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradroute._protocol import RoutedLayer
+from gradroute._wrappers import unwrapped
 from gradroute.errors import GradRouteError
 
 ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -58,6 +59,5 @@ def pad_token(model: nn.Module) -> int:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    inner: Any = getattr(model, "module", model)
-    inner = getattr(inner, "_orig_mod", inner)
+    inner: Any = unwrapped(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
