@@ -9,13 +9,13 @@
 | detach mix            | (1, m_d, m_q)                   | (1, m_d, m_q)                   | arXiv:2410.04332     |
 """
 
-import math
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradroute._checks import finite_number, one_of
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
 
@@ -56,8 +56,7 @@ def graft_mask(
     >>> RouteMask.weights(mask.m, mask.g_d * deployed, mask.g_q * quarantine)
     RouteMask((4,), rows: 0 keep, 0 absorb, 0 route, 4 weighted)
     """
-    if scheme not in ("classic", "exclusive"):
-        raise GradRouteError(f'`scheme` should be "classic" or "exclusive". Found {scheme!r}.')
+    one_of("scheme", scheme, ("classic", "exclusive"))
     if not 0 <= strength < float("inf"):
         raise GradRouteError(f"`strength` should be a number >= 0. Found {strength!r}.")
     if len(sizes) != 2 or not all(0 < size < float("inf") for size in sizes):
@@ -110,8 +109,7 @@ def expand_route_ablate_mask(forget: Bool[Tensor, "*rows"], *, old_rate: float =
     >>> expand_route_ablate_mask(torch.tensor([True, False]), old_rate=-0.75).g_d.tolist()
     [-0.75, 1.0]
     """
-    if not math.isfinite(old_rate):
-        raise GradRouteError(f"`old_rate` should be a finite number. Found {old_rate!r}.")
+    old_rate = finite_number("old_rate", old_rate)
     return RouteMask.weights(1.0, torch.where(_flags("forget", forget), old_rate, 1.0), 1.0)
 
 

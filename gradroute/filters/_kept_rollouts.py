@@ -28,7 +28,7 @@ _ONE = "all"
 
 
 class _Parts:
-    """Of one module and one source of rollouts: kept and removed parameters' gradients and features, as sums."""
+    """Sums over the rollouts of one source in one module: kept and removed gradients and features."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[Tensor]] = {}
@@ -80,17 +80,16 @@ class KeptRollouts:
             self._shares.setdefault(source, []).append(removed[mine > 0])
             for name, of_layer in passes.items():
                 parts = self._parts.setdefault(source, {}).setdefault(name, _Parts())
-                counts = [len(one.dots) for one in of_layer]
-                kept_rows, removed_rows = (torch.split(w, counts) for w in (mine * (1 - removed), mine * removed))
-                for one, *both in zip(of_layer, kept_rows, removed_rows, strict=True):
-                    for part, weights in zip(("kept", "removed"), both, strict=True):
-                        parts.add(part, [matrices.weighted_sum(weights) for matrices in one.gradients])
-                        if one.features is not None:
-                            parts.add(f"{part} features", [weights.to(one.features) @ one.features])
+                counts = [len(layer_pass.dots) for layer_pass in of_layer]
+                for part, share in (("kept", 1 - removed), ("removed", removed)):
+                    for layer_pass, weights in zip(of_layer, torch.split(mine * share, counts), strict=True):
+                        parts.add(part, [matrices.weighted_sum(weights) for matrices in layer_pass.gradients])
+                        if layer_pass.features is not None:
+                            parts.add(f"{part} features", [weights.to(layer_pass.features) @ layer_pass.features])
         for name, of_layer in passes.items():
-            size = torch.stack([one.gradient_squares.sqrt().sum() for one in of_layer]).sum()
+            size = torch.stack([each.gradient_squares.sqrt().sum() for each in of_layer]).sum()
             self._sizes[name] = self._sizes[name] + size if name in self._sizes else size
-            self._eps = max(self._eps, *(one.eps for one in of_layer))
+            self._eps = max(self._eps, *(each.eps for each in of_layer))
         for name, parameter in _deployed(layers):
             full_gradient(name, parameter)
             self._written[parameter.grad] = parameter.grad._version  # type: ignore[union-attr]

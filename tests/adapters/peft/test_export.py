@@ -156,6 +156,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_stock_peft_without_gradroute_reproduces_the_view(kind: str, name: str, alone: dict[str, Any]) -> None:
