@@ -231,6 +231,7 @@ def test_figures_are_kept_until_the_next_log_without_those_of_every_module(tmp_p
     made = trainer_of(
         model, tmp_path, mask_fn=masks, grad_filter=erasing(model), callbacks=[Looks()], logging_steps=STEPS
     )
+    gc.collect()  # what earlier tests have left
     before = sum(type(each) is FilterStats for each in gc.get_objects())
     made.train()
     assert kept == [before + 1] * STEPS
