@@ -35,6 +35,7 @@ LAYERS = "llama, gpt2"  # nn.Linear and Conv1D
 SETS = {"row": (rows_mask, weighted_rows_mask), "token": (tokens_mask, weighted_tokens_mask)}
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.touches_peft,
     pytest.mark.skipif(
         os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1",

@@ -13,6 +13,7 @@ from benchmarks.row import Row
 PARTS = [name for name in GOALS if name not in ("P7", "P9")]
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_tiny_shapes() -> None:
     found = measure(parse_arguments(["--quick", "--threads", "1", "--only", ",".join(PARTS)]))
     assert {row["goal"] for row in found["rows"]} >= {name for name in PARTS if name.startswith("P")}

@@ -81,6 +81,7 @@ def test_a_refusal_of_the_script_ends_the_process_with_exit_code_2() -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_what_it_says(home: Path, tmp_path: Path) -> None:
     done = run(
         "--arms", "vanilla,route", "--steps", "10", "--out", str(tmp_path / "out"), "--no-progress", cache=home
@@ -113,6 +114,7 @@ def test_a_short_run_writes_what_it_says(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.refreshed])
 def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, home: Path) -> None:
     entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
@@ -124,11 +126,13 @@ def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, home: Path) -> 
         assert all((report["overlap"] > 0.999999) == kept for report in entry["refreshes"])
 
 
+@pytest.mark.slow
 def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
     with pytest.raises(RuntimeError, match="no refresh came due"):
         train(base(home), ENVIRONMENT, "route", 0, Recipe(steps=2, refresh_every=3, n_per_mode=8, curve_n_per_mode=8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if not arm.routed])
 def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
     model = base(home)
@@ -138,6 +142,7 @@ def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> Non
     assert any(layer.deployed.B.any() for layer in routed_layers(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.gradient_filter != "none"])
 def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, home: Path) -> None:
     entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
@@ -149,6 +154,7 @@ def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, 
     assert any(point["fired"] > 0 for point in points)
 
 
+@pytest.mark.slow
 def test_the_filter_that_routes_trains_the_quarantine_and_nothing_else_does(home: Path) -> None:
     model = base(home)
     train(model, ENVIRONMENT, "route-v1", 0, SHORT)
@@ -158,6 +164,7 @@ def test_the_filter_that_routes_trains_the_quarantine_and_nothing_else_does(home
     assert all(not layer.quarantine.B.any() for layer in routed_layers(erased).values())
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed(home: Path) -> None:
     first, again, other = (train(base(home), ENVIRONMENT, "route", seed, SHORT) for seed in (0, 0, 1))
     for entry in (first, again, other):
@@ -226,6 +233,7 @@ def test_demonstrations_replace_the_last_rollouts_of_each_group_until_their_step
         Teacher(ENVIRONMENT, 4, 4, 1, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["rollout-filter", "gradient", "erase"])
 def test_hack_ward_shares_are_told_apart_by_source(arm: str, home: Path) -> None:
     taught = replace(SHORT, teacher_per_group=2, teacher_steps=6)
@@ -234,6 +242,7 @@ def test_hack_ward_shares_are_told_apart_by_source(arm: str, home: Path) -> None
     assert all(point["cin_teacher"] != point["cin_student"] for point in points)
 
 
+@pytest.mark.slow
 def test_a_corrupt_cache_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model, "STEPS", 2)
     first = load_base(ENVIRONMENT, 0, cache_dir=tmp_path).state_dict()

@@ -23,6 +23,7 @@ def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_minimal_loop_prints_both_views(tmp_path: Path) -> None:
     ended = run("grpo_minimal.py", "--steps", "5", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -38,6 +39,7 @@ def test_the_routed_lines_of_the_minimal_loop_are_marked() -> None:
     assert all("# gr" in line for line in called)
 
 
+@pytest.mark.slow
 def test_directions_are_extracted_judged_and_drawn(tmp_path: Path) -> None:
     pairs = str(ROOT / "examples" / "pairs" / "hardcoded_tests.jsonl")
     options = ["--pairs", pairs, "--model", "random", "--out", "found/hack", "--draws", "3", "--r", "4"]
@@ -69,6 +71,7 @@ def test_wrong_arguments_end_with_a_reason(monkeypatch: pytest.MonkeyPatch, caps
         assert reason in f"{ended.value}{capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 def test_the_study_writes_a_cell_for_every_estimator_and_control(tmp_path: Path) -> None:
     for name in ("false_claims", "judge_appeal"):
         lines = (ROOT / "examples" / "pairs" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:5]

@@ -56,6 +56,7 @@ def total(entry: dict[str, Any], name: str) -> tuple[int, int]:
     return sum(hits for hits, _ in counts), sum(rows for _, rows in counts)
 
 
+@pytest.mark.slow
 def test_the_base_is_evaluated_as_it_is(entries: dict[Any, Any]) -> None:
     base = entries["base", 0]
     assert base["curve"] == []
@@ -64,6 +65,7 @@ def test_the_base_is_evaluated_as_it_is(entries: dict[Any, Any]) -> None:
     assert any(rate(base["outcomes"][marker]["hack_on"]) for marker in MARKERS)
 
 
+@pytest.mark.slow
 def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
     def behaviour(entry: dict[str, Any]) -> str:
         hacks = [[value for name, value in point.items() if name.startswith("hack")] for point in entry["curve"]]
@@ -78,6 +80,7 @@ def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
     assert len(set(map(tuple, first))) == 1
 
 
+@pytest.mark.slow
 def test_labels_flag_what_they_know(entries: dict[Any, Any]) -> None:
     for arm, knows_held_out in (("oracle", True), ("weak", False)):
         hits, rows = total(entries[arm, 0], "flagged_monitored")
@@ -89,6 +92,7 @@ def test_labels_flag_what_they_know(entries: dict[Any, Any]) -> None:
     assert "flagged_clean" not in entries["vanilla", 0]["curve"][0]
 
 
+@pytest.mark.slow
 def test_gates_are_refreshed_on_schedule_and_permuted_flags_keep_their_number(entries: dict[Any, Any]) -> None:
     for arm in ("route", "random-oriented", "shuffle"):
         assert [report["step"] for report in entries[arm, 0]["refreshes"]] == [5]
@@ -101,6 +105,7 @@ def test_gates_are_refreshed_on_schedule_and_permuted_flags_keep_their_number(en
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_training_leaves_no_trace_of_plain_arms_in_the_quarantine(entries: dict[Any, Any]) -> None:
     for mode in MARKERS:
         found = entries["vanilla", 0]["outcomes"][mode]
@@ -109,6 +114,7 @@ def test_training_leaves_no_trace_of_plain_arms_in_the_quarantine(entries: dict[
     assert any(oracle[mode]["hack_on"] != oracle[mode]["hack_ablated"] for mode in MARKERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,6 +142,7 @@ def test_a_result_of_something_else_is_not_counted(
     assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_outcomes_of_another_size_and_broken_files_are_not_counted(entries: dict[Any, Any], tmp_path: Path) -> None:
     job, recipe = Job("harder", "route", 0), {"n_per_marker": 9, "n_no_note": 8}
     write_result(job.path(tmp_path), job, recipe, entries["route", 0])
@@ -149,6 +156,7 @@ def test_outcomes_of_another_size_and_broken_files_are_not_counted(entries: dict
         stored_jobs(tmp_path)
 
 
+@pytest.mark.slow
 def test_outcomes_are_paired_prompt_by_prompt(entries: dict[Any, Any]) -> None:
     digits = entries["oracle", 0]["outcomes"]
     found = mode_outcomes(digits)
@@ -161,6 +169,7 @@ def test_outcomes_are_paired_prompt_by_prompt(entries: dict[Any, Any]) -> None:
         assert [each[1] for each in outcomes.prompts.values()] == [float(d) for d in digits[mode]["hack_ablated"]]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_runs_did(entries: dict[Any, Any], tmp_path: Path) -> None:
     def run(hack_on: float, hack_ablated: float, solve: float) -> dict[str, Any]:
         def digits(share: float) -> str:
@@ -218,6 +227,7 @@ def test_a_missing_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         base_model.gguf_file()
 
 
+@pytest.mark.slow
 def test_a_corrupt_cache_is_warmed_up_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached = next((home / "gradroute-examples").glob("smollm-harder-*"))
@@ -230,6 +240,7 @@ def test_a_corrupt_cache_is_warmed_up_again(home: Path, tmp_path: Path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_script_from_end_to_end_keeps_what_is_done(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +274,7 @@ def test_the_script_from_end_to_end_keeps_what_is_done(
         grpo_smollm.main([*arguments, "--steps", "6"])
 
 
+@pytest.mark.slow
 def test_the_screening_sees_planted_hacks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     model, codec = load_base(VARIANTS["harder"], smoke=True)

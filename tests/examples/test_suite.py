@@ -74,6 +74,7 @@ def test_what_cannot_be_done_is_one_line_before_any_training(
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_killed_goes_on_and_gives_the_same_report(home: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = start(home, *COMMAND, "--out", str(whole))

@@ -24,6 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     grpo_trl.main()
 
 
+@pytest.mark.slow
 def test_the_smoke_run_shows_both_views_and_writes_what_is_deployed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

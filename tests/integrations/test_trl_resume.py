@@ -45,6 +45,7 @@ def state(made: Watched) -> dict[str, Any]:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_continues_identically(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = started(tmp_path, 0, kind)

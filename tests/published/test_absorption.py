@@ -30,6 +30,7 @@ def baseline() -> dict[float, Losses]:
     return {share: train(SEED, SHORT, share=share) for share in (0.0, 0.25)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["forget", "forget_calibrated"])
 def test_forget_loss_after_ablation_rises_with_the_recall(routed: dict[float, Losses], measure: str) -> None:
     none, some, full = (getattr(losses, measure) for losses in routed.values())
@@ -40,6 +41,7 @@ def test_forget_loss_after_ablation_rises_with_the_recall(routed: dict[float, Lo
     assert all(losses.forget_on < 0.75 * none for losses in routed.values() if measure == "forget")
 
 
+@pytest.mark.slow
 def test_unlabelled_forget_data_teaches_the_deployed_block_less_than_what_a_filter_leaves(
     routed: dict[float, Losses], baseline: dict[float, Losses]
 ) -> None:

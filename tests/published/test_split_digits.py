@@ -26,6 +26,7 @@ def found() -> Rows:
     return {(name, str(r["output"]), str(r["measure"])): r for name, r in rows}  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["MAE", "MSE"])
 def test_only_routing_with_regularisation_keeps_digits_out_of_the_other_half(found: Rows, measure: str) -> None:
     bottom = {name: found[name, "bottom", measure] for name in SETTINGS}
@@ -38,6 +39,7 @@ def test_only_routing_with_regularisation_keeps_digits_out_of_the_other_half(fou
     # Without regularisation the shared decoder diverges, by how much differs from seed to seed: no order to hold to.
 
 
+@pytest.mark.slow
 def test_the_top_half_is_the_mirror_image_and_the_whole_encoding_holds_all_digits(found: Rows) -> None:
     assert found["routing", "top", "MSE"]["gap"] < -0.2 * found["routing", "top", "MSE"]["0-4"]
     decoder, bottom = found["routing", "decoder", "MSE"], found["routing", "bottom", "MSE"]
