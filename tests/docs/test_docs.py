@@ -12,7 +12,7 @@ pytestmark = pytest.mark.touches_peft
 
 # Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
 RUN_ELSEWHERE = {
-    "directions-study.md": "test_directions_study.py",
+    "directions-study.md": "examples/test_directions_study.py",
     "loops.md": "test_loops.py",
     "trl.md": "test_trl_docs.py",
 }
