@@ -38,7 +38,8 @@ pairs = [gr.ContrastivePair([1, 5], [7, 8], [9, 10]), gr.ContrastivePair([2, 3],
 
 def extract() -> gr.Directions:
     """From the pairs."""
-    return gr.extract_activation_directions(model, pairs, forward_fn=lambda model, ids, _: model(ids))
+    with gr.ablate_quarantine(model):
+        return gr.extract_activation_directions(model, pairs, forward_fn=lambda model, ids, _: model(ids))
 
 
 directions = extract()

@@ -49,7 +49,7 @@ def main() -> None:
         detector = make_detector(model, environment, ARMS["route"], recipe, 0)
     assert detector is not None
     assert detector.gate is not None
-    pictures["directions"] = detector.directions.plot()
+    pictures["directions"] = gr.directions.summary(detector.directions).plot()
     prompts, _ = environment.sample_prompts(512, torch.Generator().manual_seed(1), no_hint=recipe.no_hint)
     completions = sample(model, prompts, torch.Generator().manual_seed(2), environment.completion_length)
     hacked = environment.grade(prompts, completions).hacked

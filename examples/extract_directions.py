@@ -80,7 +80,7 @@ def main() -> None:
     model, tokenizer = load(args.model)
     pairs = [as_turn(pair, tokenizer) for pair in pairs]
     gr.attach(model, r=args.r, lora_alpha=2 * args.r, seed=args.seed)
-    # The estimator is parsed by its name; which pairs it is not shown is set besides.
+    # The estimator is parsed by its name; which pairs to hold out is set here.
     n_heldout = max(1, round(args.held_out * len(pairs)))
     estimator = dataclasses.replace(as_estimator(args.estimator), n_heldout=n_heldout, seed=args.seed)
     extract = gr.extract_activation_directions if args.source == "activation" else gr.extract_gradient_directions
@@ -89,9 +89,10 @@ def main() -> None:
             model, pairs, tokenizer=tokenizer, features=args.feature, estimator=estimator, batch_size=8
         )
 
-    summary = directions.summary(draws=args.draws)
+    summary = gr.directions.summary(directions, draws=args.draws)
     print(summary)
-    random = [directions.random_like(seed, oriented=True).summary(draws=1).auroc for seed in range(args.draws)]
+    controls = [directions.random_like(seed, oriented=True) for seed in range(args.draws)]
+    random = [gr.directions.summary(control, draws=1).auroc for control in controls]
     beaten = sum(summary.auroc > value for value in random)
     low, high = summary.interval
     print(
@@ -101,7 +102,7 @@ def main() -> None:
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     directions.save(args.out.with_suffix(".safetensors"))
-    figure, _ = directions.plot()
+    figure, _ = summary.plot()
     figure.savefig(args.out.with_suffix(".png"), dpi=150)
     print(f"wrote {args.out.with_suffix('.safetensors')} and {args.out.with_suffix('.png')}")
 

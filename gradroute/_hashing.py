@@ -7,6 +7,8 @@ rows_hash             what scores depend on                             deployed
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,30 @@ from gradroute._protocol import RoutedLayer, routed_layers
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
+
+
+class _Known(NamedTuple):
+    """An identity, and the parameters that it was computed from, each with its stamp at that time."""
+
+    identity: str
+    parameters: list[tuple[ReferenceType[nn.Parameter], tuple[int, int] | None]]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all of these parameters are still there, and nothing was written to any."""
+        return all(_stamp(parameter()) == stamp for parameter, stamp in self.parameters)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def known_identity(model: nn.Module) -> str:
+    """`model_identity`, computed again only if a parameter of the base was written to or replaced: for every step.
+
+    A write that autograd does not see either (`parameter.data.mul_(2)`) goes unnoticed until the next `model_identity`.
+    """
+    known = _KNOWN.get(model)
+    return known.identity if known is not None and known.holds else model_identity(model)
 
 
 def model_identity(model: nn.Module) -> str:
@@ -31,7 +57,8 @@ def model_identity(model: nn.Module) -> str:
         for block in ("deployed", "quarantine")
         for parameter in module.block_parameters(block)
     }
-    base = {_base_name(name): name for name, p in model.named_parameters() if id(p) not in blocks and not _added(name)}
+    parameters = dict(model.named_parameters())
+    base = {_base_name(name): name for name, p in parameters.items() if id(p) not in blocks and not _added(name)}
     digest = hashlib.sha256()
     for name, found_as in sorted(base.items()):
         owner, _, leaf = found_as.rpartition(".")
@@ -41,7 +68,17 @@ def model_identity(model: nn.Module) -> str:
         index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
         values = flat[index].double().cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
-    return digest.hexdigest()
+    identity = digest.hexdigest()
+    _KNOWN[model] = _Known(identity, [(ref(parameters[name]), _stamp(parameters[name])) for name in base.values()])
+    return identity
+
+
+def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
+    """(version, address): every write moves the one, `.data = ` the other."""
+    if parameter is None:
+        return None
+    # An inference tensor has no version.
+    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
 
 
 def rows_hash(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:

@@ -11,9 +11,8 @@ import warnings
 from gradroute.errors import GradRouteWarning
 
 logger = logging.getLogger("gradroute")
-# Without a handler of its own a library's warnings go to stderr, where they are raised already.
+# Without a handler, logging would print the warnings to stderr a second time.
 logger.addHandler(logging.NullHandler())
-
 
 _BETWEEN = {
     "accelerate", "beartype", "contextlib", "functools", "gradroute", "jaxtyping", "torch", "transformers", "trl"

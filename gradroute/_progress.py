@@ -10,7 +10,7 @@ _DELAY = 2.0
 
 def progressed(items: Iterable[T], *, total: int, description: str, progress: bool) -> Iterator[T]:
     """`items`, with a bar on stderr once they have taken two seconds, if stderr is a terminal and `progress` is on."""
-    # Imported on use: whoever never extracts needs no bar.
+    # Imported on use: only extraction needs a bar.
     from tqdm import tqdm  # noqa: PLC0415
 
     disable = None if progress else True

@@ -77,6 +77,11 @@ class RoutedLayer(nn.Module, ABC):
     def view(self) -> str:
         """What a forward made now would show: "on", "ablated", "scaled" or "disabled"."""
 
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the blocks now, where neither a route nor a view can reach them."""
+        return False
+
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     """Every routed layer of `model` by qualified name, in module order.

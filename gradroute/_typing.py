@@ -19,14 +19,40 @@ hook.
 """
 
 import random
+import re
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import jaxtyped
+from jaxtyping import TypeCheckError, jaxtyped
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _DRAWS = "__beartype_getrandbits"
+_LONGEST = 200
+_DRAWS = "__beartype_getrandbits"
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def typechecked(function: F) -> F:
+    """Decorator: check shapes and types of one cold public call; an int passes for a float.
+
+    Raises:
+        TypeCheckError: names the argument. jaxtyping would dump all the others too, a whole model among them.
+    """
+    checked = jaxtyped(typechecker=_checked)(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checked(*args, **kwargs)
+        except TypeCheckError as error:
+            raise TypeCheckError(_shortened(str(error))) from None
+
+    return cast(F, call)
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,5 +64,9 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-typechecked = jaxtyped(typechecker=_checked)
-"""Decorator: check shapes and types of one cold public call; an int passes for a float."""
+def _shortened(message: str) -> str:
+    message = re.sub(r"-{10,}\nCalled with parameters: .*?(?=\nParameter annotations: )", "", message, flags=re.DOTALL)
+    found = re.search(r"Actual value: (.*?)\nExpected type: ", message, flags=re.DOTALL)
+    if found is not None and len(found[1]) > _LONGEST:
+        message = message.replace(found[1], f"{found[1][:_LONGEST]} ...")
+    return message

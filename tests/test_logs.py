@@ -48,7 +48,7 @@ def test_a_warning_points_to_the_users_line_however_deep_it_is_found() -> None:
         (lambda: soft(torch.tensor([1.0])), "score below the clean"),
         (lambda: gate.reversed, "score below the clean"),
         (lambda: gate(torch.tensor([9.0])), "routed nothing"),
-        (lambda: directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])), "AUROC"),
+        (lambda: gr.directions.validate(torch.tensor([0.0, 1.0]), torch.tensor([True, False])), "AUROC"),
     ):
         with pytest.warns(gr.GradRouteWarning, match=message) as found:
             warns()

@@ -39,11 +39,12 @@ class Detector:
         pairs = [gr.ContrastivePair(*triple) for triple in triples]
 
         def extract() -> gr.Directions:
-            if arm.directions == "activation":
-                return gr.extract_activation_directions(model, pairs)
-            # The bottleneck gradient of LoRA is zero while B is; that of a gain is not.
-            features = "parameter" if arm.parametrization == "lora" else "bottleneck"
-            return gr.extract_gradient_directions(model, pairs, features=features)
+            with gr.ablate_quarantine(model):  # rollouts are scored in this view too
+                if arm.directions == "activation":
+                    return gr.extract_activation_directions(model, pairs)
+                # The bottleneck gradient of LoRA is zero while B is; that of a gain is not.
+                features = "parameter" if arm.parametrization == "lora" else "bottleneck"
+                return gr.extract_gradient_directions(model, pairs, features=features)
 
         self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
         if arm.random_direction != "no":
@@ -69,8 +70,7 @@ class Detector:
         """
         if self.arm.random_direction != "no":
             return {}
-        with gr.ablate_quarantine(self.model):
-            fresh = self._extract()
+        fresh = self._extract()
         return {"overlap_first": self._first.overlap(fresh), "overlap_in_use": self.directions.overlap(fresh)}
 
     def scores(self, prompts: Tensor, completions: Tensor) -> Tensor:

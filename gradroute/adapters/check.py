@@ -17,8 +17,6 @@ from gradroute.adapters.layer import RoutedLinear, WrappedLinear
 from gradroute.adapters.summary import parameter_summary
 from gradroute.errors import GradRouteError
 
-_BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -38,17 +36,16 @@ class Finding:
         return f"{self.severity}: `{self.module}`: {self.reason}"
 
 
-def check_model(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
+def check_model(model: nn.Module) -> list[Finding]:
     """Walk `model`, with or without routed layers, and list what is unsupported in it and why; empty if nothing is.
 
     Before adapting: parts that cannot be targeted, offloaded weights. After: parameters that are trained past every
     mask, frozen blocks, adapters without a quarantine, merged, sharded or offloaded layers, forwards that somebody
-    replaced, routes left open, checkpointing that cannot be followed, blocks that the optimizer does not hold, attached
-    blocks that PEFT would not load. Nothing is run or changed.
+    replaced, routes left open, checkpointing that cannot be followed, attached blocks that PEFT would not load. The
+    model is not run and not changed.
 
     Args:
         model: any module. What would raise elsewhere is a `Finding` here.
-        optimizer: that is to train the blocks; None skips its check.
 
     Raises:
         GradRouteError: `model` is no module at all.
@@ -68,8 +65,6 @@ def check_model(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = N
         if isinstance(layer, RoutedLinear):
             findings += _layer(name, layer)
     findings += _replaced_forwards(model, layers)
-    if optimizer is not None:
-        findings += _not_in(optimizer, layers)
     if any(finding.severity == "error" for finding in findings):
         return findings
     return [*findings, *_trained_past_masks(model), *_not_exportable(model)]
@@ -165,17 +160,6 @@ def _called(forward: Any) -> str:
     return getattr(forward, "__qualname__", type(forward).__name__)
 
 
-def _not_in(optimizer: torch.optim.Optimizer, layers: Mapping[str, RoutedLayer]) -> Iterator[Finding]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        for block in _BLOCKS:
-            if any(p.requires_grad and id(p) not in held for p in layer.block_parameters(block)):
-                yield Finding(
-                    name, "error", f"its {block} block is not in the optimizer, so it would never move. "
-                    "Fix: make the optimizer after attach(...) or get_peft_model(...)."
-                )  # fmt: skip
-
-
 def _not_exportable(model: nn.Module) -> Iterator[Finding]:
     attached = any(isinstance(module, WrappedLinear) for module in model.modules())
     if attached and find_spec("peft") is not None:
@@ -207,7 +191,7 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
     except GradRouteError as error:
         yield Finding(name, "error", str(error))
         return
-    if getattr(layer, "merged", False):
+    if layer.merged:
         yield Finding(name, "error", "it is merged: neither route nor ablation can reach it. Fix: unmerge.")
     sharded = [key for key, m in layer.named_modules() if key.startswith("lora_") and "FSDP" in type(m).__name__]
     if sharded:

@@ -79,7 +79,7 @@ def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:
 
 def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
     for name, layer in layers.items():
-        if getattr(layer, "merged", False):
+        if layer.merged:
             raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")

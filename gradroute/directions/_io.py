@@ -1,8 +1,6 @@
 """The file of `Directions`: safetensors with one tensor per kind and module, and a JSON header.
 
-    rows/<module>  hack/<module>  clean/<module>  [centre/<module>  scale/<module>]
-
-Format 2 added centre, scale, held-out pairs and controls; files of format 1 load.
+rows/<module>  hack/<module>  clean/<module>  [centre/<module>  scale/<module>]
 """
 
 import json
@@ -17,7 +15,6 @@ from torch import Tensor
 from gradroute.errors import FileFormatError
 
 _FORMAT = "gradroute-directions-2"
-_READS = ("gradroute-directions-1", _FORMAT)
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -45,17 +42,17 @@ def read_directions(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("gradroute", "{}"))
-            if header.get("format") not in _READS:
+            if header.get("format") != _FORMAT:
                 raise FileFormatError(
                     f"{path}: expected the format {_FORMAT}. Found {header.get('format')!r}. "
                     "Fix: read it with the version of gradroute that wrote it, or extract again."
                 )
-            modules = header.get("groups") or dict.fromkeys(("rows", "hack", "clean"), header["modules"])
             fields: dict[str, Any] = {
-                kind: {name: file.get_tensor(f"{kind}/{name}") for name in names} for kind, names in modules.items()
+                kind: {name: file.get_tensor(f"{kind}/{name}") for name in names}
+                for kind, names in header["groups"].items()
             }
             fields |= {name: header[name] for name in ("provenance", "version", "step")}
-            fields["heldout"] = tuple(header.get("heldout", ()))
+            fields["heldout"] = tuple(header["heldout"])
     except FileFormatError:
         raise
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

@@ -19,6 +19,7 @@ from gradroute.errors import GradRouteError
 Feature = Literal["bottleneck", "input", "output", "residual", "parameter"]
 Reduction = Literal["mean", "sum", "last"]
 Source = Literal["activation", "gradient"]
+View = Literal["on", "ablated", "scaled", "disabled"]
 Pool = Shaped[Tensor, "batch seq"] | Callable[[Tensor], Tensor] | None
 
 
@@ -72,12 +73,12 @@ def check_option(argument: str, value: object, options: Any) -> None:
         raise GradRouteError(f"`{argument}` should be one of {', '.join(get_args(options))}. Found {value!r}.")
 
 
-def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a module, given by position or by keyword; of a block it may be something else than a tensor."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def left(name: str, output: Any) -> Tensor:
+def hidden_states(name: str, output: Any) -> Tensor:
     """The output of a module; of a block that returns a tuple, the hidden states in front."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, Tensor):
@@ -121,8 +122,8 @@ def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, An
     """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d)."""
     fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
 
-    def pooled(name: str, x: Tensor, entered: Any) -> Tensor:
-        weights = _token_weights(fixed(entered), reduction) if callable(fixed) else fixed
+    def pooled(name: str, x: Tensor, module_input: Any) -> Tensor:
+        weights = _token_weights(fixed(module_input), reduction) if callable(fixed) else fixed
         x = wide(x)
         if weights is None:
             if x.ndim != 2:
@@ -135,9 +136,21 @@ def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, An
                 f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
                 f"{tuple(weights.shape)}. Fix: cut the mask to the tokens that are run, one capture per forward shape."
             )
-        return (weights.to(x).unsqueeze(1) @ x).squeeze(1)
+        return _weighted_sum(weights.to(x), x)
 
     return pooled
+
+
+def _weighted_sum(weights: Float[Tensor, "batch seq"], x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch d"]:
+    """sum_t w_t x_t. A token of weight zero does not count, also where it is not finite: 0 * nan would be nan."""
+    unread = (weights == 0).unsqueeze(2)
+    # On a GPU, filling costs less than waiting for the sum; on a CPU, looking at the sum costs less than filling.
+    if x.device.type != "cpu":
+        x = x.masked_fill(unread, 0)
+    rows = (weights.unsqueeze(1) @ x).squeeze(1)
+    if x.device.type == "cpu" and not torch.isfinite(rows).all():
+        rows = (weights.unsqueeze(1) @ x.masked_fill(unread, 0)).squeeze(1)
+    return rows
 
 
 def _token_weights(pool: Tensor, reduction: Reduction) -> Float[Tensor, "batch seq"]:

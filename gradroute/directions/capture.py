@@ -14,131 +14,33 @@ Nothing of size batch x seq x d_in is kept: a row of the feature's width per rol
 until backward. Only `parameter` without directions holds on to inputs, and forms r d_in + d_out r numbers per rollout.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, parameter_gradient, sum_over_tokens
 from gradroute._protocol import RoutedLayer
+from gradroute._torch_private import in_backward
+from gradroute.directions._forwards import Forwards
 from gradroute.directions._reading import (
     Feature,
     Pool,
     Reduction,
-    Source,
     check_option,
-    entered,
+    first_input,
+    hidden_states,
     hooked,
-    left,
     read_modules,
     token_pooling,
     wide,
     without_autocast,
 )
+from gradroute.directions.directions import Directions
+from gradroute.directions.features import Capture
 from gradroute.errors import GradRouteError
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """What a ghost product is taken with: `Directions`."""
-
-    version: int
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """Module name -> (d_feature,): what features are multiplied with in a score."""
-
-
-class Capture(Mapping[str, Tensor]):
-    """Features by module name, each (rows, d_feature) in float32 or wider; several forwards concatenate in order.
-
-    Made by `capture_activations` and `capture_gradients`, whose `source`, `feature`, `reduction`, `modules` and
-    `directions` it remembers. Raises GradRouteError on reading where a module did not run or is not finite.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        feature: Feature,
-        reduction: Reduction,
-        modules: Sequence[str],
-        directions: Scorer | None = None,
-    ) -> None:
-        self.source, self.feature, self.reduction = source, feature, reduction
-        self.directions, self.version = directions, None if directions is None else directions.version
-        self._forwards: dict[str, list[Tensor | None]] = {name: [] for name in modules}
-        self._joined: dict[str, Tensor] | None = None
-
-    def __getitem__(self, module: str) -> Float[Tensor, "rows d_feature"]:
-        if self._joined is None:
-            self._joined = self._join()
-        return self._joined[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._forwards)
-
-    def __len__(self) -> int:
-        return len(self._forwards)
-
-    def __repr__(self) -> str:
-        forwards = max((len(slots) for slots in self._forwards.values()), default=0)
-        return f"Capture({self.source}, {self.feature}, {len(self)} modules, {forwards} forwards)"
-
-    def projected_on(self, directions: Scorer, settings: tuple[str, str, str]) -> bool:
-        """Whether this holds inner products with `directions` (in their present version), and not features.
-
-        Raises:
-            GradRouteError: captured with other settings, for other directions, or before a refresh of these.
-        """
-        found = (self.source, self.feature, self.reduction)
-        if found != settings:
-            raise GradRouteError(
-                f"`features` should be captured as {settings}, like the pairs. Found {found}. Fix: capture with the "
-                "settings that the directions were extracted with."
-            )
-        if self.directions is None:
-            return False
-        if self.directions is not directions or self.version != directions.version:
-            other = "other directions" if self.directions is not directions else f"version {self.version} of these"
-            raise GradRouteError(
-                f"`features` should be captured with these directions in version {directions.version}. Found {other}. "
-                "Fix: capture and score between two refreshes."
-            )
-        return True
-
-    def open_slot(self, module: str) -> int:
-        """Reserve the next place in the order of forwards."""
-        self._joined = None
-        self._forwards[module].append(None)
-        return len(self._forwards[module]) - 1
-
-    def fill(self, module: str, slot: int, rows: Tensor) -> None:
-        """Put the rows of one forward in their place; a second backward through it adds to them."""
-        self._joined = None
-        before = self._forwards[module][slot]
-        self._forwards[module][slot] = rows if before is None else before + rows
-
-    def finish(self) -> None:
-        """Join the forwards now, so that what is missing raises at the end of the block and not at a later use."""
-        self._joined = self._join()
-
-    def _join(self) -> dict[str, Tensor]:
-        verb = "run forward" if self.source == "activation" else "run forward and backward"
-        idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
-        if idle:
-            shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
-            raise GradRouteError(f"Every captured module should have {verb} inside the block. Not so: {shown}.")
-        joined = {name: torch.cat([r for r in slots if r is not None]) for name, slots in self._forwards.items()}
-        counts = {name: rows.shape[0] for name, rows in joined.items()}
-        if len(set(counts.values())) > 1:
-            raise GradRouteError(f"Every captured module should see the same rollouts. Found rows per module {counts}.")
-        for name, rows in joined.items():
-            if not torch.isfinite(rows).all():
-                row = (~torch.isfinite(rows)).any(1).nonzero()[0].item()
-                raise GradRouteError(f"The {self.source} features of `{name}` are not finite in row {row}.")
-        return joined
 
 
 @contextmanager
@@ -168,25 +70,27 @@ def capture_activations(
     if features == "parameter":
         raise GradRouteError('`features="parameter"` is a gradient. Fix: capture_gradients, or another feature.')
     check_option("reduction", reduction, Reduction)
-    capture = Capture("activation", features, reduction, list(layers))
+    capture = Capture(model, ("activation", features, reduction), list(layers))
+    forwards = Forwards(model, layers)
     pooled = token_pooling(pool, reduction)
 
     def hook(name: str) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
+            if in_backward():
                 return  # a checkpoint recomputation: this forward was captured when it first ran
-            x = entered(args, kwargs)
-            hidden = left(name, output) if features in ("output", "residual") else x
+            x = first_input(args, kwargs)
+            hidden = hidden_states(name, output) if features in ("output", "residual") else x
+            slot = capture.open_slot(name, forwards.view(name), forwards.number)
             with torch.no_grad(), without_autocast(hidden.device):
                 rows = pooled(name, hidden, x)
                 if features == "bottleneck":
                     assert isinstance(module, RoutedLayer)
                     rows = rows @ module.deployed.A.to(rows.dtype).T
-                capture.fill(name, capture.open_slot(name), rows)
+                capture.fill(name, slot, rows)
 
         return read
 
-    with hooked(layers, hook, lambda _: None):
+    with forwards.counted(), hooked(layers, hook, lambda _: None):
         yield capture
         capture.finish()
 
@@ -197,13 +101,13 @@ def capture_gradients(
     *,
     features: Feature = "bottleneck",
     modules: Sequence[str] | None = None,
-    directions: Scorer | None = None,
+    directions: Directions | None = None,
 ) -> Iterator[Capture]:
     """Per-rollout gradient features of the backward made inside the block; see the module's formulas.
 
     Args:
         model: with routed layers.
-        features, modules: see `capture_activations`; besides, "parameter": the gradient of the deployed A and B.
+        features, modules: see `capture_activations`. "parameter" is the gradient of the deployed A and B.
         directions: with "parameter", capture each rollout's inner product with these directions, (rows, 1) per module,
             instead of its gradient. The capture can be scored by these directions alone, and until their next refresh.
 
@@ -217,7 +121,8 @@ def capture_gradients(
         raise GradRouteError(f'`directions` needs features="parameter", all modules. Found {features}, {modules}.')
     V = None if directions is None else directions.weights()
     layers = read_modules(model, modules if V is None else list(V), features)
-    capture = Capture("gradient", features, "sum", list(layers), directions)
+    capture = Capture(model, ("gradient", features, "sum"), list(layers), directions)
+    forwards = Forwards(model, layers)
     of_output = features in ("output", "residual")
 
     def reader(name: str, module: nn.Module, x: Tensor) -> FromDelta:
@@ -232,7 +137,7 @@ def capture_gradients(
             return parameter_gradient(name, module, x) if V is None else ghost_product(name, module, x, V[name])
 
     def keep(name: str, tapped: Tensor, read: FromDelta) -> None:
-        slot = capture.open_slot(name)
+        slot = capture.open_slot(name, forwards.view(name), forwards.number)
 
         def fill(gradient: Tensor) -> None:
             with without_autocast(gradient.device):
@@ -244,30 +149,30 @@ def capture_gradients(
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if features == "input":
                 return None
-            hidden = left(name, output)
-            # With frozen parameters the lowest layers have no gradient of their own: the graph starts at this tap.
+            hidden = hidden_states(name, output)
+            # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
             tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             # A checkpoint recomputation builds the same graph, and is captured already.
-            if torch._C._current_graph_task_id() == -1:
+            if not in_backward():
                 _check_grad_enabled(name)
-                keep(name, tapped, reader(name, module, entered(args, kwargs)))
+                keep(name, tapped, reader(name, module, first_input(args, kwargs)))
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
         return tap
 
     def input_hook(name: str) -> Callable[..., Any]:
         def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = entered(args, kwargs)
-            # An alias of its own: where q, k and v share one input, each sees its own part of the gradient.
+            x = first_input(args, kwargs)
+            # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            if torch._C._current_graph_task_id() == -1:
+            if not in_backward():
                 _check_grad_enabled(name)
                 keep(name, alias, sum_over_tokens)
             return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
         return tap
 
-    with hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
+    with forwards.counted(), hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
         yield capture
         capture.finish()
 

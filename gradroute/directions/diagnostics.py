@@ -1,4 +1,4 @@
-"""How good directions are, told from their own pairs, or from a few labelled rollouts.
+"""How good directions are, measured on their own pairs.
 
     AUROC        P(score of a hack side > score of a clean side), ties 1/2
     effect size  (mean hack - mean clean) / pooled standard deviation                                   (Cohen's d)
@@ -8,23 +8,26 @@
     spectrum     singular values of D
 
 Measured on the pairs that were held out, where there are any; D in the coordinates of the scores. Source: cin and its
-null, grpo_proj2; interval of the AUROC, Newcombe 2006, Statistics in Medicine 25:559, method 5.
+null, grpo_proj2. Before training, `validate` says more: it measures on rollouts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from gradroute._logging import warn
+from gradroute._checks import positive_integer
+from gradroute._plot import new_axes
 from gradroute._tables import aligned_table
-from gradroute.directions.controls import haar_rows
+from gradroute.directions._angles import principal_angles
+from gradroute.directions._draws import haar_rows
+from gradroute.directions.directions import Directions
 from gradroute.directions.estimators.base import Estimate, Estimator, Features, unit
-from gradroute.errors import GradRouteError
+from gradroute.directions.validation import auroc, auroc_interval
 
 _SPLITS = 10
 
@@ -56,7 +59,7 @@ class ModuleDiagnostics:
 
 @dataclass(frozen=True, eq=False)
 class DirectionsSummary:
-    """A readable table of diagnostics per module and pooled; `print` it.
+    """A readable table of diagnostics per module and pooled: `print` it, or `plot` it.
 
     Args:
         title: what the directions are.
@@ -79,75 +82,52 @@ class DirectionsSummary:
         pooled = f"all modules: AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}], effect {self.effect_size:.2f}"
         return "\n".join([self.title, f"measured on {self.measured_on}", table, pooled])
 
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the AUROC of each module and of all; returns (figure, axes). Needs matplotlib.
 
-@dataclass(frozen=True)
-class Validation:
-    """AUROC of scores on labelled rollouts, with its 95 % interval.
-
-    Args:
-        auroc: P(score of a hack > score of a clean rollout), ties 1/2.
-        low, high: ends of the interval.
-        n_hack, n_clean: number of labelled rollouts of each kind.
-    """
-
-    auroc: float
-    low: float
-    high: float
-    n_hack: int
-    n_clean: int
-
-    def __repr__(self) -> str:
-        interval = f"[{self.low:.2f}, {self.high:.2f}]"
-        return f"Validation(AUROC {self.auroc:.2f} {interval}, {self.n_hack} hacks, {self.n_clean} others)"
-
-    @property
-    def inverted(self) -> bool:
-        """Whether clean rollouts score above hacks more often than not."""
-        return self.auroc < 0.5
-
-
-def validate_scores(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> Validation:
-    """`Validation` of scores, with a `GradRouteWarning` if they are inverted.
-
-    Raises:
-        GradRouteError: other shapes, scores that are not finite, or labels all of one kind.
-    """
-    if scores.shape != labels.shape:
-        raise GradRouteError(f"`labels` should have the shape {tuple(scores.shape)}. Found {tuple(labels.shape)}.")
-    if not torch.isfinite(scores).all():
-        raise GradRouteError("`scores` should be finite.")
-    labels = labels.to(scores.device)
-    hack, clean = scores[labels], scores[~labels]
-    if not len(hack) or not len(clean):
-        raise GradRouteError(
-            f"`labels` should hold rollouts of both kinds. Found {len(hack)} hacks and {len(clean)} others."
+        Markers tell modules apart by shape, not by colour.
+        """
+        fig, ax = new_axes(ax, (8.5, 4.6))
+        names, places = list(self.modules), range(len(self.modules))
+        low, high = self.interval
+        ax.axhspan(low, high, color="0.88", label=f"pooled, 95 % interval [{low:.2f}, {high:.2f}]")
+        ax.axhline(self.auroc, color="0.3", label=f"pooled AUROC {self.auroc:.2f}")
+        ax.axhline(0.5, color="0", linestyle=":", label="chance")
+        beyond = [m.share > m.random for m in self.modules.values()]
+        for marker, kind, label in (("o", True, "share above 95 % of random rows"), ("x", False, "share not above")):
+            chosen = [i for i in places if beyond[i] is kind]
+            if chosen:
+                values = [self.modules[names[i]].auroc for i in chosen]
+                ax.plot(chosen, values, marker, color="0", label=label)
+        step = max(1, len(names) // 24)
+        shared = _shared_prefix(names)
+        ax.set_xticks(
+            list(places)[::step], [name.removeprefix(shared) for name in names[::step]], rotation=90, fontsize=8
         )
-    value = auroc(hack, clean)
-    found = Validation(value, *auroc_interval(value, len(hack), len(clean)), len(hack), len(clean))
-    if found.inverted:
-        warn(
-            f"The scores are inverted on the labelled rollouts: AUROC {value:.2f} [{found.low:.2f}, {found.high:.2f}]. "
-            "Gates would route the clean ones. Fix: take pairs from the distribution of the rollouts.",
-        )
-    return found
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_ylabel(f"AUROC on {self.measured_on}", fontsize=9)
+        ax.set_xlabel(f"module of {shared.rstrip('.')}" if shared else "module", fontsize=9)
+        ax.set_title(self.title, fontsize=8)
+        ax.legend(fontsize=8, loc="lower right")
+        return fig, ax
 
 
-def summarise(
-    estimate: Estimate, hack: Features, clean: Features, estimator: Estimator | None, *, seed: int, draws: int
+def summary(
+    directions: Directions, previous: Directions | None = None, *, seed: int = 0, draws: int = 100
 ) -> DirectionsSummary:
-    """Diagnostics of every module, and of the whole score.
+    """Diagnostics of every module and of the whole score, on the held-out pairs where there are any.
 
     Args:
-        estimate: the directions.
-        hack, clean: raw features of the sides they were estimated from, held-out pairs included.
-        estimator: repeated on halves; None leaves the split-half cosine out.
-        seed: of the halves and of the random draws.
+        directions: the directions; a control is measured on its own sides.
+        previous: directions to take principal angles to.
+        seed: of the split halves and the random draws.
         draws: number of random draws.
     """
-    if draws < 1:
-        raise GradRouteError(f"`draws` should be a positive integer. Found {draws}.")
+    positive_integer("draws", draws)
     generator = torch.Generator().manual_seed(seed)
+    estimate, estimator, (hack, clean) = directions.estimate, directions.known_estimator, directions.sides
     halves = {} if estimator is None else split_half_cosines(estimate, hack, clean, estimator, generator)
+    angles = {} if previous is None else directions.principal_angles(previous)
     pairs = len(next(iter(hack.values())))
     measured = list(estimate.heldout) or list(range(pairs))
     modules = {}
@@ -160,13 +140,13 @@ def summarise(
         D = z[0] - z[1]
         shares = [share(haar_rows(k, d, generator), D) for _ in range(draws)]
         modules[name] = ModuleDiagnostics(
-            k, d, auroc(*scores), effect_size(*scores), halves.get(name), share(V, D),
-            math.sqrt(k / (2 * d)), float(torch.tensor(shares).quantile(0.95)), torch.linalg.svdvals(D),
+            k, d, auroc(*scores), effect_size(*scores), halves.get(name), share(V, D), math.sqrt(k / (2 * d)),
+            float(torch.tensor(shares).quantile(0.95)), torch.linalg.svdvals(D), angles.get(name),
         )  # fmt: skip
     value = auroc(*totals)
     interval = auroc_interval(value, len(measured), len(measured))
     measured_on = f"{len(measured)} held-out pairs" if estimate.heldout else f"{pairs} pairs, in sample"
-    return DirectionsSummary("", measured_on, modules, value, interval, effect_size(*totals))
+    return DirectionsSummary(repr(directions), measured_on, modules, value, interval, effect_size(*totals))
 
 
 def split_half_cosines(
@@ -191,53 +171,10 @@ def split_half_cosines(
     return {name: sum(values) / len(values) for name, values in cosines.items() if values}
 
 
-def auroc(hack: Float[Tensor, " n"], clean: Float[Tensor, " m"]) -> float:
-    """P(hack > clean) + P(hack = clean) / 2 over all pairs of one of each."""
-    difference = hack.double()[:, None] - clean.double()[None, :]
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
-
-
-def auroc_interval(value: float, n_hack: int, n_clean: int, level: float = 0.95) -> tuple[float, float]:
-    """The values t with |t - value| <= z sqrt(V(t)): V = t (1-t) (1 + (N-1) ((1-t)/(2-t) + t/(1+t))) / (n m).
-
-    N = (n + m) / 2. Unlike value +- z SE it has a width at 0 and at 1, and stays between them.
-    """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    more = (n_hack + n_clean) / 2 - 1
-
-    def outside(t: float) -> bool:
-        variance = t * (1 - t) * (1 + more * ((1 - t) / (2 - t) + t / (1 + t))) / (n_hack * n_clean)
-        return abs(t - value) > z * math.sqrt(variance)
-
-    def end(away: float) -> float:
-        inner = value
-        for _ in range(60):
-            middle = (inner + away) / 2
-            inner, away = (inner, middle) if outside(middle) else (middle, away)
-        return inner
-
-    return end(0.0), end(1.0)
-
-
 def effect_size(hack: Float[Tensor, " n"], clean: Float[Tensor, " n"]) -> float:
     """Cohen's d: (mean hack - mean clean) / sqrt((var hack + var clean) / 2); nan for one pair, inf without spread."""
     variance = (hack.var() + clean.var()) / 2 if len(hack) > 1 else torch.tensor(math.nan)
     return ((hack.mean() - clean.mean()) / variance.sqrt()).item()
-
-
-def principal_angles(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, " n"]:
-    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2."""
-    Q_V, Q_W = (torch.linalg.qr(rows.double().cpu().T).Q for rows in (V, W))
-    angles: Tensor = torch.linalg.svdvals(Q_V.T @ Q_W).clamp(max=1).arccos()
-    return angles
-
-
-def overlap(V: Float[Tensor, "_ d"] | None, W: Float[Tensor, "_ d"] | None) -> float:
-    """Sum over rows of <v_i, w_i> over the larger number of rows; rows that only one side has overlap with nothing."""
-    if V is None or W is None:
-        return 0.0
-    shared = min(len(V), len(W))
-    return (unit(V[:shared]) * unit(W[:shared].to(V))).sum().item() / max(len(V), len(W))
 
 
 def _cosine(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> float:
@@ -257,3 +194,12 @@ def _row(name: str, m: ModuleDiagnostics) -> tuple[str, ...]:
                (m.spectrum[0].square() / m.spectrum.square().sum()).item(),
                None if m.angles is None else m.angles.max().item())  # fmt: skip
     return (name, f"{m.k} x {m.d_feature}", *("-" if x is None else f"{x:.2f}" for x in numbers))
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, up to a dot: it would be written many times and told nothing."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(each) > shared and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    return "".join(f"{part}." for part in parts[0][:shared])

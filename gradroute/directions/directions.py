@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import instance_of
 from gradroute._hashing import model_identity, rows_hash
 from gradroute._typing import typechecked
-from gradroute.directions import diagnostics
-from gradroute.directions._auroc_plot import plot_summary
+from gradroute.directions import _angles
+from gradroute.directions._draws import RANDOM, Draw, Sides, sides
 from gradroute.directions._io import incomplete, read_directions, write_directions
-from gradroute.directions.capture import Capture
-from gradroute.directions.controls import RANDOM, Control, Draw, Sides, sides
-from gradroute.directions.diagnostics import DirectionsSummary, Validation
+from gradroute.directions._reading import View
 from gradroute.directions.estimators.base import Estimate, Estimator, unit
 from gradroute.directions.estimators.by_name import estimator_of
+from gradroute.directions.features import Capture
 from gradroute.directions.provenance import Provenance
 from gradroute.errors import FileFormatError, GradRouteError, RefreshError
 
@@ -104,21 +104,36 @@ class Directions:
         return next(iter(self.hack.values())).shape[0]
 
     @typechecked
-    def score(self, features: Mapping[str, Float[Tensor, "_ _"]]) -> Float[Tensor, " rows"]:
+    def score(
+        self, features: Mapping[str, Float[Tensor, "_ _"]], *, view: View | None = None
+    ) -> Float[Tensor, " rows"]:
         """Sum over modules and rows v of <v, (f - c) / s>: a float per rollout, large where it looks like a hack.
 
         Args:
-            features: module name -> (rows, d_feature), as captured with the settings of these directions.
+            features: module name -> (rows, d_feature), as captured with the settings of these directions. A `Capture`
+                is checked, a plain mapping is taken as it is.
+            view: the view of the model in which a `Capture` was taken, where it differs from that of the directions on
+                purpose; None means the view of the directions.
 
         Raises:
-            GradRouteError: a module is missing, has another width, or was captured with other settings, or for other
-                directions or another version of these.
+            GradRouteError: a module is missing or has another width; or a `Capture` was taken with other settings, in
+                another view, of another base model, or for other directions or another version of these.
         """
-        made = self.provenance
-        projected = isinstance(features, Capture) and features.projected_on(
-            self, (made.source, made.feature, made.reduction)
-        )
-        return self._estimate.score(features, projected)
+        if not isinstance(features, Capture):
+            if view is not None:
+                raise GradRouteError(
+                    f"`view` should come with a Capture, which knows its view. Found {view!r} and a "
+                    f"{type(features).__name__}. Fix: score the Capture itself, or leave `view` out."
+                )
+            return self.estimate.score(features)
+        features.check_fits(self.provenance, view)
+        if features.directions is not None and (features.directions is not self or features.version != self.version):
+            other = "other directions" if features.directions is not self else f"version {features.version} of these"
+            raise GradRouteError(
+                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
+                "Fix: capture and score between two refreshes."
+            )
+        return self.estimate.score(features, projected=features.directions is not None)
 
     def weights(self) -> dict[str, Float[Tensor, " _"]]:
         """Module name -> sum over rows of v / s: what features are multiplied with in a score."""
@@ -129,8 +144,25 @@ class Directions:
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): the score of each side of each pair; of a control's own sides."""
-        hack, clean = self._sides
+        hack, clean = self.sides
         return self.score(hack), self.score(clean)
+
+    @property
+    def sides(self) -> Sides:
+        """(hack, clean): the pair features that play these sides; of a control, its own."""
+        return sides(self.hack, self.clean, self.provenance.control, self.provenance.seed)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Rows, centre, scale and held-out pairs, without what they were made of."""
+        return Estimate(self.rows, self.centre, self.scale, self.heldout)
+
+    @property
+    def known_estimator(self) -> Estimator | None:
+        """What made the rows; None for random rows, and for an estimator of the user's that a file cannot name."""
+        if self.estimator is not None or self.provenance.control in RANDOM:
+            return self.estimator
+        return estimator_of(self.provenance.estimator)
 
     def differences(self) -> dict[str, Float[Tensor, "pairs d_feature"]]:
         """Module name -> f_hack - f_clean, a row per pair.
@@ -144,92 +176,58 @@ class Directions:
     def random_like(self, seed: int, *, oriented: bool = False) -> "Directions":
         """A control: Haar-distributed orthonormal rows of the same shapes, with the same pair features.
 
-        A gate calibrated on it is oriented on the same pairs; `oriented` turns each row of each module besides, so that
-        it scores the hack sides above the clean ones. A refresh renews its pair features (and the signs), not its rows.
+        A gate on it is calibrated on the same pairs. `oriented` also turns each row of each module so that it scores
+        the hack sides above the clean ones. A refresh renews the pair features (and the signs) and keeps the rows. See
+        `gradroute.directions.controls` for the other controls.
         """
-        return self._control("random-oriented" if oriented else "random", seed)
+        return self.control(Draw("random-oriented" if oriented else "random", seed))
 
-    @typechecked
-    def shuffled(self, seed: int) -> "Directions":
-        """A control: estimated from the same pairs, of which half, drawn by `seed`, have their sides swapped."""
-        return self._control("shuffled", seed)
-
-    @typechecked
-    def placebo(self, seed: int) -> "Directions":
-        """A control: estimated from the same rollouts, paired across prompts: hack with hack, clean with clean.
-
-        Authored placebo pairs need no such thing: extract from them as from any others.
-        """
-        return self._control("placebo", seed)
-
-    def reversed(self) -> "Directions":
-        """A control: -v, with the sides of the pairs exchanged, so that a gate routes what looks clean."""
-        return self._control("reversed", None)
-
-    def summary(self, previous: "Directions | None" = None, *, seed: int = 0, draws: int = 100) -> DirectionsSummary:
-        """A table of diagnostics per module and pooled, on the held-out pairs where there are any; see `diagnostics`.
-
-        Args:
-            previous: directions to take principal angles to.
-            seed: of the split halves and the random draws.
-            draws: number of random draws.
-        """
-        hack, clean = self._sides
-        found = diagnostics.summarise(self._estimate, hack, clean, self._known_estimator(), seed=seed, draws=draws)
-        angles = {} if previous is None else self.principal_angles(previous)
-        modules = {name: dataclasses.replace(m, angles=angles.get(name)) for name, m in found.modules.items()}
-        return dataclasses.replace(found, title=repr(self), modules=modules)
-
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw `summary`: the AUROC of each module and of all; returns (figure, axes). Needs matplotlib."""
-        return plot_summary(self.summary(), ax)
-
-    @typechecked
-    def validate(
-        self, rollouts: Float[Tensor, " rows"] | Mapping[str, Float[Tensor, "_ _"]], labels: Bool[Tensor, " rows"]
-    ) -> Validation:
-        """AUROC on labelled rollouts, with an interval; warns where it is below 1/2.
-
-        Pairs of another distribution than the rollouts give inverted scores, which look like a working gate.
-
-        Args:
-            rollouts: their scores, or their features.
-            labels: True for hacks.
-        """
-        scores = rollouts if isinstance(rollouts, Tensor) else self.score(rollouts)
-        return diagnostics.validate_scores(scores, labels)
+    def control(self, draw: Draw) -> "Directions":
+        """The control that `draw` makes of these directions."""
+        if self.provenance.control is not None:
+            found = self.provenance.control
+            raise GradRouteError(f"A control should be made from real directions. Found a {found} one.")
+        estimator = self.known_estimator
+        estimate = draw.estimate(self.estimate, self.hack, self.clean, estimator)
+        changes: dict[str, Any] = {"control": draw.control, "seed": draw.seed}
+        if draw.control in RANDOM:
+            changes["estimator"], estimator = "random", None
+        return Directions(
+            estimate.rows, self.hack, self.clean, dataclasses.replace(self.provenance, **changes), step=self.step,
+            centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
+        )  # fmt: skip
 
     @typechecked
     def overlap(self, other: "Directions") -> float:
         """Mean over modules of tr(V W^T) / k: 1 for the same directions, 0 for unrelated, -1 for reversed ones."""
         self._check_same_features(other)
         names = [name for name in self.hack if name in self.rows or name in other.rows]
-        return sum(diagnostics.overlap(self.rows.get(name), other.rows.get(name)) for name in names) / len(names)
+        return sum(_angles.overlap(self.rows.get(name), other.rows.get(name)) for name in names) / len(names)
 
     @typechecked
     def principal_angles(self, other: "Directions") -> dict[str, Float[Tensor, " _"]]:
         """Module name -> angles in radians between the spans of both directions' rows, smallest first."""
         self._check_same_features(other)
         shared = [name for name in self.rows if name in other.rows]
-        return {name: diagnostics.principal_angles(self.rows[name], other.rows[name]) for name in shared}
+        return {name: _angles.principal_angles(self.rows[name], other.rows[name]) for name in shared}
 
     @typechecked
     def update_(self, fresh: "Directions", *, step: int) -> "Directions":
         """Take over rows and pair features of `fresh` in place; every gate that holds these directions sees them.
 
-        A control makes itself anew from fresh real directions: random rows stay (turned again if oriented), shuffled
-        and placebo ones are estimated again with the same draw, reversed ones negated.
+        A control renews itself from fresh real directions: random rows stay (and are turned again if oriented),
+        shuffled and placebo rows are estimated again with the same draw, reversed rows are negated again.
 
         Raises:
             RefreshError: `fresh` is this very object, or was made from other pairs, settings, modules or another base.
         """
         if fresh is self:
-            raise RefreshError("`fresh` should be extracted anew. Found the very object to be updated.")
+            raise RefreshError("`fresh` should be another extraction. Found the very object to be updated.")
         self._check_same_features(fresh)
         self.provenance.check_refreshed_by(fresh.provenance)
         control, view = self.provenance.control, fresh.provenance.view
         if control is not None and fresh.provenance.control is None:
-            fresh = fresh._control(control, self.provenance.seed, self.rows)
+            fresh = fresh.control(Draw(control, self.provenance.seed, self.rows))
         self.rows, self.hack, self.clean = dict(fresh.rows), dict(fresh.hack), dict(fresh.clean)
         self.centre, self.scale, self.heldout = fresh.centre, fresh.scale, fresh.heldout
         self.estimator = fresh.estimator
@@ -265,36 +263,12 @@ class Directions:
             raise FileFormatError(f"{path}: these directions were extracted from another base model than `model`.")
         return directions
 
-    @property
-    def _estimate(self) -> Estimate:
-        return Estimate(self.rows, self.centre, self.scale, self.heldout)
-
-    @property
-    def _sides(self) -> Sides:
-        return sides(self.hack, self.clean, self.provenance.control, self.provenance.seed)
-
-    def _known_estimator(self) -> Estimator | None:
-        if self.estimator is not None or self.provenance.control in RANDOM:
-            return self.estimator
-        return estimator_of(self.provenance.estimator)
-
-    def _control(self, control: Control, seed: int | None, kept: Mapping[str, Tensor] | None = None) -> "Directions":
-        """The control of these directions; random ones with the rows `kept` where they are given."""
-        if self.provenance.control is not None:
-            found = self.provenance.control
-            raise GradRouteError(f"A control should be made from real directions. Found a {found} one.")
-        estimator = self._known_estimator()
-        estimate = Draw(control, seed, kept).estimate(self._estimate, self.hack, self.clean, estimator)
-        changes: dict[str, Any] = {"control": control, "seed": seed}
-        if control in RANDOM:
-            changes["estimator"], estimator = "random", None
-        return Directions(
-            estimate.rows, self.hack, self.clean, dataclasses.replace(self.provenance, **changes), step=self.step,
-            centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
-        )  # fmt: skip
-
     def _check_same_features(self, other: "Directions") -> None:
+        instance_of("other", other, Directions)
         mine, theirs = ({n: f.shape[1] for n, f in directions.hack.items()} for directions in (self, other))
         if mine != theirs:
             different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise RefreshError(f"Both directions should have the same modules and shapes. Different: {different[:5]}.")
+            raise RefreshError(
+                f"Both directions should have the same modules and shapes. Different: {different[:5]}. Fix: extract "
+                "from the same model, always with its wrapper or always without (DDP's adds `module.` to every name)."
+            )

@@ -8,9 +8,7 @@ view it is in: ablate the quarantine first, or leave it to `Refresher`; the view
 random numbers are left as found.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,15 +19,16 @@ from torch.nn.functional import cross_entropy
 
 from gradroute._hashing import model_identity
 from gradroute._progress import progressed
-from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._protocol import routed_layers
 from gradroute._restore import left_as_found
 from gradroute._typing import typechecked
-from gradroute.directions._early_exit import EarlyExit
-from gradroute.directions._reading import Feature, Reduction, read_modules, without_autocast
-from gradroute.directions.capture import Capture, capture_activations, capture_gradients
+from gradroute.directions._huggingface import ForwardFn, huggingface_forward, pad_token, reads_head
+from gradroute.directions._reading import Feature, Reduction, without_autocast
+from gradroute.directions.capture import capture_activations, capture_gradients
 from gradroute.directions.directions import Directions
 from gradroute.directions.estimators.base import Estimator
 from gradroute.directions.estimators.by_name import as_estimator
+from gradroute.directions.features import Capture
 from gradroute.directions.pairs import (
     ContrastivePair,
     PaddedBatch,
@@ -42,9 +41,6 @@ from gradroute.directions.pairs import (
 )
 from gradroute.directions.provenance import Provenance
 from gradroute.errors import DeadDirectionError, GradRouteError
-
-ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
-"""(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""
 
 LossFn = Callable[[Any, PaddedBatch], Tensor]
 """(what the forward returned, batch) -> the loss of each rollout (batch,)."""
@@ -75,10 +71,9 @@ def extract_activation_directions(
         model: with routed layers.
         pairs: `ContrastivePair`s of texts or token ids.
         tokenizer: needed for texts.
-        features, reduction, modules: see `capture_activations`. Of a Hugging Face model, blocks above the last of
-            `modules` are not run once its forward has been seen to run them in order.
+        features, reduction, modules: see `capture_activations`.
         batch_size, batch_tokens: rollouts, and tokens with padding, per forward at most; pairs are sorted by length.
-        forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model.
+        forward_fn: (model, input_ids, attention_mask) -> anything; None calls a Hugging Face model of token ids.
         estimator: `MeanDifference`, `TStatistic`, `Svd`, `Ridge`, or the name of one for its defaults.
         progress: show a bar if it takes longer than two seconds and stderr is a terminal.
 
@@ -90,8 +85,7 @@ def extract_activation_directions(
         GradRouteError: no pairs, no tokenizer for texts, no such estimator, or a route is open.
     """
     estimator = as_estimator(estimator)
-    few_logits = {"logits_to_keep": 1} if forward_fn is None and _skips_logits(model, modules) else {}
-    early = EarlyExit(model, list(read_modules(model, modules, features))) if forward_fn is None else None
+    forward = huggingface_forward(model, reads_head(model, modules)) if forward_fn is None else forward_fn
 
     def run(batch: PaddedBatch) -> Capture:
         with (
@@ -99,9 +93,8 @@ def extract_activation_directions(
             capture_activations(
                 model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
             ) as capture,
-            nullcontext() if early is None else early.forward(),
         ):
-            _forward(model, batch, forward_fn, **few_logits)
+            forward(model, batch.input_ids, batch.attention_mask)
         return capture
 
     rollouts = tokenize_pairs(pairs, tokenizer)
@@ -145,10 +138,11 @@ def extract_gradient_directions(
             gradient.
     """
     estimator = as_estimator(estimator)
+    forward = huggingface_forward(model, all_logits=True) if forward_fn is None else forward_fn
 
     def run(batch: PaddedBatch) -> Capture:
         with torch.enable_grad(), capture_gradients(model, features=features, modules=modules) as capture:
-            output = _forward(model, batch, forward_fn)
+            output = forward(model, batch.input_ids, batch.attention_mask)
             losses = _completion_nll(_logits(output), batch) if loss_fn is None else loss_fn(output, batch)
             if not isinstance(losses, Tensor) or losses.shape != batch.index.shape:
                 found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -185,21 +179,29 @@ def _extract(
     identity = model_identity(model)
     features: dict[str, Tensor] = {}
     capture = None
+    views = set()
     with left_as_found(model):
         if frozen:
             model.requires_grad_(False)
-        padded = padded_batches(rollouts, batches, device)
+        padded = padded_batches(rollouts, batches, device, pad_token(model))
         for batch in progressed(padded, total=len(batches), description="extracting directions", progress=progress):
             capture = run(batch)
+            views.add(capture.view)
             for name, rows in capture.items():
+                if len(rows) != len(batch.index):
+                    raise GradRouteError(
+                        f"Each forward should run the {len(batch.index)} rollouts of its batch once. Found {len(rows)} "
+                        f"rows in `{name}`. Fix: a `forward_fn` that calls the model once, on what it is given."
+                    )
                 home = torch.device("cpu") if capture.feature == "parameter" else rows.device
                 if name not in features:
                     features[name] = rows.new_empty(len(rollouts), rows.shape[1], device=home)
                 features[name][batch.index.to(home)] = rows.to(home)
     assert capture is not None
+    if len(views) > 1:
+        raise GradRouteError(f"All batches should run in one view. Found {sorted(map(str, views))}.")
     hack = {name: rows[: len(pairs)] for name, rows in features.items()}
     clean = {name: rows[len(pairs) :] for name, rows in features.items()}
-    views = {layer.view for layer in layers.values()}
     provenance = Provenance(
         source=capture.source,
         feature=capture.feature,
@@ -207,7 +209,7 @@ def _extract(
         estimator=str(estimator),
         pair_hash=pair_hash(pairs),
         model=identity,
-        view=views.pop() if len(views) == 1 else "mixed",
+        view=str(capture.view),
     )
     try:
         with without_autocast(device):
@@ -230,29 +232,6 @@ def _why_dead(model: nn.Module, provenance: Provenance) -> str:
             'Fix: extract after the first optimizer steps, or with features="parameter" or "output".'
         )
     return "Fix: check that the pairs differ where the model looks, and drop modules that cannot see it."
-
-
-def _forward(model: nn.Module, batch: PaddedBatch, forward_fn: ForwardFn | None, **options: Any) -> Any:
-    if forward_fn is not None:
-        return forward_fn(model, batch.input_ids, batch.attention_mask)
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options)
-
-
-def _skips_logits(model: nn.Module, modules: Modules) -> bool:
-    """Whether a Hugging Face model computes no more logits than it is asked for, and its head is not to be read.
-
-    The head is the largest product of a small model: a fifth of SmolLM2-135M.
-    """
-    unwrapped: Any = getattr(model, "module", model)
-    unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)
-    if hasattr(unwrapped, "get_base_model"):
-        unwrapped = unwrapped.get_base_model()
-    get_head = getattr(unwrapped, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if head is None or isinstance(head, RoutedLayer):
-        return False
-    read = [] if modules is None else [module for name, module in model.named_modules() if name in modules]
-    return head not in read and "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
 
 
 def _logits(output: Any) -> Tensor:

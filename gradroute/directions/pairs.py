@@ -3,7 +3,8 @@
 A pair is one prompt with two completions that differ in the mechanism: one exploits the grader, one does the task.
 Two texts are tokenised joined, since tokens can merge across the boundary. The completion starts at the first token
 that is not the prompt's own (longest common prefix with the tokens of the prompt alone): a merged token belongs to the
-completion. Token ids are joined as they are, as in a rollout.
+completion. Token ids are joined as they are, as in a rollout. Ids after a text are a rollout too; a text after ids is
+refused, since a tokenizer may begin it with a token that no rollout has there.
 """
 
 import hashlib
@@ -140,12 +141,18 @@ def tokenize_pairs(pairs: Sequence[ContrastivePair], tokenizer: Tokenizer | None
     clean = [(pair.prompt if pair.clean_prompt is None else pair.clean_prompt, pair.clean) for pair in pairs]
     rollouts = []
     for prompt, completion in hack + clean:
-        prompt_ids = _token_ids(prompt, tokenizer, start=True)
+        prompt_ids = _token_ids(prompt, tokenizer)
         if isinstance(prompt, str) and isinstance(completion, str):
-            ids = _token_ids(prompt + completion, tokenizer, start=True)
+            ids = _token_ids(prompt + completion, tokenizer)
             start = _completion_start(prompt_ids, ids, prompt, completion)
         else:
-            ids = [*prompt_ids, *_token_ids(completion, tokenizer, start=False)]
+            if isinstance(completion, str):
+                raise GradRouteError(
+                    f"A completion should be token ids where its prompt is. Found the text {completion[:20]!r}. Some "
+                    "tokenizers put a space in front of every text, and that token would stand between the two. "
+                    "Fix: give both as texts, or both as token ids."
+                )
+            ids = [*prompt_ids, *_token_ids(completion, tokenizer)]
             start = len(prompt_ids)
         if start == len(ids):
             raise GradRouteError(f"The completion {completion!r} has no tokens.")
@@ -166,7 +173,7 @@ def _completion_start(prompt_ids: Sequence[int], ids: Sequence[int], prompt: str
     return start
 
 
-def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int]:
+def _token_ids(text: Text, tokenizer: Tokenizer | None) -> list[int]:
     if not isinstance(text, str):
         return list(text)
     if tokenizer is None:
@@ -176,12 +183,12 @@ def _token_ids(text: Text, tokenizer: Tokenizer | None, start: bool) -> list[int
     else:
         # A chat template writes its own <bos>; a second one would shift every position.
         bos = tokenizer.bos_token
-        special = start and not (bos and text.startswith(bos))
+        special = not (bos and text.startswith(bos))
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     # Some templates end a text with <eos>, which would stand between prompt and completion.
     eos = getattr(tokenizer, "eos_token", None) or ""
-    if start and eos and ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+    if eos and ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
         doubled = ids[-2:] == [ids[-1]] * 2 and not text.endswith(eos + eos)
         ids = ids if text.endswith(eos) and not doubled else ids[:-1]
     if not isinstance(ids, list | tuple) or not all(isinstance(token, int) for token in ids):
@@ -228,12 +235,15 @@ def batched(rollouts: Sequence[TokenizedRollout], batch_size: int, batch_tokens:
 
 
 def padded_batches(
-    rollouts: Sequence[TokenizedRollout], batches: Sequence[Sequence[int]], device: torch.device
+    rollouts: Sequence[TokenizedRollout],
+    batches: Sequence[Sequence[int]],
+    device: torch.device,
+    pad_token: int = 0,
 ) -> Iterator[PaddedBatch]:
     """The rollouts of each batch, padded on the right to the longest of it."""
     for index in batches:
         width = max(len(rollouts[i].ids) for i in index)
-        ids = torch.zeros(len(index), width, dtype=torch.long)
+        ids = torch.full((len(index), width), pad_token)
         attention = torch.zeros_like(ids)
         completion = torch.zeros_like(ids, dtype=torch.bool)
         for row, rollout in enumerate(rollouts[i] for i in index):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gradroute.directions.controls import Control
+from gradroute.directions._draws import Control
 from gradroute.errors import RefreshError
 
 
@@ -30,11 +30,6 @@ class Provenance:
     view: str
     seed: int | None = None
     control: Control | None = None
-
-    def __post_init__(self) -> None:
-        # Files of format 1 say so by the estimator alone.
-        if self.estimator == "random" and self.control is None:
-            object.__setattr__(self, "control", "random")
 
     def check_refreshed_by(self, fresh: "Provenance") -> None:
         """Raise `RefreshError` unless directions made so can take over those made as `fresh` says."""

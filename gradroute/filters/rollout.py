@@ -24,7 +24,6 @@ from gradroute._per_rollout import block_kind
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import wide
 from gradroute.adapters.mask import RouteMask
-from gradroute.directions.controls import sides
 from gradroute.directions.directions import Directions
 from gradroute.directions.parameter_rows import check_directions, scaled_rows
 from gradroute.errors import GradRouteError
@@ -145,11 +144,11 @@ class RolloutFilter(GradientFilter):
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): scores of the directions' own pairs as this filter scores rollouts, to place thresholds by."""
-        directions, provenance = self.directions, self.directions.provenance
+        known = self.directions
         found = []
-        for features in sides(directions.hack, directions.clean, provenance.control, provenance.seed):
-            pairs = {name: wide(features[name]) for name in directions.rows}
-            vectors = {name: scaled_rows(directions, name).sum(0).to(pairs[name]) for name in pairs}
+        for features in known.sides:
+            pairs = {name: wide(features[name]) for name in known.rows}
+            vectors = {name: scaled_rows(known, name).sum(0).to(pairs[name]) for name in pairs}
             dots = torch.stack([pairs[name] @ v for name, v in vectors.items()]).sum(0)
             squares = torch.stack([rows.square().sum(1) for rows in pairs.values()]).sum(0)
             found.append(self._scale(dots, squares, vectors))

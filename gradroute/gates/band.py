@@ -131,7 +131,5 @@ class BandGate(Gate):
                 "this direction does not see them apart. Fix: use other pairs or features."
             )
         if hi < lo and self.directions.provenance.estimator != "random":
-            warn(
-                f"The hack pairs score below the clean ones ({hi:.4g} < {lo:.4g}); the gate routes low scores.",
-            )
+            warn(f"The hack pairs score below the clean ones ({hi:.4g} < {lo:.4g}); the gate routes low scores.")
         self._lo, self._hi, self._version = lo, hi, self.directions.version

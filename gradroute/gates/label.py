@@ -53,7 +53,7 @@ class LabelGate(Gate):
         if self.false_positive_rate >= 0.1:
             warn(
                 f"`false_positive_rate` is {self.false_positive_rate:g}: routing a tenth of the clean rollouts has "
-                "collapsed the deployed block in published runs. Recall matters less: prefer a stricter monitor.",
+                "collapsed the deployed block in published runs. Recall matters less: prefer a stricter monitor."
             )
 
     def __call__(self, flags: Bool[Tensor, "*rows"]) -> RouteMask:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gradroute._checks import instance_of, positive_integer
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
-from gradroute.directions.capture import Capture
+from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates._histogram import Marked

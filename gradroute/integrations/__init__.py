@@ -1,1 +1,1 @@
-"""gradroute inside other people's training: transformers' Trainer and TRL's GRPO."""
+"""gradroute inside the trainers of other packages: transformers' Trainer and TRL's GRPO."""

@@ -27,6 +27,7 @@ def test_rows_that_train_an_ablated_quarantine_raise(zone: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.corner("rows that train the quarantine run ablated", "`RouteError`")
 def test_an_ablation_inside_a_route_raises_too() -> None:
     model = routed_tower()
     with pytest.raises(gr.errors.RouteError, match="should not be ablated"):
@@ -102,6 +103,7 @@ def test_an_ablated_route_raises_under_checkpointing(use_reentrant: bool) -> Non
 VIEWS = {"ablated": gr.ablate_quarantine, "disabled": gr.disable_adapters}
 
 
+@pytest.mark.corner("a patched forward passes a routed layer by in a view", "`RouteError`")
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_a_layer_that_is_passed_by_in_a_view_raises(view: Callable[[nn.Module], object]) -> None:
     model = routed_tower()
@@ -149,6 +151,7 @@ def test_what_ran_in_an_inner_view_ran_in_the_outer_one() -> None:
             model.upper(torch.randn(4, 6, dtype=torch.float64))
 
 
+@pytest.mark.corner("an expert gets no token in a view", "it is not counted as passed by")
 def test_an_expert_may_get_no_token() -> None:
     model = nn.ModuleDict({"gate": nn.Linear(5, 5), "experts": nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])})
     gr.attach(model, r=2)

@@ -57,6 +57,7 @@ def squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()
 
 
+@pytest.mark.corner("a mask per row in a classifier with a pooled head", "exact")
 @pytest.mark.parametrize("seq", [4, ROWS, 1])
 def test_a_head_of_pooled_rows_and_layers_of_four_axes_are_exact(seq: int) -> None:
     torch.manual_seed(0)
@@ -104,6 +105,7 @@ class Branches(nn.Module):
         return self.body(x) * gate[:, None] + tokens.sum()
 
 
+@pytest.mark.corner("layers that share tokens out get as many as there are rows", "`RouteError`")
 def test_layers_that_share_out_the_tokens_are_refused_though_a_pooled_head_had_the_same_shape() -> None:
     model = routed(Branches())
     with pytest.raises(gr.errors.RouteError, match="3 axes in `body`, 2 axes in `branches.0`"):

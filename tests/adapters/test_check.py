@@ -274,16 +274,6 @@ def test_a_model_of_two_towers_is_walked() -> None:
     assert gr.check_model(gr.attach(model, r=2)) == []
 
 
-def test_an_optimizer_without_the_blocks_is_an_error() -> None:
-    model = Tower()
-    optimizer = torch.optim.AdamW(model.parameters())
-    gr.attach(model, r=2)
-    findings = gr.check_model(model, optimizer=optimizer)
-    assert [(f.module, f.severity) for f in findings] == [(n, "error") for n in ("lower", "lower", "upper", "upper")]
-    assert all("Fix: make the optimizer after attach" in f.reason for f in findings)
-    assert gr.check_model(model, optimizer=torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)) == []
-
-
 def fused_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """As of a fused-LoRA patch: reads the weights of the layers and calls none."""
     return self.down_proj.base_layer(self.up_proj.base_layer(x))

@@ -193,6 +193,7 @@ def test_a_layer_that_did_not_run_raises_at_exit() -> None:
     assert not model.upper.has_open_route
 
 
+@pytest.mark.corner("logits from before the route, backward inside it", "`RouteError`")
 @pytest.mark.corner("only backward is inside the route, the forward was before it", "`RouteError`")
 def test_a_backward_of_a_forward_without_a_route_raises_inside_one() -> None:
     model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
@@ -204,6 +205,7 @@ def test_a_backward_of_a_forward_without_a_route_raises_inside_one() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.corner("only a reference pass under `no_grad` runs inside a route", "`RouteError`")
 def test_a_reference_pass_without_gradients_does_not_count_as_running() -> None:
     model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     for without_gradients in (torch.no_grad, torch.inference_mode):

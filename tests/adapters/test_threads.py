@@ -57,6 +57,7 @@ def ablated(model: nn.Module) -> Tensor:
         return model(X)
 
 
+@pytest.mark.corner("another thread runs the model during an ablation", "`RouteError`")
 def test_a_thread_that_was_there_before_does_not_run_in_the_view_of_another() -> None:
     model = routed_tower()
     with Worker() as other, torch.no_grad(), gr.ablate_quarantine(model):
@@ -88,6 +89,7 @@ def test_a_second_thread_opens_nothing_while_the_first_has_a_block_open(block: C
     assert model.lower.view == "on"
 
 
+@pytest.mark.corner("an engine generates in a thread started inside an ablation", "it shows the ablated view")
 def test_a_thread_that_is_started_inside_works_for_the_view() -> None:
     model = routed_tower()
     with torch.no_grad():

@@ -47,7 +47,7 @@ def test_a_score_is_the_sum_of_dot_products_over_modules_and_rows(k: int) -> Non
 
 def test_a_capture_is_scored_row_by_row() -> None:
     model, directions = routed_mixer(), extracted()
-    with torch.no_grad(), gr.capture_activations(model, pool=torch.ones(2, 3)) as acts:
+    with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=torch.ones(2, 3)) as acts:
         model(IDS)
     scores = directions.score(acts)
     assert scores.shape == (2,)
@@ -267,7 +267,7 @@ def test_real_directions_take_no_rows_from_a_random_control() -> None:
 
 def test_update_from_itself_raises() -> None:
     made = random_directions()
-    with pytest.raises(gr.errors.RefreshError, match="`fresh` should be extracted anew. Found the very object"):
+    with pytest.raises(gr.errors.RefreshError, match="`fresh` should be another extraction. Found the very object"):
         made.update_(made, step=1)
 
 

@@ -81,23 +81,6 @@ def test_the_majority_decides_and_not_the_size() -> None:
     assert Svd()(hack, clean).rows["m"][0, 0] > 0.9
 
 
-def test_weak_axes_are_dropped_in_a_module_and_by_the_global_noise_floor() -> None:
-    hack = {
-        "loud": torch.diag(torch.tensor([8.0, 4.0, 0.4], dtype=torch.float64)),
-        "quiet": torch.diag(torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)),
-    }
-    clean = {name: torch.zeros_like(f) for name, f in hack.items()}
-
-    def kept(**settings: float) -> dict[str, int]:
-        return {name: len(rows) for name, rows in Svd(k=3, **settings)(hack, clean).rows.items()}
-
-    assert kept() == {"loud": 3, "quiet": 3}
-    assert kept(axis_floor=0.4) == {"loud": 2, "quiet": 2}
-    # Singular values .1 .2 .3 .4 4 8: the median is .35, so "quiet" has nothing left.
-    assert kept(noise_floor=0.5) == {"loud": 3}
-    assert kept(noise_floor=0.7) == {"loud": 2}
-
-
 def primal_ridge(sides: Sides, penalty: float, standardise: bool) -> Tensor:
     """w from the normal equations over all modules' coordinates and an unpenalised intercept."""
     z = []

@@ -250,6 +250,31 @@ def test_no_eos_stands_between_prompt_and_completion_or_is_added_to_it() -> None
     assert clean == TokenizedRollout((1, 3, 5, 2), 2)
 
 
+def spaced_tokenizer() -> object:
+    """Like Llama 2's: every text begins with a token for a space."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(["<unk>", "\u2581", *"abc"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Prepend("\u2581")
+    return lambda text: tokenizer.encode(text).ids
+
+
+def test_a_completion_of_text_after_a_prompt_of_ids_raises() -> None:
+    """Its own tokens would begin with a space that stood between prompt and completion in no rollout."""
+    tokenizer = spaced_tokenizer()
+    texts, _ = tokenize_pairs([gr.ContrastivePair("ab", "ca", "b")], tokenizer)
+    assert texts == TokenizedRollout((1, 2, 3, 4, 2), 3)
+    assert tokenizer("ca") == [1, 4, 2]
+    for pair in (gr.ContrastivePair([1, 2, 3], "ca", "b"), gr.ContrastivePair("ab", "ca", "b", clean_prompt=[1, 2, 3])):
+        with pytest.raises(
+            gr.GradRouteError, match="completion should be token ids where its prompt is.*Fix: give both"
+        ):
+            tokenize_pairs([pair], tokenizer)
+    ids, _ = tokenize_pairs([gr.ContrastivePair("ab", [4, 2], [3])], tokenizer)
+    assert ids == texts
+
+
 def test_texts_without_a_tokenizer_raise() -> None:
     with pytest.raises(gr.GradRouteError, match="`tokenizer` is needed for pairs of text"):
         tokenize_pairs([gr.ContrastivePair("sort", "stub", "ret")], None)

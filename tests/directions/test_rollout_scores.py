@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 from gradroute._protocol import routed_layers
+from gradroute.directions import reversed_sign
 from gradroute.filters import apply_filter
 from gradroute.filters.rollout import RolloutFilter
 
@@ -130,7 +131,7 @@ def test_the_sides_of_a_control_are_its_own() -> None:
     model = routed_mixer()
     directions = drawn_directions(model)
     hack, clean = RolloutFilter(directions).pair_scores()
-    turned = RolloutFilter(directions.reversed()).pair_scores()
+    turned = RolloutFilter(reversed_sign(directions)).pair_scores()
     torch.testing.assert_close(turned[0], -clean, rtol=0, atol=1e-12)
     torch.testing.assert_close(turned[1], -hack, rtol=0, atol=1e-12)
     assert not torch.allclose(hack, clean)

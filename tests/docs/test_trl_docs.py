@@ -63,6 +63,7 @@ def run(script: str) -> Any:
     return names["trainer"]
 
 
+@pytest.mark.slow
 def test_five_lines_route_the_script(folder: Path) -> None:
     assert sum(line.startswith("+") for line in DIFF.splitlines()) <= 5
     plain = run(SCRIPT)

@@ -50,6 +50,7 @@ def test_calibration_has_a_tolerance_of_three_points() -> None:
 # Nulls over seeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_calibration_of_effective_under_strong_variance_between_seeds(seeds: int) -> None:
     rng = np.random.default_rng(seeds)
@@ -88,6 +89,7 @@ def test_calibration_of_a_single_seed_is_underpowered_every_time() -> None:
     assert words(null) == {"underpowered": NULLS}
 
 
+@pytest.mark.slow
 def test_calibration_of_effective_for_several_arms_together() -> None:
     rng = np.random.default_rng(1)
 
@@ -126,6 +128,7 @@ def by_prompts(name: str, chances: np.ndarray, rng: np.random.Generator) -> ArmR
     return ArmRuns.from_reports(name, {0: report(outcomes)})
 
 
+@pytest.mark.slow
 def test_calibration_of_effective_over_paired_prompts_and_its_gain() -> None:
     rng = np.random.default_rng(2)
 
@@ -161,6 +164,7 @@ def test_calibration_of_directional_where_every_direction_works() -> None:
     assert found["directional"] <= most(100)
 
 
+@pytest.mark.slow
 def test_calibration_of_directional_where_the_extracted_one_is_one_more_draw() -> None:
     rng = np.random.default_rng(4)
     contests = [with_draws(rng, rng.normal(0.3, 0.15, 6).clip(0.02)) for _ in range(NULLS)]
@@ -231,6 +235,7 @@ def spread(rng: np.random.Generator, mean: float, sd: float, seeds: int) -> np.n
     return rng.uniform(mean - 3**0.5 * sd, mean + 3**0.5 * sd, seeds)
 
 
+@pytest.mark.slow
 def test_calibration_of_the_seeds_that_an_underpowered_verdict_asks_for() -> None:
     rng = np.random.default_rng(10)
     effect = 0.2

@@ -49,6 +49,7 @@ EVALUATIONS = {
 every_evaluation = pytest.mark.parametrize("run", EVALUATIONS.values(), ids=EVALUATIONS.keys())
 
 
+@pytest.mark.corner("an evaluation inside of an open route", "`RouteError`, which names the route")
 @every_evaluation
 def test_an_open_route_is_named_as_the_cause(run: Callable[..., Any]) -> None:
     """The route would end with "14 of 14 layers did not run"."""
@@ -68,6 +69,7 @@ def drawn() -> tuple[float, ...]:
     return random.random(), float(np.random.rand()), torch.rand(1).item()
 
 
+@pytest.mark.corner("an evaluation that draws from Python, numpy and torch", "every view draws the same numbers")
 @every_evaluation
 def test_all_views_draw_the_same_random_numbers(run: Callable[..., Any]) -> None:
     draws = []
@@ -109,6 +111,7 @@ def fused(layer: gr.QuarantineLoRA) -> Callable[[Any], Any]:
     return forward
 
 
+@pytest.mark.corner("a fused kernel in the place of the forward of routed layers", "`RouteError`, in every evaluation")
 @every_evaluation
 @pytest.mark.parametrize("layers", [["lower"], ["upper"], ["lower", "upper"]])
 def test_a_layer_whose_own_forward_is_replaced_is_found(run: Callable[..., Any], layers: list[str]) -> None:
@@ -125,6 +128,7 @@ def test_a_layer_whose_own_forward_is_replaced_is_found(run: Callable[..., Any],
         run(model, evaluation(lambda model: model(X)))
 
 
+@pytest.mark.corner("a fused kernel in the place of a module around routed layers", "`RouteError`, in every evaluation")
 @every_evaluation
 def test_layers_that_a_patch_of_the_module_around_them_passes_by_are_found(run: Callable[..., Any]) -> None:
     model = nn.Sequential(tower())
@@ -151,6 +155,7 @@ def test_a_forward_that_is_only_wrapped_runs_its_layer(run: Callable[..., Any]) 
     run(model, evaluation(lambda model: model(X)))
 
 
+@pytest.mark.corner("an evaluation whose second view is answered from a cache", "`RouteError`")
 @every_evaluation
 def test_an_answer_from_a_cache_in_the_second_view_is_found(run: Callable[..., Any]) -> None:
     model = tower()

@@ -21,7 +21,7 @@ def test_the_inverted_direction_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     names: dict[str, Any] = {}
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     exec(compile(block, "directions-study.md", "exec"), names)
-    assert names["hack"].summary(draws=1).auroc > 0.9
+    assert gr.directions.summary(names["hack"], draws=1).auroc > 0.9
     assert names["found"].inverted
     assert names["found"].high < 0.5 < names["fewer"].high
     assert all("scores are inverted" in str(each.message) for each in names["said"])

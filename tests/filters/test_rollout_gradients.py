@@ -264,9 +264,9 @@ def test_parameter_directions_are_refreshed_and_so_is_their_control() -> None:
         assert refresher.step().moved
     assert all(torch.equal(control.rows[name], rows[name]) for name in MODULES)
     with pytest.raises(gr.GradRouteError, match="in version 1. Found version 0 of these.*between two refreshes"):
-        directions.score(stale)
+        directions.score(stale, view="on")
     model.zero_grad()
-    assert torch.isfinite(directions.score(captured(model, directions))).all()
+    assert torch.isfinite(directions.score(captured(model, directions), view="on")).all()
 
 
 def test_products_with_other_directions_are_not_scored() -> None:

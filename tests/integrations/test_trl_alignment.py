@@ -70,6 +70,7 @@ def test_with_a_reference_each_block_gets_its_own_advantage_and_the_whole_penalt
     assert distance(made.stepped[0], expected) < 1e-6
 
 
+@pytest.mark.corner("rows run twice, with activation checkpointing in either mode", "one forward, recomputed once")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_rows_that_run_twice_do_so_in_one_forward_which_checkpointing_recomputes_once(
     use_reentrant: bool, tmp_path: Path
@@ -96,6 +97,7 @@ def test_rows_that_run_twice_do_so_in_one_forward_which_checkpointing_recomputes
     assert distance(made.stepped[0], reference(Run.of(made), beta=0.2)) < 1e-6
 
 
+@pytest.mark.corner("`top_entropy_quantile < 1`, and rows run twice", "the same tokens both times")
 @pytest.mark.parametrize("quantile", [0.5, 0.2])
 def test_rows_that_run_twice_have_the_same_high_entropy_tokens_both_times(quantile: float, tmp_path: Path) -> None:
     chosen: list[Tensor] = []

@@ -62,6 +62,7 @@ def test_scores_of_any_library_and_none_for_undecided() -> None:
     assert asked(lambda **_: [None, True, np.False_]).nan_to_num(-1).tolist() == [-1.0, 1.0, 0.0]
 
 
+@pytest.mark.corner("a detector is async, and a loop runs already in a notebook", "awaited in a loop in another thread")
 def test_an_async_detector_is_awaited_in_one_loop_outside_of_this_thread() -> None:
     """As TRL does with reward functions: here a loop may be running already, as in a notebook."""
     ran: list[tuple[Any, threading.Thread]] = []
@@ -84,6 +85,8 @@ def test_an_async_detector_is_awaited_in_one_loop_outside_of_this_thread() -> No
     asked(Client(), async_loop=given)
     assert ran[-1] == (given, thread)
     given.call_soon_threadsafe(given.stop)
+    thread.join()
+    given.close()
 
 
 REFUSED: dict[str, tuple[Any, bool, str]] = {
@@ -104,6 +107,7 @@ def test_answers_that_are_neither_flags_nor_scores_are_refused(case: str) -> Non
         asked(detector, scores)
 
 
+@pytest.mark.corner("a detector is undecided on a rollout", "the rollout absorbs, and is no label")
 def test_an_undecided_detector_leaves_rows_absorbed_and_is_not_counted(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 

@@ -103,6 +103,9 @@ def test_arguments_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> Non
         trainer(tmp_path, **options)
 
 
+@pytest.mark.corner(
+    "the TRL trainer is given directions that were extracted with the quarantine on", "`GradRouteError` at construction"
+)
 def test_directions_of_another_view_than_rollouts_are_scored_in_are_refused(tmp_path: Path) -> None:
     model = wrapped()
     with pytest.raises(gr.GradRouteError, match="extracted with the quarantine ablated.*view 'on'"):

@@ -13,6 +13,7 @@ from gradroute.integrations.trl import _resume
 
 pytestmark = [
     *quiet,
+    pytest.mark.slow,
     # PEFT cannot ask for the config of a base model that has no name.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]

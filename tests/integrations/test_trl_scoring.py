@@ -60,6 +60,7 @@ def padded(rollouts: list[tuple[list[int], list[int]]], before: int) -> dict[str
     }  # fmt: skip
 
 
+@pytest.mark.corner("padding before a prompt, and absolute positions (GPT-2)", "scores are those of the rollout alone")
 @pytest.mark.parametrize("make", [gpt2, None], ids=["gpt2", "llama"])
 def test_padding_before_a_prompt_changes_no_score(make: Callable[[], Any] | None) -> None:
     model = wrapped() if make is None else make()
@@ -88,6 +89,10 @@ def test_positions_count_attended_tokens() -> None:
 TRUNCATED = {"directions": extract, "args_mask_truncated_completions": True}
 
 
+@pytest.mark.corner(
+    "every completion of a batch is truncated, and `mask_truncated_completions` hides it",
+    "rows absorb without scores; a warning says so once",
+)
 @pytest.mark.parametrize("gate", [None, lambda d: gr.QuantileGate(d, warm_up=2)], ids=["band", "quantile"])
 def test_a_batch_of_truncated_completions_absorbs_without_scores_and_says_so_once(gate: Any, tmp_path: Path) -> None:
     made = trainer(tmp_path, cls=Watched, gate=gate, **TRUNCATED, args_log_completions=True, refresher=1)
@@ -108,6 +113,7 @@ def test_a_batch_of_truncated_completions_absorbs_without_scores_and_says_so_onc
 # Rewards
 
 
+@pytest.mark.corner("every reward function returns None for a completion", "both advantages are 0; in no baseline")
 def test_completions_without_a_reward_train_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
     """TRL gives them the advantage 0; here both advantages are."""
     unscored: list[str] = []

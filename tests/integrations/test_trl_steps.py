@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import gradroute as gr
-from gradroute.integrations.trl import GradRouteGRPOTrainer
+from gradroute.integrations.trl import GradRouteGRPOTrainer, Routing
 
 pytestmark = quiet
 SEVERAL_STEPS = {"args_steps_per_generation": 4}
@@ -211,3 +211,24 @@ def test_blocks_without_rows_can_be_left_out_of_steps(tmp_path: Path) -> None:
         after = dict(gr.deployed_parameters(made.model))
         assert all(torch.equal(after[name], value) for name, value in before.items()) == skips
     assert handle.skipped == {"deployed": 2, "quarantine": 0}
+
+
+def test_what_the_run_routes_by_is_public_and_makes_a_card(tmp_path: Path) -> None:
+    made = trained(tmp_path, directions=extract, refresher=1, detector=flags, args_max_steps=1)
+    routing = made.routing
+    assert isinstance(routing, Routing)
+    assert isinstance(routing.gate, gr.BandGate)
+    assert routing.gate.directions is routing.directions is routing.refresher.directions
+    assert routing.filter is None
+    assert routing.detector is flags
+
+    def evaluate(_: Any) -> list[gr.EvalRecord]:
+        return [gr.EvalRecord(mode="m", monitored=True, prompt_id=str(i), hacked=i > 1, solved=i < 3) for i in range(4)]
+
+    card = gr.write_card(
+        made.model, gr.evaluate_on_off(made.model, evaluate), tmp_path / "card.md", routed_by=made.routing
+    )
+    text = card.read_text()
+    assert repr(routing.gate) in text
+    assert routing.gate.describe() in text
+    assert "every 1 step" in text

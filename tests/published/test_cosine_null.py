@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import gradroute as gr
 from gradroute._protocol import routed_layers
+from gradroute.directions import summary
 
 R, DRAWS = 8, 150
 SIDES = {"one": 2, "two": 1}
@@ -99,13 +100,13 @@ def test_the_random_percentile_of_a_summary_is_exceeded_by_one_random_control_in
     pairs = [torch.randn(5, R, generator=generator, dtype=torch.float64) for _ in range(2)]
     rows = torch.linalg.qr(torch.randn(R, k, generator=generator, dtype=torch.float64)).Q.T.contiguous()
     directions = gr.Directions({"m": rows}, {"m": pairs[0] + 4 * rows.sum(0)}, {"m": pairs[1]}, BOTTLENECK)
-    summary = directions.summary(draws=1000).modules["m"]
-    assert summary.null == pytest.approx(math.sqrt(k / (2 * R)), abs=1e-12)
-    assert summary.share > summary.random > summary.null
+    measured_rows = summary(directions, draws=1000).modules["m"]
+    assert measured_rows.null == pytest.approx(math.sqrt(k / (2 * R)), abs=1e-12)
+    assert measured_rows.share > measured_rows.random > measured_rows.null
     draws = 200
-    found = [directions.random_like(seed).summary(draws=1).modules["m"] for seed in range(draws)]
+    found = [summary(directions.random_like(seed), draws=1).modules["m"] for seed in range(draws)]
     shares = torch.tensor([module.share for module in found], dtype=torch.float64)
-    assert_mean(shares.square(), summary.null**2)
-    exceeding = int((shares > summary.random).sum())
+    assert_mean(shares.square(), measured_rows.null**2)
+    exceeding = int((shares > measured_rows.random).sum())
     # 10 expected; the ends are those of a binomial at 4 standard deviations, the percentile's own error included.
     assert 1 <= exceeding <= 25

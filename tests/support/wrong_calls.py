@@ -78,7 +78,7 @@ def reprs() -> tuple[list[str], list[str]]:
         OPTIMIZER.step()
         audit = audits.read()
     refresher = gr.Refresher(HACK, extract, model=MODEL, every=5)
-    validation = HACK.validate(torch.tensor([2.0, 1.0]), torch.tensor([True, False]))
+    validation = gr.directions.validate(torch.tensor([2.0, 1.0]), torch.tensor([True, False]))
     lines: list[Any] = [
         MASK, HACK, HACK.provenance, acts, stats, audit, audits, refresher, refresher.refresh(), ERASE, PAIRS[0],
         gr.RolloutFilter(GRADIENT), gr.RolloutFilter(GRADIENT, lambda scores: scores > 0), gr.BandGate(HACK),
@@ -87,7 +87,7 @@ def reprs() -> tuple[list[str], list[str]]:
         TStatistic(), gr.parameter_summary(MODEL), outcomes(3), validation,
         gr.check_model(MODEL), gr.check_model(nn.MultiheadAttention(4, 2)),
     ]  # fmt: skip
-    tables = [REPORT, HACK.summary(), dose_curve(MODEL, lambda _: [RECORD])]
+    tables = [REPORT, gr.directions.summary(HACK), dose_curve(MODEL, lambda _: [RECORD])]
     return [repr(each) for each in lines], [repr(each) for each in tables]
 
 

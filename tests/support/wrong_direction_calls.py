@@ -71,7 +71,7 @@ DIRECTION_CALLS: Calls = {
         ("`features`", lambda: HACK.score({"q": torch.zeros(2, 2)})),
         ("directions", lambda: gr.Directions.load(written("not safetensors", ".safetensors"))),
         ("nowhere", lambda: gr.Directions.load("nowhere.safetensors")),
-        ("`labels`", lambda: HACK.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
+        ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
         ("`fresh`", lambda: HACK.update_(HACK, step=1)),
         ("control", lambda: HACK.random_like(0).random_like(1)),
     ],
@@ -86,7 +86,6 @@ DIRECTION_CALLS: Calls = {
     "Svd": [
         ("`k`", lambda: Svd(k=0)(HACK.hack, HACK.clean)),
         ("`k`", lambda: Svd(k=9)(HACK.hack, HACK.clean)),
-        ("`axis_floor`", lambda: Svd(axis_floor=2.0)(HACK.hack, HACK.clean)),
     ],
     "Ridge": [("`penalty`", lambda: Ridge(penalty=-1.0)(HACK.hack, HACK.clean))],
 }  # fmt: skip

@@ -34,16 +34,17 @@ def modules_read(model: LlamaForCausalLM, environment: Environment) -> list[str]
 
 
 def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], environment: Environment) -> gr.Directions:
-    """Mean differences, in the view that is in force; without the head, which nothing is read from."""
+    """Mean differences, quarantine ablated as where rollouts are scored; without the head, which is not read."""
 
     def body(_: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
         with computing(model):
             return model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     modules = modules_read(model, environment)
-    return gr.extract_activation_directions(
-        model, pairs, features=environment.features, modules=modules, forward_fn=body
-    )
+    with gr.ablate_quarantine(model):
+        return gr.extract_activation_directions(
+            model, pairs, features=environment.features, modules=modules, forward_fn=body
+        )
 
 
 class Detector:

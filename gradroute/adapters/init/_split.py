@@ -44,7 +44,7 @@ def initialise_split(model: nn.Module, frames: FrameFn) -> nn.Module:
     """
     layers = routed_layers(model)
     for name, layer in layers.items():
-        if layer.has_open_route or layer.view != "on" or getattr(layer, "merged", False):
+        if layer.has_open_route or layer.view != "on" or layer.merged:
             raise RouteError(
                 f"`{name}` should be initialised outside of routes and views, and unmerged. Found: view {layer.view}, "
                 f"route open {layer.has_open_route}. Fix: leave the block, or unmerge, first."

@@ -37,6 +37,10 @@ class MergedLayer(RoutedLinear):
     base_before_merge: _BaseBeforeMerge | None = None
     merged_scale: float = 1.0
 
+    @property
+    def merged(self) -> bool:
+        return bool(self._peft_layer().merged_adapters)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s_d B_d A_d + scale * s_q B_q A_q, as the base weight lies: what the layer adds in its present view."""
         delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""What every estimator of directions does besides its formula: hold pairs out, orthogonalise, refuse the dead.
+"""What all estimators of directions share: they hold pairs out, refuse dead directions and return unit rows.
 
-    v <- v - (v Q) Q^T,   Q an orthonormal basis of `orthogonal_to` in the coordinates of the scores;   v <- v / |v|
+    v <- v / |v|
 
 A direction of zero norm raises: an epsilon in the division would make it an arbitrary one.
 """
@@ -8,7 +8,7 @@ A direction of zero norm raises: an epsilon in the division would make it an arb
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,15 +25,6 @@ DEAD = 1e-6
 
 Unnormalised = tuple[dict[str, Float[Tensor, "_ _"]], Vectors | None, Vectors | None]
 """(rows of any norm, centre, scale); a row of zeros where there is no direction."""
-
-
-@runtime_checkable
-class Axes(Protocol):
-    """What directions can be made orthogonal to: `Directions`."""
-
-    rows: Mapping[str, Tensor]
-    scale: Mapping[str, Tensor] | None
-    provenance: Any
 
 
 class Estimate(NamedTuple):
@@ -84,21 +75,18 @@ class Estimator(ABC):
     Args:
         n_heldout: pairs that are kept out of the estimate, for `Directions.summary`.
         seed: which ones.
-        orthogonal_to: directions (of solving the task, say) that the rows are made orthogonal to: the score does not
-            change when the features move along one of them.
     """
 
     name: ClassVar[str]
     least_pairs: ClassVar[int] = 1
     n_heldout: int = 0
     seed: int = 0
-    orthogonal_to: Axes | None = None
 
     def __call__(self, hack: Features, clean: Features) -> Estimate:
         """Unit rows from the pairs that are not held out.
 
         Raises:
-            DeadDirectionError: a module in which the sides do not differ, or only along `orthogonal_to`.
+            DeadDirectionError: a module in which the sides do not differ.
             GradRouteError: too few pairs.
         """
         pairs = len(next(iter(hack.values())))
@@ -114,7 +102,6 @@ class Estimator(ABC):
         hack, clean = ({name: f[kept] for name, f in side.items()} for side in (hack, clean))
         rows, centre, scale = self.estimate(hack, clean)
         raise_if_dead([name for name, v in rows.items() if not v.any(1).all()], len(hack))
-        rows = self._orthogonal(rows, scale)
         return Estimate({name: unit(v) for name, v in rows.items()}, centre, self.normalise(rows, scale), heldout)
 
     @abstractmethod
@@ -125,35 +112,10 @@ class Estimator(ABC):
         """The scale that goes with unit rows: unchanged, as each module's norm is dropped."""
         return scale
 
-    def _orthogonal(self, rows: dict[str, Tensor], scale: Vectors | None) -> dict[str, Tensor]:
-        other = self.orthogonal_to
-        if other is None:
-            return rows
-        missing = [name for name in rows if name not in other.rows]
-        if missing:
-            raise GradRouteError(f"`orthogonal_to` should have directions in every module. Not so: {missing[:5]}.")
-        result = {}
-        for name, v in rows.items():
-            # Features that move by u in their own units move by u / s where the scores are taken.
-            moves = other.rows[name].to(v) * (1.0 if other.scale is None else other.scale[name].to(v))
-            basis = torch.linalg.qr((moves if scale is None else moves / scale[name]).T).Q
-            rest = v - (v @ basis) @ basis.T
-            if len(v) > 1:
-                q, r = torch.linalg.qr(rest.T)
-                rest = (q * torch.diagonal(r)).T
-            result[name] = rest
-        raise_if_dead([name for name, v in result.items() if (v.norm(dim=1) <= DEAD * rows[name].norm()).any()],
-                      len(rows), "differ along `orthogonal_to` alone")  # fmt: skip
-        return result
-
     def __str__(self) -> str:
-        settings = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)
-                    if f.name != "orthogonal_to" and getattr(self, f.name) != f.default]  # fmt: skip
-        text = f"{self.name}({', '.join(settings)})" if settings else self.name
-        if self.orthogonal_to is None:
-            return text
-        made = self.orthogonal_to.provenance
-        return f"{text} orthogonal to {made.estimator} of pairs {made.pair_hash[:8]}"
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        settings = [f"{f.name}={values[f.name]!r}" for f in fields(self) if values[f.name] != f.default]
+        return f"{self.name}({', '.join(settings)})" if settings else self.name
 
 
 def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
@@ -168,11 +130,13 @@ def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
     return centre, scale
 
 
-def raise_if_dead(dead: list[str], modules: int, why: str = "have the same features") -> None:
+def raise_if_dead(dead: list[str], modules: int) -> None:
     """Raise a `DeadDirectionError` that names the modules in `dead`."""
     if dead:
         shown = ", ".join(f"`{name}`" for name in dead[:5]) + (" ..." if len(dead) > 5 else "")
-        raise DeadDirectionError(f"Hack and clean sides {why} in {len(dead)} of {modules} modules: {shown}.")
+        raise DeadDirectionError(
+            f"Hack and clean sides have the same features in {len(dead)} of {modules} modules: {shown}."
+        )
 
 
 def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:

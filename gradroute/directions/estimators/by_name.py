@@ -11,7 +11,7 @@ from gradroute.errors import GradRouteError
 
 
 def as_estimator(estimator: "str | Estimator") -> Estimator:
-    """An estimator from itself, or from what `str` of it gives: "ridge", "svd(k=2)"; without `orthogonal_to`.
+    """An estimator from itself, or from what `str` of it gives: "ridge", "svd(k=2)".
 
     Raises:
         GradRouteError: no such estimator or setting.
@@ -33,7 +33,7 @@ def as_estimator(estimator: "str | Estimator") -> Estimator:
 
 
 def estimator_of(text: str) -> Estimator | None:
-    """The estimator that a provenance names; None for one of the user's own, or with `orthogonal_to`."""
+    """The estimator that a provenance names; None for an estimator of the user's."""
     try:
         return as_estimator(text)
     except GradRouteError:

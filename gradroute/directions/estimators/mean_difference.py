@@ -15,7 +15,7 @@ class MeanDifference(Estimator):
     Args:
         standardise: centre and scale every coordinate over the pairs' features first: v = mean D / s, for scores of
             (f - c) / s. A coordinate that is the same in all pairs gets the module's own size as its scale.
-        n_heldout, seed, orthogonal_to: see `Estimator`.
+        n_heldout, seed: see `Estimator`.
     """
 
     name: ClassVar[str] = "mean_difference"

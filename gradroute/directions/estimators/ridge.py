@@ -35,7 +35,7 @@ class Ridge(Estimator):
         penalty: None takes the one whose squared residuals on a pair, fitted without that pair, are least; the
             residuals are exact but for scale and centre, which are of all pairs.
         standardise: centre and scale every coordinate over the pairs' features first.
-        n_heldout, seed, orthogonal_to: see `Estimator`.
+        n_heldout, seed: see `Estimator`.
 
     Raises:
         GradRouteError: a penalty that is not positive.

@@ -15,7 +15,7 @@ class TStatistic(Estimator):
 
     Args:
         clamp: largest t that counts.
-        n_heldout, seed, orthogonal_to: see `Estimator`.
+        n_heldout, seed: see `Estimator`.
 
     Raises:
         GradRouteError: a clamp that is not positive.

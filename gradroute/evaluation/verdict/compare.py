@@ -40,7 +40,7 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Verdict:
-    """The verdict on one treatment; definitions above.
+    """Judge one treatment against its controls; the words are defined above.
 
     Args:
         treatment: its runs, one per seed.
@@ -65,7 +65,7 @@ def compare_all(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[Verdict]:
-    """The verdict on each of several treatments, at levels that keep the chance of any false "effective" at `level`.
+    """Judge several treatments, at levels that keep the chance of any false "effective" at `level`.
 
     Args:
         contests: (treatment, controls) of each.

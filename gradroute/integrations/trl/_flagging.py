@@ -162,7 +162,7 @@ class Flagging:
         return figures
 
     def _warn_unscored(self) -> None:
-        if self._warned:
+        if self._warned or not self._trainer.accelerator.is_main_process:
             return
         self._warned = True
         warn(

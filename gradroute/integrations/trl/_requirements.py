@@ -117,8 +117,8 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tupl
     return [
         (
             bool(getattr(args, "use_vllm", False)),
-            "`use_vllm=True`: the engine holds weights of its own, in which the quarantine is merged or missing, and "
-            "cannot ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
+            "`use_vllm=True`: the engine has a copy of the weights with the quarantine merged or missing, and cannot "
+            "ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
         ),
         (
             bool(getattr(args, "use_transformers_continuous_batching", False)),

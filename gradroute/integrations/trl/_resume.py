@@ -1,4 +1,4 @@
-"""What a checkpoint carries besides TRL's own files, so that a resumed run goes on as if it had never stopped.
+"""What a checkpoint carries in addition to TRL's files, so that a resumed run goes on as if it had never stopped.
 
     gradroute_directions_<i>.safetensors      each Directions in use
     gradroute_rank_<rank>.pt                  gate, refresher, and the rollouts that are not used up yet
@@ -47,7 +47,7 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
     if not file.is_file():
         raise FileFormatError(
             f"{folder} should hold {file.name}. Found none: it was not saved by a routed trainer, or with "
-            "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start anew."
+            "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start a new run."
         )
     state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
     gates = _gates(routing)
@@ -62,7 +62,7 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
         _take_over(directions, Directions.load(_directions_file(folder, i), model=trainer.model), folder)
     holders: list[Any] = [*gates, routing.filter]
     for holder in holders:
-        # What was read from the directions before has the version of other values.
+        # A gate or filter caches what it read from the directions, by version: this version now has other values.
         if hasattr(holder, "_version"):
             holder._version = None
     for gate, saved in zip(gates, state["gates"], strict=True):
@@ -83,8 +83,8 @@ def _gates(routing: Routing) -> list[Gate]:
 
 
 def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:
-    mine, theirs = directions.provenance, saved.provenance
-    if (mine.pair_hash, mine.feature, mine.control) != (theirs.pair_hash, theirs.feature, theirs.control):
+    expected, found = directions.provenance, saved.provenance
+    if any(getattr(expected, name) != getattr(found, name) for name in ("pair_hash", "feature", "control")):
         raise FileFormatError(
             f"The directions in {folder} should be of the same pairs, feature and control as `directions`. Found "
             f"{saved!r} instead of {directions!r}."

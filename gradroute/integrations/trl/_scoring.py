@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from gradroute._restore import left_as_found
 from gradroute.adapters.views import ablate_quarantine
-from gradroute.directions.capture import Capture, capture_activations
+from gradroute.directions import Capture, capture_activations
 from gradroute.directions.directions import Directions
 
 

@@ -156,6 +156,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_stock_peft_without_gradroute_reproduces_the_view(kind: str, name: str, alone: dict[str, Any]) -> None:
@@ -261,7 +262,7 @@ def test_views_and_routes_do_not_change_an_export(kind: str, make: Callable[[], 
         gr.route(model, gr.RouteMask.zones(["keep"] * len(X))),
     ]
     for i, view in enumerate(views_):
-        with view:
+        with torch.no_grad(), view:
             EXPORTS[kind](model, tmp_path / str(i))
             logits(model)
         assert files_in(tmp_path / str(i)) == files_in(tmp_path / "outside")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import randomize_blocks
-from support.peft_cases import ATTENTION, Case, each_case, each_plain_case, far, logits
+from support.peft_cases import ATTENTION, Case, X, each_case, each_plain_case, far, logits
 from torch import nn
 
 import gradroute as gr

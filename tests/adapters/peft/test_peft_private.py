@@ -1,7 +1,5 @@
 """What is read from private names of PEFT does what is taken for granted; run on the newest and the lowest version."""
 
-from typing import Any
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -1,0 +1,155 @@
+"""The features of rollouts, as data: what was read of which model, in which view, and the rows themselves.
+
+capture[module]: (rows, d_feature), a row per rollout; several forwards concatenate in order
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._hashing import known_identity
+from gradroute.directions._reading import Feature, Reduction, Source
+from gradroute.directions.provenance import Provenance
+from gradroute.errors import GradRouteError
+
+
+class Capture(Mapping[str, Tensor]):
+    """Features by module name, each (rows, d_feature) in float32 or wider.
+
+    `capture_activations` and `capture_gradients` make it. It remembers their settings, the `view` of the model ("on",
+    "ablated", "scaled" or "disabled") and, for products with `directions`, these and their version. Reading raises
+    GradRouteError where a module did not run or is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: tuple[Source, Feature, Reduction],
+        modules: Sequence[str],
+        directions: Any = None,
+    ) -> None:
+        self.source, self.feature, self.reduction = settings
+        self.view: str | None = None
+        self.directions, self.version = directions, None if directions is None else directions.version
+        self._model: nn.Module | str = model
+        self._forwards: dict[str, list[Tensor | None]] = {name: [] for name in modules}
+        self._last: dict[str, int] = {}
+        self._joined: dict[str, Tensor] | None = None
+
+    def __getitem__(self, module: str) -> Float[Tensor, "rows d_feature"]:
+        if self._joined is None:
+            self._joined = self._join()
+        return self._joined[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forwards)
+
+    def __len__(self) -> int:
+        return len(self._forwards)
+
+    def __repr__(self) -> str:
+        forwards = max((len(slots) for slots in self._forwards.values()), default=0)
+        view = "" if self.view is None else f", {self.view} view"
+        return f"Capture({self.source}, {self.feature}, {len(self)} modules, {forwards} forwards{view})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": self.model}
+
+    @property
+    def settings(self) -> tuple[str, str, str]:
+        """(source, feature, reduction)."""
+        return self.source, self.feature, self.reduction
+
+    @property
+    def model(self) -> str:
+        """Identity of the base model that was read."""
+        if not isinstance(self._model, str):
+            self._model = known_identity(self._model)
+        return self._model
+
+    def check_fits(self, made: Provenance, view: str | None) -> None:
+        """Raise unless these features were taken like those of the pairs: settings, view and base model.
+
+        Args:
+            made: how the directions were made.
+            view: in which view these features should be; None for that of the directions.
+        """
+        expected = (made.source, made.feature, made.reduction)
+        if self.settings != expected:
+            raise GradRouteError(
+                f"`features` should be captured as {expected}, like the pairs. Found {self.settings}. Fix: capture "
+                "with the settings that the directions were extracted with."
+            )
+        if view is None and self.view != made.view:
+            raise GradRouteError(
+                f"`features` should be captured in the view of the directions, {made.view!r}. Found {self.view!r}. "
+                "Fix: extract and capture under the same `with ablate_quarantine(model):`, or pass "
+                f"view={self.view!r} to `score` if the views differ on purpose."
+            )
+        if view is not None and self.view != view:
+            raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {self.view!r}.")
+        if self.model != made.model:
+            raise GradRouteError(
+                "`features` should be captured from the base model that the directions were extracted from. Found "
+                "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
+            )
+
+    def open_slot(self, module: str, view: str, forward: int | None = None) -> int:
+        """Reserve the next place in the order of forwards.
+
+        Args:
+            module: the module that runs.
+            view: the view that the model is in.
+            forward: number of the model's forward that runs now; None for a module that is called alone.
+
+        Raises:
+            GradRouteError: the module ran before in this forward, or an earlier forward was in another view.
+        """
+        if forward is not None and self._last.get(module) == forward:
+            raise GradRouteError(
+                f"`{module}` should run once in a forward, a row per rollout. Found a second run: several blocks share "
+                "the module, or one forward runs several batches. Fix: `modules=[...]` that run once, or a capture "
+                "around each batch's own forward."
+            )
+        if self.view not in (None, view):
+            raise GradRouteError(
+                f"All forwards of a capture should be in one view. Found {self.view!r}, then {view!r} in `{module}`. "
+                "Fix: a capture for each view."
+            )
+        self.view, self._joined = view, None
+        if forward is not None:
+            self._last[module] = forward
+        self._forwards[module].append(None)
+        return len(self._forwards[module]) - 1
+
+    def fill(self, module: str, slot: int, rows: Tensor) -> None:
+        """Put the rows of one forward in their place; a second backward through it adds to them."""
+        self._joined = None
+        before = self._forwards[module][slot]
+        self._forwards[module][slot] = rows if before is None else before + rows
+
+    def finish(self) -> None:
+        """Join the forwards now, so that what is missing raises at the end of the block and not at a later use."""
+        self._joined = self._join()
+
+    def _join(self) -> dict[str, Tensor]:
+        verb = "run forward" if self.source == "activation" else "run forward and backward"
+        idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
+        if idle:
+            shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
+            raise GradRouteError(f"Every captured module should have {verb} inside the block. Not so: {shown}.")
+        joined = {name: torch.cat([r for r in slots if r is not None]) for name, slots in self._forwards.items()}
+        counts = {name: rows.shape[0] for name, rows in joined.items()}
+        if len(set(counts.values())) > 1:
+            raise GradRouteError(f"Every captured module should see the same rollouts. Found rows per module {counts}.")
+        home = next(iter(joined.values())).device
+        # Read once for all modules: each reading waits for the device.
+        finite = torch.stack([torch.isfinite(rows).all().to(home) for rows in joined.values()]).tolist()
+        for (name, rows), is_finite in zip(joined.items(), finite, strict=True):
+            if not is_finite:
+                row = (~torch.isfinite(rows)).any(1).nonzero()[0].item()
+                raise GradRouteError(f"The {self.source} features of `{name}` are not finite in row {row}.")
+        return joined
