@@ -22,7 +22,12 @@ from gradroute.errors import GradRouteError
 
 @typechecked
 def shuffled_pairs(directions: Directions, seed: int) -> Directions:
-    """A control estimated from the same pairs, of which half, drawn by `seed`, have their sides swapped."""
+    """A control estimated from the same pairs, of which half, drawn by `seed`, have their sides swapped.
+
+    Args:
+        directions: the real ones.
+        seed: of the draw.
+    """
     return directions.control(Draw("shuffled", seed))
 
 
@@ -31,13 +36,21 @@ def placebo_pairs(directions: Directions, seed: int) -> Directions:
     """A control estimated from the same rollouts, paired across prompts: hack with hack, clean with clean.
 
     Placebo pairs that were written by hand need no control: extract from them as from any others.
+
+    Args:
+        directions: the real ones.
+        seed: of the pairing.
     """
     return directions.control(Draw("placebo", seed))
 
 
 @typechecked
 def reversed_sign(directions: Directions) -> Directions:
-    """A control whose rows are negated and whose sides are swapped: a gate on it routes what looks clean."""
+    """A control whose rows are negated and whose sides are swapped: a gate on it routes what looks clean.
+
+    Args:
+        directions: the real ones.
+    """
     return directions.control(Draw("reversed", None))
 
 

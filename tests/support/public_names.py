@@ -13,7 +13,8 @@ EXPORTED = {name: getattr(import_module(module), name) for module in MODULES for
 PUBLIC = {name: thing for name, thing in EXPORTED.items() if inspect.isclass(thing) or inspect.isroutine(thing)}
 # What only the library makes.
 RETURNED = {
-    "Capture", "DirectionsSummary", "DoseCurve", "FilterStats", "Finding", "GroupAdvantages", "OnOffReport",
-    "ParameterSummary", "Provenance", "Records", "RefreshReport", "UpdateAudit", "Validation", "Verdict", "ViewRates",
-    "Watch",
+    "AttachedFilter", "BlockUpdate", "Capture", "DecayTowardStart", "DirectionsSummary", "DoseCurve", "FilterStats",
+    "Finding",
+    "GroupAdvantages", "IdleBlockSkip", "OnOffReport", "ParameterSummary", "Provenance", "Records", "RefreshReport",
+    "RolloutRecord", "UpdateAudit", "UpdateAudits", "UpdateProjection", "Validation", "Verdict", "ViewRates", "Watch",
 }  # fmt: skip

@@ -71,10 +71,17 @@ DIRECTION_CALLS: Calls = {
         ("`features`", lambda: HACK.score({"q": torch.zeros(2, 2)})),
         ("directions", lambda: gr.Directions.load(written("not safetensors", ".safetensors"))),
         ("nowhere", lambda: gr.Directions.load("nowhere.safetensors")),
-        ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
         ("`fresh`", lambda: HACK.update_(HACK, step=1)),
         ("control", lambda: HACK.random_like(0).random_like(1)),
     ],
+    "validate": [
+        ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
+        ("`labels`", lambda: gr.directions.validate(torch.zeros(4), FLAGS[:3])),
+    ],
+    "summary": [("`directions`", lambda: gr.directions.summary(None))],
+    "shuffled_pairs": [("control", lambda: gr.directions.shuffled_pairs(HACK.random_like(0), 1))],
+    "placebo_pairs": [("control", lambda: gr.directions.placebo_pairs(HACK.random_like(0), 1))],
+    "reversed_sign": [("control", lambda: gr.directions.reversed_sign(HACK.random_like(0)))],
     "shuffled_flags": [
         ("`flags`", lambda: gr.directions.shuffled_flags(torch.tensor([0.5, 0.1]), seed=0)),
         ("`flags`", lambda: gr.directions.shuffled_flags([True, False], seed=0)),
