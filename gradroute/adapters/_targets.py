@@ -79,7 +79,8 @@ def _leaves_besides(model: nn.Module, refused: str) -> list[str]:
 
 def gives_one_tensor(linear: nn.Linear) -> bool:
     """Whether a linear with a forward other than nn.Linear's returns (..., out_features), as tried on one row."""
-    if type(linear).forward is nn.Linear.forward:
+    # A quantised weight may be repacked by the first forward (bitsandbytes does), and its layer gives one tensor.
+    if type(linear).forward is nn.Linear.forward or type(linear.weight) is not nn.Parameter:
         return True
     devices = [linear.weight.device] if linear.weight.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
