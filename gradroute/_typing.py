@@ -32,9 +32,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _DRAWS = "__beartype_getrandbits"
 _LONGEST = 200
-_DRAWS = "__beartype_getrandbits"
-
-_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def typechecked(function: F) -> F:

@@ -111,3 +111,33 @@ def test_a_reshaped_tensor_can_be_written_to_in_the_output_of_a_function() -> No
     y.add_(1)
     y.sum().backward()
     assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+def test_a_call_after_backward_sees_all_gradients_and_comes_behind_what_the_backward_has_queued() -> None:
+    x, order = torch.ones(2, requires_grad=True), []
+    last = torch.ones(2, requires_grad=True)
+
+    def accumulated(_: Tensor) -> None:
+        # As DDP does: at the end of this backward.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("queued"))
+
+    x.register_post_accumulate_grad_hook(
+        lambda _: private.call_after_backward(lambda: order.append(x.grad is not None and last.grad is not None))
+    )
+    last.register_post_accumulate_grad_hook(accumulated)
+    (x * last).sum().backward()
+    assert order == ["queued", True]
+
+
+def test_a_scaler_knows_whether_gradients_still_have_its_scale() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert not private.is_still_scaled(None, optimizer)
+    assert not private.is_still_scaled(torch.amp.GradScaler("cpu", enabled=False), optimizer)
+    scaler.scale(parameter.sum()).backward()
+    assert private.is_still_scaled(scaler, optimizer)
+    scaler.unscale_(optimizer)
+    assert not private.is_still_scaled(scaler, optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert private.is_still_scaled(scaler, optimizer)

@@ -82,21 +82,21 @@ class RoutedLinear(RoutedLayer):
             if state.thread and not record.recomputing:
                 check_thread(state, self.name)
             state, has_backward = record.state, record.has_backward
-        route = state.route
-        # A compiled forward only writes its marks: what it reads it is compiled for.
-        if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
-            self.ran = True
-            if route is not None and not state.disabled and (has_backward or route.forward_only):
-                self.ran_under_route = True
         if state.disabled:
+            self.ran = True
             return (call or base_layer)(x)
         if grad and state.ablates_what_trains:
             raise RouteError(_ABLATED_UNDER_ROUTE.format(name=self.name))
         base = frozen_linear(base_layer, x) if call is None else None
         dropped = None if dropout is None or is_identity(dropout) else dropout(x)
-        off = state.quarantine_is_off
+        route, off = state.route, state.quarantine_is_off
         alone = off and (not grad or (route is None and not self._trains_quarantine()))
         gates = NO_GATES if alone and route is None else state.gates(x, self.name)
+        # A compiled forward only writes its marks: what it reads it is compiled for.
+        if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
+            self.ran = True
+            if route is not None and (has_backward or route.forward_only):
+                self.ran_under_route = True
         deployed, quarantine = self._blocks(adapter, alone)
         if base is not None and dropped is None and not grad and not compiling:
             one_by_one = quarantine is None or (gates is NO_GATES and few_rows(x) and quarantine.A.dtype == x.dtype)

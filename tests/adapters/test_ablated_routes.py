@@ -132,6 +132,15 @@ def test_an_exception_is_not_covered_by_the_layers_that_did_not_run() -> None:
         raise KeyError
 
 
+def test_a_forward_that_raised_did_not_run() -> None:
+    model, rows = routed_tower(), torch.tensor([True, False, True])
+    with gr.ablate_quarantine(model, rows=rows), pytest.raises(gr.errors.RouteError, match="leading axes"):
+        model(X)
+    with pytest.raises(gr.errors.RouteError, match="2 of 2 .* did not run"):
+        with gr.route(model, gr.RouteMask.zones(ZONES[:3])), pytest.raises(gr.errors.RouteError, match="leading axes"):
+            model(X)
+
+
 def test_a_view_in_which_nothing_ran_or_only_the_module_that_was_passed_is_fine() -> None:
     model = routed_tower()
     with gr.ablate_quarantine(model):

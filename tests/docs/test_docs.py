@@ -12,9 +12,9 @@ pytestmark = pytest.mark.touches_peft
 
 # Pages whose blocks need a model, prompts or result files beside them, and the tests that provide those and run them.
 RUN_ELSEWHERE = {
-    "directions-study.md": "test_directions_study.py",
-    "loops.md": "test_loops.py",
-    "trl.md": "test_trl_docs.py",
+    "directions-study.md": "examples/test_directions_study.py",
+    "loops.md": "docs/test_loops.py",
+    "trl.md": "docs/test_trl_docs.py",
 }
 RUNNING = [p for p in PAGES if blocks(p.read_text(encoding="utf-8")) and p.name not in RUN_ELSEWHERE]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import gradroute as gr
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "directions-study.md").read_text(encoding="utf-8")
 STUDIES = {

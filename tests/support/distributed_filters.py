@@ -82,10 +82,10 @@ def updated(wrapped: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tensor
             optimizer.zero_grad()
             wrapped(x).square().sum(1).mean().backward()
             if step == 2:
+                audit = audits.read()
                 projection = gr.optim.project_updates(model, optimizer, directions)
             optimizer.step()
     purged = gr.optim.purge_moments(model, optimizer, directions, side="two")
-    audit = audits.read()
     figures = [audit.deployed.gradient_norm, audit.deployed.update_norm, audit.quarantine.update_norm]
     found = {"figures": torch.tensor([*figures, audit.cout, projection.removed_share, purged], dtype=torch.float64)}
     for name, parameter in gr.deployed_parameters(model):

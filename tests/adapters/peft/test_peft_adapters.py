@@ -244,7 +244,7 @@ def test_a_plain_adapter_next_to_a_routed_one_runs_as_stock_lora() -> None:
 def test_a_plain_adapter_runs_after_a_sticky_route_was_cleared() -> None:
     model = with_plain()
     gr.adapters.set_route(model, KEEP)
-    logits(model)
+    model(X)
     gr.adapters.clear_route(model)
     model.set_adapter("plain")
     assert far(logits(model), LLAMA.views().base)

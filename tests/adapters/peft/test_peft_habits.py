@@ -308,7 +308,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 def test_a_copy_made_inside_a_view_or_route_is_in_neither() -> None:
     model, expected = CASES[0].model(), CASES[0].views()
-    with gr.ablate_quarantine(model), gr.route(model, ROUTE):
+    with torch.no_grad(), gr.ablate_quarantine(model), gr.route(model, ROUTE):
         logits(model)
         copies = [copy.deepcopy(model), pickled(model)]
     for copied in copies:
