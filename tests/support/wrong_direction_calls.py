@@ -52,9 +52,11 @@ DIRECTION_CALLS: Calls = {
         ("`directions`", lambda: entered(gr.capture_gradients(MODEL, directions=GRADIENT))),
     ],
     "extract_activation_directions": [
-        ("`tokenizer`", lambda: gr.extract_activation_directions(MODEL, [gr.ContrastivePair("a", "b", "c")])),
-        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [])),
-        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [("a", "b", "c")])),
+        ("`forward_fn`", lambda: gr.extract_activation_directions(MODEL, PAIRS)),
+        ("`tokenizer`", lambda: gr.extract_activation_directions(
+            MODEL, [gr.ContrastivePair("a", "b", "c")], forward_fn=ids_only)),
+        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [], forward_fn=ids_only)),
+        ("`pairs`", lambda: gr.extract_activation_directions(MODEL, [("a", "b", "c")], forward_fn=ids_only)),
         ("`model`", lambda: gr.extract_activation_directions(PLAIN, PAIRS, forward_fn=ids_only)),
         ("`estimator`", lambda: gr.extract_activation_directions(MODEL, PAIRS, estimator="pca", forward_fn=ids_only)),
         ("`batch_size`", lambda: gr.extract_activation_directions(MODEL, PAIRS, batch_size=0, forward_fn=ids_only)),
@@ -78,7 +80,7 @@ DIRECTION_CALLS: Calls = {
         ("`labels`", lambda: gr.directions.validate(torch.zeros(4), torch.ones(4, dtype=torch.bool))),
         ("`labels`", lambda: gr.directions.validate(torch.zeros(4), FLAGS[:3])),
     ],
-    "summary": [("`directions`", lambda: gr.directions.summary(None))],
+    "summary": [("`draws`", lambda: gr.directions.summary(HACK, draws=0))],
     "shuffled_pairs": [("control", lambda: gr.directions.shuffled_pairs(HACK.random_like(0), 1))],
     "placebo_pairs": [("control", lambda: gr.directions.placebo_pairs(HACK.random_like(0), 1))],
     "reversed_sign": [("control", lambda: gr.directions.reversed_sign(HACK.random_like(0)))],
