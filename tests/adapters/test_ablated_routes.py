@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ZONES = ["keep", "absorb", "route", "keep"]
 

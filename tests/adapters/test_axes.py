@@ -9,6 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 ZONES = ["route", "absorb", "route"]
 ROWS = len(ZONES)
 

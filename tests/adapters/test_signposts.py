@@ -15,6 +15,8 @@ from transformers import LlamaForCausalLM
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 IDS = torch.arange(1, 17).reshape(2, 8)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 MASK = gr.RouteMask.zones(["keep", "absorb", "route", "keep"])
 

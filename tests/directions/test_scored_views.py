@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute.directions import Capture
 
+pytestmark = pytest.mark.touches_peft
+
 
 def activations(model: Mixer, **settings: object) -> Capture:
     with torch.no_grad(), gr.capture_activations(model, pool=POOL, **settings) as capture:

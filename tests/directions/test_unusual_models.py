@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import gradroute as gr
 
+pytestmark = pytest.mark.touches_peft
+
 EXTRACTORS = [gr.extract_activation_directions, gr.extract_gradient_directions]
 each_extractor = pytest.mark.parametrize("extract", EXTRACTORS, ids=["activation", "gradient"])
 

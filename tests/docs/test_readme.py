@@ -10,7 +10,7 @@ def test_the_first_screen_holds_the_picture_and_the_two_commands() -> None:
     commands = [block.strip() for block in fenced(README, "bash")[:2]]
     assert commands == [
         'pip install -e ".[examples]" && python examples/grpo_loopholes.py',
-        'pip install -e ".[dev]" && pytest',
+        'pip install -e ".[dev]" && pytest -n 2',
     ]
     assert all(command in first_screen for command in commands)
     assert "](docs/curves.png)" in first_screen
