@@ -66,7 +66,7 @@ def test_state_dict_round_trip_restores_gains_and_directions(rotate: bool) -> No
 def test_copies_and_pickles_made_inside_an_ablation_are_not_stuck_in_it(rotate: bool) -> None:
     model = trained(rotate)
     on, buffer = model(X), io.BytesIO()
-    with gr.ablate_quarantine(model), gr.route(model, MASK):
+    with torch.no_grad(), gr.ablate_quarantine(model), gr.route(model, MASK):
         copied = copy.deepcopy(model)
         torch.save(model, buffer)
         assert not torch.equal(model(X), on)

@@ -109,7 +109,7 @@ def test_rollouts_are_scored_with_the_quarantine_ablated_and_the_scores_ride_alo
             for view in (gr.ablate_quarantine(made.model), nullcontext()):
                 with torch.no_grad(), view, gr.capture_activations(made.model, pool=pool) as capture:
                     made.model(torch.tensor([prompt + completion]))
-                found.append(float(gate.directions.score(capture)))
+                found.append(float(gate.directions.score(capture, view=capture.view)))
             assert found[0] == pytest.approx(float(batch["route_score"][i]), abs=1e-4)
             checked += abs(found[0] - found[1]) > 0.05
             assert bool(batch["route_g_d"][i] == 0) == bool(gate.flags(torch.tensor([found[0]])))
