@@ -110,6 +110,7 @@ def test_the_normaliser_is_the_spread_of_the_whole_group() -> None:
 # The floor of the spread
 
 
+@pytest.mark.corner("`std_normalize`, and rewards that differ by rounding", "advantages stay rounding")
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-3), (torch.float32, 1e-2), (torch.float16, 0.1), (torch.bfloat16, 0.1)]
@@ -141,6 +142,7 @@ def test_a_spread_above_the_floor_divides_exactly_at_any_size(scale: float) -> N
 NAN = float("nan")
 
 
+@pytest.mark.corner("rows without a reward", "both advantages are 0; in no baseline")
 @pytest.mark.parametrize("std_normalize", [False, True])
 def test_rows_without_a_reward_have_no_advantage_and_the_others_are_as_if_they_were_alone(std_normalize: bool) -> None:
     rewards = torch.tensor([1.0, NAN, 0.5, 0.0, NAN, 2.0], dtype=torch.float64)

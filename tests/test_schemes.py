@@ -205,6 +205,7 @@ def test_detach_mix_equals_mixed_detached_activations() -> None:
     assert_same(found, expected, routed(routed_tower(), mask))
 
 
+@pytest.mark.corner("`graft_mask(strength=)` with advantages per block", "weighted baselines let it act")
 def test_the_strength_of_graft_acts_through_weighted_baselines() -> None:
     """Composed with `clean`, which is zero on flagged rows, every strength would give the same deployed gradient."""
     rewards, flagged = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([True, False, False, False])

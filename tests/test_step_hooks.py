@@ -74,6 +74,7 @@ def test_an_error_inside_the_block_ends_it_as_well(kind: str) -> None:
     assert hooks(model, optimizer) == 0
 
 
+@pytest.mark.corner("an optimizer with handles is deleted", "its hooks end with it")
 @each_handle
 @pytest.mark.parametrize("handle_is_held", [True, False])
 def test_hooks_do_not_outlive_their_optimizer_and_no_cycle_keeps_it(kind: str, handle_is_held: bool) -> None:
@@ -114,6 +115,7 @@ def saved(model: nn.Module) -> nn.Module:
     return copied
 
 
+@pytest.mark.corner("a model with handles is copied, pickled or saved", "the copy has none")
 @each_handle
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, saved, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_or_saved_model_trains_without_the_handle(kind: str, make_copy: Callable) -> None:
@@ -151,6 +153,7 @@ def test_a_handle_itself_is_not_copied(kind: str, make_copy: Callable) -> None:
 # Optimizers that do not hold the blocks
 
 
+@pytest.mark.corner("audits, filters and corrections of an optimizer that was made before `attach`", "`GradRouteError`")
 @pytest.mark.parametrize("kind", sorted({*HANDLES}))
 def test_an_optimizer_made_before_attach_is_refused(kind: str) -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()

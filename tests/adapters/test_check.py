@@ -279,6 +279,7 @@ def fused_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj.base_layer(self.up_proj.base_layer(x))
 
 
+@pytest.mark.corner("a fused kernel replaced the `forward` of one object", "`check_model` names it")
 @pytest.mark.parametrize(
     "make", [lambda: peft_model("llama"), lambda: gr.attach(llama(), r=2)], ids=["PEFT", "attached"]
 )

@@ -98,6 +98,7 @@ def test_what_is_no_mask_is_refused(make: object, message: str) -> None:
         make()
 
 
+@pytest.mark.corner("mask weights are Python floats, under a half-precision default", "they are not rounded")
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
 def test_python_floats_are_not_rounded_to_the_default_type(default: torch.dtype) -> None:
     before = torch.get_default_dtype()

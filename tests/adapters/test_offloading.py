@@ -41,6 +41,7 @@ def views(model: nn.Module) -> list[Tensor]:
 both = pytest.mark.parametrize("make", [Case("llama").model, attached], ids=["PEFT", "attached"])
 
 
+@pytest.mark.corner("an adapted model is offloaded and evaluated", "both views are exact: weights are fetched")
 @both
 def test_an_offloaded_model_shows_both_views(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -50,6 +51,7 @@ def test_an_offloaded_model_shows_both_views(make: Callable[[], nn.Module]) -> N
         assert torch.equal(found, expected)
 
 
+@pytest.mark.corner("offloaded blocks are trained", "`RouteError`")
 @both
 def test_offloaded_blocks_cannot_be_trained(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(gr.errors.RouteError, match="offloads cannot be trained.*Fix"):
@@ -122,6 +124,7 @@ def test_blocks_left_on_meta_by_an_injection_do_not_run() -> None:
         model(IDS)
 
 
+@pytest.mark.corner("`load_quarantined` onto a base with a layer on disk or on meta", "an error with the reason")
 def test_a_base_model_without_values_takes_no_checkpoint(tmp_path: Path) -> None:
     Case("llama").model().save_pretrained(tmp_path)
     with pytest.raises(gr.errors.TargetError, match="no values.*Fix: load the base model"):

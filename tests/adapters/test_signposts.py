@@ -24,6 +24,7 @@ def attached() -> nn.Module:
     return randomize_blocks(gr.attach(base_model("llama"), r=2), std=0.2)
 
 
+@pytest.mark.corner("`save_pretrained` on an attached model", "an error that says what to save")
 def test_save_pretrained_is_refused_and_right_after_merging(tmp_path: Path) -> None:
     model = attached()
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -51,12 +52,14 @@ def test_who_says_what_to_save_may(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.corner("`merge_and_unload` on an attached model", "an error that names `merge_deployed`")
 def test_merge_and_unload_points_to_merge_deployed() -> None:
     for model in (attached(), gr.attach(Tower(), r=2)):
         with pytest.raises(gr.GradRouteError, match=r"Fix: gradroute\.merge_deployed"):
             model.merge_and_unload()
 
 
+@pytest.mark.corner("the vocabulary is enlarged over a routed head", "an error with the fix")
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_vocabulary_is_not_enlarged_over_a_routed_head(tied: bool) -> None:
     model = gr.attach(llama(tie_word_embeddings=tied), r=2, target_modules=["q_proj", "lm_head"])

@@ -260,6 +260,7 @@ def spaced_tokenizer() -> object:
     return lambda text: tokenizer.encode(text).ids
 
 
+@pytest.mark.corner("a pair of a prompt in token ids and a completion in text", "`GradRouteError`")
 def test_a_completion_of_text_after_a_prompt_of_ids_raises() -> None:
     """Its own tokens would begin with a space that stood between prompt and completion in no rollout."""
     tokenizer = spaced_tokenizer()

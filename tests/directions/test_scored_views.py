@@ -70,6 +70,9 @@ def forward_ablated(model: nn.Module, forward: object, ids: Tensor) -> Tensor:
         return forward(ids)
 
 
+@pytest.mark.corner(
+    "rollouts are captured in another view than the directions", "`GradRouteError`, unless `score` is told the view"
+)
 @pytest.mark.parametrize(("taken", "made"), [("on", "ablated"), ("ablated", "on"), ("scaled", "on")])
 def test_a_capture_in_another_view_than_the_directions_raises(taken: str, made: str) -> None:
     """The scores differ a lot: 4.1 where 7.9 was right."""
@@ -122,6 +125,7 @@ def test_a_refresh_brings_its_view() -> None:
         directions.score(capture)
 
 
+@pytest.mark.corner("layers of one capture are in different views", "`GradRouteError`")
 @pytest.mark.parametrize("names", [None, ["out"]])
 def test_layers_in_different_views_raise(names: list[str] | None) -> None:
     """Also where the layers that are read are in one view, and one below them is not."""
@@ -161,6 +165,7 @@ def test_batches_of_an_extraction_in_different_views_raise() -> None:
 # Which model
 
 
+@pytest.mark.corner("directions of another base model whose modules have the same names", "`GradRouteError`")
 def test_a_capture_of_another_base_model_raises() -> None:
     """With the same module names and widths the scores would be of nothing."""
     directions, stranger = extracted(), routed_mixer(seed=1)

@@ -83,6 +83,7 @@ def test_a_forward_fn_that_runs_the_batch_twice_is_refused(extract) -> None:
         extract(routed_mixer(), PAIRS, forward_fn=lambda model, ids, _: 0 * model(ids) + model(ids))
 
 
+@pytest.mark.corner("a layer runs twice in a forward (ALBERT)", "`GradRouteError`, naming the layer")
 def test_albert_is_refused_by_name() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -98,6 +99,7 @@ def test_albert_is_refused_by_name() -> None:
 # Positions
 
 
+@pytest.mark.corner("extraction in padded batches, with absolute positions (GPT-2)", "as one by one")
 @each_extractor
 def test_absolute_positions_are_right_in_a_padded_batch(extract) -> None:
     """GPT-2 counts positions from the left and is given none: padding stands on the right."""
@@ -165,6 +167,9 @@ def bart() -> nn.Module:
     return routed(BartModel(config), target_modules=["q_proj"])
 
 
+@pytest.mark.corner(
+    "extraction on a model that reads no token ids (ViT, Whisper)", "`GradRouteError`: give a `forward_fn`"
+)
 @each_extractor
 @pytest.mark.parametrize(
     ("make", "found"),
@@ -184,6 +189,7 @@ def test_a_model_that_does_not_read_pairs_needs_a_forward_fn(extract, make, foun
 # Values that are not finite
 
 
+@pytest.mark.corner("a NaN at a token of pooling weight zero", "it does not count")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "last"])
 @pytest.mark.parametrize("features", ["bottleneck", "input", "output"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

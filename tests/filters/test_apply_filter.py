@@ -152,6 +152,7 @@ def test_zero_gradients_stay_zero() -> None:
     assert stats.null == pytest.approx(math.sqrt((1 / 44 + 1 / 40) / 2))
 
 
+@pytest.mark.corner("a measuring filter is applied twice", "the same figures")
 def test_measuring_again_changes_nothing_and_tells_the_same() -> None:
     model = lora()
     f = ProjectionFilter(drawn_directions(model), mode="measure")

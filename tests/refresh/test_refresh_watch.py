@@ -86,6 +86,7 @@ def one_per_block(model: Mixer) -> list[torch.optim.Optimizer]:
     ]
 
 
+@pytest.mark.corner("two optimizers, one per block", "each has its count")
 def test_each_of_two_optimizers_steps_once_per_step_of_the_refresher() -> None:
     model = routed_mixer()
     (first, second), made = one_per_block(model), refresher(model, every=2)
@@ -105,6 +106,7 @@ def test_each_of_two_optimizers_steps_once_per_step_of_the_refresher() -> None:
 # Optimizers that do not hold the blocks
 
 
+@pytest.mark.corner("the optimizer was made before `attach`", "`watch` raises `RefreshError`")
 def test_an_optimizer_that_was_made_before_attach_raises() -> None:
     torch.manual_seed(0)
     model = Mixer().double()
@@ -159,6 +161,7 @@ def test_a_closed_watch_leaves_the_optimizer_and_the_gate_alone() -> None:
     watch.close()
 
 
+@pytest.mark.corner("a second refresher on the same optimizer, the first is gone", "the second takes over")
 def test_a_second_refresher_takes_over_optimizer_and_gate_from_one_that_is_gone() -> None:
     model = routed_mixer()
     optimizer, first = optimizer_for(model), refresher(model)
@@ -189,6 +192,7 @@ def test_a_watched_gate_without_its_refresher_raises() -> None:
     gr.BandGate(directions)(torch.tensor([0.0]))
 
 
+@pytest.mark.corner("a watched gate is copied or pickled", "without refresher, optimizer and model")
 def test_copies_and_pickles_of_a_watched_gate_carry_no_refresher() -> None:
     model = routed_mixer()
     optimizer, made = optimizer_for(model), refresher(model)
@@ -232,6 +236,9 @@ def test_a_watched_filter_is_held_to_the_same() -> None:
 # Without a watch
 
 
+@pytest.mark.corner(
+    "a refresher without a watch is never stepped", "the gate raises once more than `every` steps were taken"
+)
 @pytest.mark.parametrize(
     ("settings", "allowed"), [({"every": 3}, 4), ({"every": 1}, 2), ({"every": 2, "warm_up": 5}, 6)]
 )

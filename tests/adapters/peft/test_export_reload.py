@@ -26,6 +26,10 @@ def ablated(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.corner(
+    "an export that stock PEFT would load as something else (dense layers next to packed experts)",
+    "refused before a file is written; `merge_deployed` is right",
+)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize("export", EXPORTS)
 def test_dense_layers_next_to_packed_experts_are_refused_and_merging_is_right(
@@ -94,6 +98,7 @@ def test_layers_compiled_one_by_one_are_exported_under_their_plain_names(tmp_pat
         torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.corner("an export holds `modules_to_save`, which vLLM refuses", "a warning")
 def test_whole_modules_in_an_export_are_warned_of(tmp_path: Path) -> None:
     model = Case("llama", options={"modules_to_save": ["lm_head"]}).model()
     with pytest.warns(gr.GradRouteWarning, match=r"`lm_head\.weight` \(`modules_to_save`\): .*vLLM refuses.*Fix"):
