@@ -65,12 +65,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
         raise TargetError(
             f"`target_modules` matched `{name}`, a {type(module).__name__}, whose forward does not give one tensor of "
             f"its out_features (a router): blocks could not be added to it. Fix: name the others, as in "
-            f"target_modules={_leaves_besides(model, name)}."
+            f"target_modules={_leaves_without(model, name)}."
         )
     return module
 
 
-def _leaves_besides(model: nn.Module, refused: str) -> list[str]:
+def _leaves_without(model: nn.Module, refused: str) -> list[str]:
     """Last parts of the names of all linears but the head and those of one name."""
     head, leaf = embeddings(model, "output"), refused.rpartition(".")[2]
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

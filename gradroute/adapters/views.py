@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gradroute._checks import share
-from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of, named
+from gradroute._checks import listed, share
+from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of
 from gradroute.adapters._state import ForwardState, combine_scales, is_expert
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import RouteError
@@ -119,6 +119,6 @@ def _check_none_passed_by(layers: Layers) -> None:
     if idle and any(layer.ran for layer in layers.values()):
         raise RouteError(
             f"Every routed layer should run in a view, or none. Found {len(idle)} of {len(layers)} that did not run: "
-            f"{named(idle)}. A forward that passes them by may still show their quarantine. "
+            f"{listed(idle)}. A forward that passes them by may still show their quarantine. "
             "Fix: pass the module that runs, and undo patches that replace a routed layer's forward."
         )

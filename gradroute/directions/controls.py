@@ -6,7 +6,7 @@
     reversed_sign     the rows negated, the sides swapped
 
 All keep the pair features of the real directions, and `update_` renews each as its own kind. The pair scores of a
-control are those of its own sides, so that a gate calibrated on it treats it as it treats the real directions.
+control are those of its sides as drawn, so that a gate on it works as a gate on the real directions does.
 """
 
 import torch

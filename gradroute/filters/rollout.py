@@ -36,7 +36,7 @@ RolloutGate = Callable[[Tensor], RouteMask | Tensor]
 
 
 class RolloutRecord:
-    """What `RolloutFilter.record` found; filled when its block ends."""
+    """Scores and shares of the rollouts of one `RolloutFilter.record`; filled when its block ends."""
 
     scores: Float[Tensor, " rows"]
     shares: Float[Tensor, " rows"]

@@ -1,4 +1,4 @@
-"""Whether a schedule of refreshes fits a run."""
+"""Check that a schedule of refreshes fits a run."""
 
 from gradroute.errors import RefreshError
 from gradroute.refresh.refresher import Refresher

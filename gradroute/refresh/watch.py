@@ -11,7 +11,7 @@ from gradroute.errors import RefreshError
 
 
 class Watch:
-    """What `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
+    """The handle that `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
 
     def __init__(self, refresher: Any, ends: Iterable[Callable[[], None]]) -> None:
         # Optimizers and gates know the refresher by weak reference only: it lives as long as this handle does.

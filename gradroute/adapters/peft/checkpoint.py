@@ -45,7 +45,7 @@ def load_quarantined(
     if any(isinstance(module, BaseTunerLayer | RoutedLayer) for module in model.modules()):
         raise TargetError(
             f"`model` should be a base model. Found adapters in a {type(model).__name__}. "
-            "Fix: load the base model anew, or model.load_adapter(path, adapter_name) into the adapter that is there."
+            "Fix: load the base model again, or model.load_adapter(path, adapter_name) into the adapter that is there."
         )
     folder = checked_folder(path)
     config = read_config(folder)
