@@ -1,4 +1,4 @@
-"""Which linears `attach` puts blocks around, and which it refuses: a name that matches nothing is an error.
+"""Find the linears that `attach` puts blocks around; a name that matches nothing is an error.
 
 "all-linear": every nn.Linear but the output head; a string: whole names; a list: a module's name, or its `.suffix`.
 """
@@ -101,7 +101,7 @@ def embeddings(model: nn.Module, side: str) -> nn.Module | None:
 
 
 def refused_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of `names` that PEFT does not load an adapter onto: the fused kernels of Mamba read their weights."""
+    """Those of `names` onto which PEFT does not load an adapter: the fused kernels of Mamba read their weights."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return [name for name in names if kind in _MAMBA and name.rpartition(".")[2] in ("out_proj", "conv1d")]
 

@@ -97,7 +97,7 @@ def detach(model: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: `model` was not given blocks by `attach`, or holds only a part of what was.
-        RouteError: inside a route or view, whose end would find no layers.
+        RouteError: inside a route or view.
     """
     check_module(model)
     layers = {

@@ -1,4 +1,4 @@
-"""Folding the deployed block into the base weight: W <- W + s_d B_d A_d. The quarantine is dropped with its layer."""
+"""Fold the deployed block into the base weight: W <- W + s_d B_d A_d. The quarantine is dropped with its layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from gradroute.errors import GradRouteError, RouteError, TargetError
 
 
 def merge_deployed(model: nn.Module) -> nn.Module:
-    """The base model with the deployed block merged and the quarantine gone, as a plain model.
+    """Merge the deployed block into the base weights and drop the quarantine; returns a plain model.
 
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up.

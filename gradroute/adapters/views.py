@@ -28,8 +28,8 @@ def ablate_quarantine(
     """m <- scale * m, for all rows or for those where `rows` is True.
 
     On leaving without an exception, raises `RouteError` if some routed layers of `model` ran inside and others did not:
-    a forward that passes a layer by (a fused kernel, a patched `forward`) shows no view of it. An expert may get no
-    token and is not counted.
+    a forward that bypasses a layer (a fused kernel, a patched `forward`) does not show it in this view. An expert may
+    get no token and is not counted.
 
     Args:
         model: a model with routed layers.

@@ -1,4 +1,4 @@
-"""Controls: directions that have to do worse than the real ones, for these to mean anything.
+"""Controls: directions that the real ones have to beat, or they mean nothing.
 
     random_like       random rows; a method, `Directions.random_like(seed)`
     shuffled_pairs    estimated from the same pairs, half of them with their sides swapped

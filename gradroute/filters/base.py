@@ -23,7 +23,7 @@ class FilteredGradients(NamedTuple):
 
 
 class GradientFilter(ABC):
-    """A filter for `apply_filter` and `attach_filter`."""
+    """Base of the filters that `apply_filter` and `attach_filter` run."""
 
     @property
     def writes_blocks(self) -> tuple[BlockName, ...]:

@@ -1,4 +1,4 @@
-"""Taking whole rollouts out of the deployed gradient, decided on their own gradients, in a single backward.
+"""Take whole rollouts out of the deployed gradient, chosen by their own gradients, in a single backward.
 
     score_i = sum_modules <w, f_i> / (|w| |f_i|)      w = sum of a module's rows, over their scale; norms over modules
     deployed gradient <- sum_i (1 - share_i) G_i,     share_i = 1 where score_i > threshold, or what the gate says

@@ -1,4 +1,4 @@
-"""Figures of what a filter found in a gradient and left in it; they only mean something next to those of chance.
+"""Figures of what a filter found in a gradient and left in it; they mean something only against those of chance.
 
     cin = |relu(V g)| / |g|  (one-sided)  or  |V g| / |g|  (two-sided);     cout: the same of what is left of g
     null = sqrt(k / 2d)      (one-sided)  or  sqrt(k / d)  (two-sided):     cin of random V, in root mean square
@@ -22,7 +22,7 @@ Sided = Literal["one", "two"]
 
 @dataclass(frozen=True)
 class HackwardShare:
-    """One module, one source of rollouts, or all of them pooled.
+    """Figures of one module, of one source of rollouts, or of all of them pooled.
 
     Args:
         cin, cout: share of the gradient that is hack-ward, before and after; 0 where there is no gradient.

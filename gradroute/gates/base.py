@@ -31,8 +31,8 @@ class Gate(ABC):
     """From scores, labels or features to a `RouteMask`.
 
     Args:
-        window: calls after which the gate says so if it routed nothing, or everything, in all of them.
-        strict: raise then instead of warning.
+        window: number of calls; a gate that routed nothing, or everything, in all of them warns.
+        strict: raise instead of warning.
     """
 
     reads: ClassVar[Reads]
@@ -88,7 +88,7 @@ class Gate(ABC):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state that a gate of the same class and settings saved.
+        """Continue from a state that a gate of the same class and settings saved.
 
         Raises:
             FileFormatError: a state of another class, format or settings, or saved with other directions.
@@ -97,7 +97,7 @@ class Gate(ABC):
         self._calls, self._routed, self._unrouted = calls["seen"], calls["routed"], calls["unrouted"]
 
     def _before_call(self) -> None:
-        """The first line of each `__call__`: raises where a refresh should have come and did not."""
+        """Raise where a refresh was due and did not come; the first line of each `__call__`."""
         before_use(self)
 
     def _counted(self, mask: RouteMask, share: Shaped[Tensor, "*rows"]) -> RouteMask:

@@ -31,8 +31,8 @@ from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats
 from gradroute.gates.base import Gate
-from gradroute.integrations._schedule import check_comes_due
 from gradroute.refresh.refresher import Refresher
+from gradroute.refresh.watch import check_comes_due
 
 MaskFn = Callable[[dict[str, Any]], RouteMask]
 

@@ -189,7 +189,7 @@ class Refresher:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state` was saved; `directions` must be those that were saved with it.
+        """Continue where `state` was saved; `directions` must be those that were saved with it.
 
         Raises:
             FileFormatError: a state of another class, format or settings, or of other directions.

@@ -1,4 +1,4 @@
-"""Is `Refresher.step()` called after each optimizer step? Counting both is the only way to be sure."""
+"""Checks that `Refresher.step()` is called after each optimizer step, by counting both, and that it will come due."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +8,20 @@ from torch.optim import Optimizer
 
 from gradroute._step_hooks import StepHooks
 from gradroute.errors import RefreshError
+
+
+def check_comes_due(refresher: Any, steps_left: int) -> None:
+    """Refuse a run in which directions that were never refreshed would stay so, although a `Refresher` was given.
+
+    Raises:
+        RefreshError: the first refresh lies behind the last of `steps_left` optimizer steps.
+    """
+    due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
+    if not refresher.reports and due > steps_left:
+        raise RefreshError(
+            f"`refresher` should come due in the {steps_left} optimizer steps of this run. Found the first refresh "
+            f"after {due}. Fix: refresh more often, or leave the refresher out for frozen directions."
+        )
 
 
 class Watch:
@@ -49,7 +63,7 @@ class StepCount(StepHooks):
         super().__init__(optimizer)
 
     def restart(self, steps: int) -> None:
-        """Go on from `steps`."""
+        """Continue the count from `steps`."""
         self.steps = steps
 
     def compare(self, refresher_steps: int) -> None:

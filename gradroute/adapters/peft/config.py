@@ -61,7 +61,7 @@ class QuarantineLoraConfig(LoraConfig):
         inject_by(self, type(self).layer_factory)
 
     def check_options(self) -> None:
-        """Raise `TargetError` for an option that a quarantine cannot be had with, whenever it was set."""
+        """Raise `TargetError` for an option that does not go with a quarantine, whenever it was set."""
         rank = self.r_quarantine
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")

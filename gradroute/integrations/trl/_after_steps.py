@@ -4,8 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from gradroute.integrations._schedule import check_comes_due
-from gradroute.refresh import Watch
+from gradroute.refresh.watch import Watch, check_comes_due
 
 
 class AfterSteps(TrainerCallback):
