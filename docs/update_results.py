@@ -141,7 +141,7 @@ TABLES: dict[str, Callable[..., str]] = {
 
 
 def updated(text: str) -> str:
-    """`text` with every block made anew."""
+    """`text` with every block written again."""
 
     def replace(match: re.Match[str]) -> str:
         name, *arguments = match[2].split()

@@ -27,10 +27,15 @@ def instance_of(
 
 
 def integer_from_zero(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> int:
-    """`value`, if it is 0, 1, 2 or so on."""
+    """`value`, if it is an integer of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise error(f"`{argument}` should be an integer from 0 on. Found {value!r}.")
     return value
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five of some names, for a message."""
+    return ", ".join(f"`{name}`" for name in names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def one_of(argument: str, value: Any, options: Sequence[T], error: type[GradRouteError] = GradRouteError) -> T:
@@ -43,7 +48,7 @@ def one_of(argument: str, value: Any, options: Sequence[T], error: type[GradRout
 
 
 def positive_integer(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> int:
-    """`value`, if it counts something."""
+    """`value`, if it is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise error(f"`{argument}` should be a positive integer. Found {value!r}.")
     return value

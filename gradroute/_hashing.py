@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory, in_memory
-from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -54,7 +54,7 @@ def model_identity(model: nn.Module) -> str:
         id(parameter)
         for module in model.modules()
         if isinstance(module, RoutedLayer)
-        for block in ("deployed", "quarantine")
+        for block in BLOCKS
         for parameter in module.block_parameters(block)
     }
     parameters = dict(model.named_parameters())
@@ -74,7 +74,7 @@ def model_identity(model: nn.Module) -> str:
 
 
 def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
-    """(version, address): every write moves the one, `.data = ` the other."""
+    """(version, address): a write changes the version, `.data =` the address."""
     if parameter is None:
         return None
     # An inference tensor has no version.

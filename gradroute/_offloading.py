@@ -2,8 +2,8 @@
 
     module.weight  is meta;      module._hf_hook.weights_map["weight"]  has the values
 
-What is read without calling its module has to be fetched. Arithmetic with a meta tensor does not raise: the result is
-meta too, and accelerate turns that into memory that was never written.
+Code that reads a weight without calling its module has to fetch it. Arithmetic with a meta tensor does not raise: the
+result is meta too, and accelerate turns that into memory that was never written.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def check_not_offloaded(layer: str, module: nn.Module) -> None:
-    """Raise if blocks around `module` would be lost: they lie where its weight does, and accelerate knows no copy."""
+    """Raise if `module` is offloaded: new blocks would be on the meta device too, without a copy in accelerate."""
     if is_offloaded(module):
         raise TargetError(
             f"`{layer}` is offloaded by accelerate: new blocks around it would have no values. Fix: adapt the model "
@@ -33,7 +33,7 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
     """A parameter of `module`, fetched if it is offloaded.
 
     Raises:
-        GradRouteError: its values are nowhere.
+        GradRouteError: it is on the meta device, and accelerate has no copy.
     """
     parameter = module.get_parameter(name)
     if not parameter.is_meta:

@@ -5,11 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from gradroute._protocol import BlockName, routed_layers
+from gradroute._protocol import BLOCKS, routed_layers
 from gradroute._step_hooks import torch_optimizer
 from gradroute.errors import GradRouteError
-
-_BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
 
 
 def check_optimized(model: nn.Module, optimizers: Iterable[Any], error: type[GradRouteError] = GradRouteError) -> None:
@@ -23,7 +21,7 @@ def check_optimized(model: nn.Module, optimizers: Iterable[Any], error: type[Gra
 def block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of both blocks, with the names of their layers."""
     for name, layer in routed_layers(model).items():
-        for block in _BLOCKS:
+        for block in BLOCKS:
             for parameter in layer.block_parameters(block):
                 yield name, parameter
 
@@ -33,7 +31,7 @@ def check_held(
     parameters: Iterable[tuple[str, nn.Parameter]],
     error: type[GradRouteError] = GradRouteError,
 ) -> None:
-    """Raise unless the optimizers together hold every trainable one of `parameters`, which go with their layer's name.
+    """Raise unless the optimizers together hold every trainable one of `parameters`, pairs of (layer name, parameter).
 
     Where none is trainable the optimizers should hold all of them.
     """
@@ -44,7 +42,7 @@ def check_held(
     missing = [name for name, parameter in wanted if id(parameter) not in held]
     if missing:
         names = list(dict.fromkeys(missing))
-        more = f" and {len(names) - 3} layers more" if len(names) > 3 else ""
+        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
         raise error(
             f"`optimizer` should hold every parameter of the blocks that is to be trained. It lacks {len(missing)} of "
             f"{len(wanted)}, those of {', '.join(f'`{name}`' for name in names[:3])}{more}: they would never be "

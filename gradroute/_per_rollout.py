@@ -28,7 +28,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def block_kind(name: str, layer: nn.Module) -> Literal["gain", "lora"]:
-    """What the deployed block of layer `name` trains.
+    """The kind of parameters that the deployed block of layer `name` trains.
 
     Raises:
         GradRouteError: neither the matrices A and B themselves nor gains.

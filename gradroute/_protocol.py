@@ -1,4 +1,4 @@
-"""What every other part of the library may know of a layer with two blocks.
+"""The interface of a layer with two blocks, for every other part of the library.
 
     y = W x + s_d B_d A_d x + m s_q B_q A_q x
 
@@ -35,6 +35,7 @@ class Block(NamedTuple):
 
 
 BlockName = Literal["deployed", "quarantine"]
+BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
 
 
 class RoutedLayer(nn.Module, ABC):
@@ -60,7 +61,7 @@ class RoutedLayer(nn.Module, ABC):
 
     @property
     def gain_readout(self) -> Float[Tensor, "d_out r"]:
-        """dy/dz of the gains z that gradient features are taken at: h * (delta @ gain_readout), in float32 or wider.
+        """dy/dz of gains z on the bottleneck h, in float32 or wider; their gradient is h * (delta @ gain_readout).
 
         s_d B_d, for a diagonal gain on h = A_d x that is one. A layer that trains such gains itself overrides it.
         """
@@ -75,7 +76,7 @@ class RoutedLayer(nn.Module, ABC):
     @property
     @abstractmethod
     def view(self) -> str:
-        """What a forward made now would show: "on", "ablated", "scaled" or "disabled"."""
+        """The view that a forward would show now: "on", "ablated", "scaled" or "disabled"."""
 
     @property
     def merged(self) -> bool:
@@ -113,7 +114,7 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
 
 
 def check_module(model: object) -> None:
-    """Raise unless `model` is a module at all."""
+    """Raise unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise GradRouteError(
             f"`model` should be an nn.Module. Found {type(model).__name__}. Fix: pass the model itself."
@@ -121,7 +122,7 @@ def check_module(model: object) -> None:
 
 
 def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]) -> None:
-    """PEFT injects an adapter without a last word for its config: what it left out is found here, before it is used."""
+    """Raise where PEFT left something of an adapter out: its config is not asked again once PEFT has injected it."""
     configs = {
         name: config
         for name, config in modules[0][1].__dict__["peft_config"].items()

@@ -1,7 +1,7 @@
 """Tensors read whole and written back, sharded or not.
 
-A DTensor is gathered on every rank, in the same order, and each rank writes its own shard back. What FSDP1 flattens and
-DeepSpeed partitions cannot be told apart, and is refused.
+A DTensor is gathered on every rank, in the same order, and each rank writes its own shard back. Flat parameters of
+FSDP1 and partitions of DeepSpeed cannot be taken apart, and are refused.
 """
 
 from collections.abc import Sequence

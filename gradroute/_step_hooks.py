@@ -1,8 +1,8 @@
-"""Handles on an optimizer: something before and after each of its steps, until `close()` or the end of a `with`.
+"""Handles on an optimizer: they act before and after each of its steps, until `close()` or the end of a `with`.
 
 A hook knows its handle by weak reference, and a handle its optimizer. So the hooks end when the handle is closed or its
 optimizer is gone, hooks on the model included, and a copied or pickled model or optimizer has none. A handle that
-changes steps is kept by its optimizer, since nobody else need hold it.
+changes steps is kept by its optimizer, since nothing else has to hold it.
 """
 
 import weakref
@@ -40,7 +40,7 @@ class WeakHook:
     """Calls a method of `owner` while that lives. A copy of the hook, as in a copied model, does nothing.
 
     Args:
-        owner: what the method belongs to.
+        owner: the object that the method belongs to.
         method: its name.
         keep: the hook keeps `owner` alive.
     """

@@ -1,6 +1,6 @@
 """Everything that is read from private names of torch, in one file, so that a new version breaks in one place.
 
-`tests/test_torch_private.py` says of each what it must show.
+`tests/test_torch_private.py` has a test for each.
 """
 
 import sys
@@ -48,7 +48,7 @@ def is_still_scaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def times_written(tensors: Iterable[Tensor]) -> int:
-    """How often these tensors were written in place, as torch counts. No value is read, so no device is waited for."""
+    """The number of in-place writes to these tensors, as torch counts. Reads no value, so it waits for no device."""
     return sum(tensor._version for tensor in tensors)
 
 

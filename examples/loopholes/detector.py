@@ -101,6 +101,6 @@ class Detector:
 
 
 def beyond(threshold: float, scores: Tensor, rollouts: gr.RolloutFilter) -> Tensor:
-    """Which scores have z above the threshold; where the pairs lie is read anew, for they move with each refresh."""
+    """Which scores have z above the threshold. The pairs are scored again each time: each refresh moves them."""
     hack, clean = (pairs.mean() for pairs in rollouts.pair_scores())
     return (scores - clean) / (hack - clean) > threshold

@@ -33,7 +33,7 @@ from .teacher import Teacher
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on besides its arm, seed and base model."""
+    """Everything a run depends on, except for its arm, seed and base model."""
 
     steps: int = 150
     prompts: int = 16

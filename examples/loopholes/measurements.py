@@ -1,4 +1,4 @@
-"""What is looked at besides the rates: detection, hack-ward shares, the dose curve, scores by true class."""
+"""Measurements other than the rates: detection, hack-ward shares, the dose curve, scores by true class."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""May a routed layer compute W x itself, instead of calling its base layer? Then it can accumulate into the result.
+"""Where a routed layer may compute W x itself and accumulate into the result, instead of calling its base layer.
 
-Only where the base is nn.Linear itself, its weight an ordinary frozen tensor, and nobody would notice that its forward
-was not called: no hook on it, no forward put on the instance (as offloading does), not compiled.
+That is where the base is nn.Linear itself, its weight is an ordinary frozen tensor, and nobody would notice that its
+forward was not called: no hook on it, no forward put on the instance (as offloading does), not compiled.
 """
 
 import torch

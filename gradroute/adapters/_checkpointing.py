@@ -2,7 +2,7 @@
 
 Checkpointing runs a layer's forward a second time, inside backward. If the route or ablation has changed by then, the
 gradients are wrong by 60 to 90 % and nothing shows it. So the first forward leaves its state with the checkpoint it
-runs in, and the recomputation takes it from there. A route closed in between raises: it is to enclose backward.
+runs in, and the recomputation takes it from there. A route closed in between raises: it has to enclose backward.
 
 Where the checkpoint cannot be found (other saved-tensor hooks lie over it), `ForwardRecord.check_backward` compares the
 state that was saved with the activations with the forward's own, and raises when they differ.
@@ -52,7 +52,7 @@ class ForwardRecord(NamedTuple):
         return self.state.id
 
     def check_backward(self, saved_id: Int[Tensor, ""]) -> None:
-        """Raise if this backward should not be: computed in another state than its forward, or past an open route."""
+        """Raise if this backward runs in another state than its forward, or in a route that its forward lacked."""
         if saved_id.item() != self.state.id.item():
             raise RouteError(_CHANGED.format(layer=self.name))
         if self.unverified:

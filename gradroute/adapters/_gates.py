@@ -84,7 +84,7 @@ def weights_for(values: Float[Tensor, "*rows"], x: Float[Tensor, "*batch d_in"],
         values: aligned with the axes of `x` on the left.
         x: input of the layer.
         layer: its name, for the error.
-        what: they are, for the error: "mask" or "ablation rows".
+        what: the kind of values, for the error: "mask" or "ablation rows".
 
     Raises:
         RouteError: the rows or tokens are not those of `x`.

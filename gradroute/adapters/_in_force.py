@@ -1,4 +1,4 @@
-"""Putting a state in force for a time, and looking which layers ran meanwhile.
+"""Put a state in force for a time, and tell which layers ran meanwhile.
 
 Every route and every view does the same: give the layers another state, clear their marks of having run, and at the end
 put back the old state and judge by the marks.
@@ -62,13 +62,13 @@ def changed_state(layers: Layers, change: Change) -> Iterator[None]:
 
 @contextmanager
 def marks_of(layers: Layers, mark: Literal["ran", "ran_under_route"], *, count_outside: bool) -> Iterator[None]:
-    """Clear a mark of the layers for the duration of the block, so that it tells at the end which of them ran inside.
+    """Clear a mark of the layers for the duration of the block, so that it shows at the end which of them ran inside.
 
     Args:
-        layers: to be watched.
+        layers: the layers to watch.
         mark: "ran" in any forward, or "ran_under_route".
-        count_outside: whether what ran inside also ran for the block outside. It did for a view; an inner route
-            replaces the mask of the outer one.
+        count_outside: whether a layer that ran inside counts for the block outside too. For a view it does; an inner
+            route replaces the mask of the outer one.
     """
     before = {name: getattr(layer, mark) for name, layer in layers.items()}
     try:
@@ -78,8 +78,3 @@ def marks_of(layers: Layers, mark: Literal["ran", "ran_under_route"], *, count_o
     finally:
         for name, layer in layers.items():
             setattr(layer, mark, before[name] or (count_outside and getattr(layer, mark)))
-
-
-def named(names: list[str]) -> str:
-    """The first five of some layers, for an error."""
-    return ", ".join(f"`{name}`" for name in names[:5]) + (" ..." if len(names) > 5 else "")

@@ -11,8 +11,8 @@ branch's output computes; lower layers then train on a wrong derivative. Kept fo
 Identity: with m = g_d = g_q = 1 this is LoRA of rank r + r_quarantine.
 
 Both blocks are one product with x and one that accumulates into W x, in place where W x was computed here, since
-nothing else can hold it then. So no tensor as wide as the output is made besides the output, and none as wide as x
-besides dx.
+nothing else can hold it then. So the only tensor as wide as the output is the output, and the only one as wide as x is
+dx.
 Saved for backward: x, which every linear that shares it saves too, and [u_d, m u_q], as narrow as the ranks.
 
 Where a gate is zero, u and dz are filled with zero, so one that overflowed contributes nothing. A row whose x or dy is
@@ -42,7 +42,7 @@ _FEW_ROWS = 8
 
 
 class Setting(NamedTuple):
-    """What the operation depends on besides the tensors that it may be differentiated by.
+    """Everything that the operation depends on, except for the tensors that it may be differentiated by.
 
     Args:
         base: weight and bias of the frozen linear, if W x + b is computed here.
@@ -93,7 +93,7 @@ def add_lora_blocks(
             here and accumulated into.
         deployed, quarantine: the blocks; a quarantine of None adds nothing, and there are no gates then.
         gates, branch: see `quarantine_lora`.
-        dropped: what the blocks read in the place of x, if not x.
+        dropped: the input of the blocks, where it is not x.
         record: ties the backward to the state of its forward, so that a recomputation in another one raises.
     """
     output, linear_of_base = (base, None) if isinstance(base, Tensor) else (None, base)
@@ -161,7 +161,7 @@ def _forward(
 def plain_forward(
     x: Float[Tensor, "*batch d_in"], weight: Tensor, bias: Tensor | None, deployed: Block, quarantine: Block | None
 ) -> Float[Tensor, "*batch d_out"]:
-    """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type: what decoding needs."""
+    """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
     y = linear(x, weight, bias)
     rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     A, B, scaling = deployed

@@ -1,18 +1,18 @@
-"""What Hugging Face's methods would do wrong to an attached model, said where they are called.
+"""Refusals in the place of Hugging Face's methods that do the wrong thing to an attached model.
 
 `save_pretrained` writes names that `from_pretrained` does not know, and draws those weights at random with no error;
 `resize_token_embeddings` puts a plain head in the place of a routed one; `merge_and_unload` is PEFT's.
 """
 
-import warnings
 import weakref
 from typing import Any
 
 from torch import nn
 
+from gradroute._logging import warn
 from gradroute._protocol import RoutedLayer
 from gradroute.adapters._targets import embeddings
-from gradroute.errors import GradRouteError, GradRouteWarning, TargetError
+from gradroute.errors import GradRouteError, TargetError
 
 _NOT_LOADED = (
     "save_pretrained(...) of an attached model writes weights under names that from_pretrained does not know: it would "
@@ -22,7 +22,7 @@ _NOT_LOADED = (
 
 
 def put_signposts(model: nn.Module) -> None:
-    """Put a refusal in the place of each such method that `model` has or is often asked for."""
+    """Put a refusal in the place of each such method that `model` has, or that users expect of it."""
     model.__dict__["merge_and_unload"] = _merge_and_unload
     if callable(getattr(model, "save_pretrained", None)):
         model.__dict__["save_pretrained"] = _SavePretrained(model)
@@ -31,7 +31,7 @@ def put_signposts(model: nn.Module) -> None:
 
 
 def take_signposts(model: nn.Module) -> None:
-    """Give `model`, and what is inside it, its methods back."""
+    """Give `model` and the modules inside it their methods back."""
     for module in model.modules():
         for name in ("merge_and_unload", "save_pretrained", "resize_token_embeddings"):
             found = module.__dict__.get(name)
@@ -66,7 +66,7 @@ class _SavePretrained:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if "is_main_process" in options:
             # A Trainer's checkpoint, which load_state_dict reads back under the names it was written with.
-            warnings.warn(_NOT_LOADED, GradRouteWarning, stacklevel=2)
+            warn(_NOT_LOADED)
         elif options.get("state_dict") is None:
             raise GradRouteError(_NOT_LOADED)
         model: Any = self._model()

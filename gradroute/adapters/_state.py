@@ -63,7 +63,7 @@ def _other_threads() -> frozenset[int]:
 
 @dataclass(frozen=True, eq=False)
 class ForwardState:
-    """What a routed layer's forward depends on besides its input and parameters.
+    """Everything that a routed layer's forward depends on, except for its input and parameters.
 
     Args:
         route: the mask in force.
@@ -95,7 +95,7 @@ class ForwardState:
 
     @property
     def view(self) -> str:
-        """What is shown: "on", "ablated", "scaled" or "disabled"."""
+        """The view that a forward shows: "on", "ablated", "scaled" or "disabled"."""
         if self.disabled:
             return "disabled"
         if self.quarantine_is_off:
@@ -211,7 +211,7 @@ def _ablates_what_trains(route: ActiveRoute | None, scale: float | Tensor) -> bo
 
 
 def check_thread(state: ForwardState, layer: str) -> None:
-    """Raise if this thread is not one that a state of another thread is meant for.
+    """Raise if `state` was set by another thread and is not meant for this one.
 
     A thread that was started inside the block works for it (a generation engine, data parallelism), unless it trains.
     """

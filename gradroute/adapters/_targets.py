@@ -1,4 +1,4 @@
-"""Which linears `attach` puts blocks around, and which it refuses: a name that matches nothing is an error.
+"""Find the linears that `attach` puts blocks around; a name that matches nothing is an error.
 
 "all-linear": every nn.Linear but the output head; a string: whole names; a list: a module's name, or its `.suffix`.
 """
@@ -65,12 +65,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
         raise TargetError(
             f"`target_modules` matched `{name}`, a {type(module).__name__}, whose forward does not give one tensor of "
             f"its out_features (a router): blocks could not be added to it. Fix: name the others, as in "
-            f"target_modules={_leaves_besides(model, name)}."
+            f"target_modules={_leaves_without(model, name)}."
         )
     return module
 
 
-def _leaves_besides(model: nn.Module, refused: str) -> list[str]:
+def _leaves_without(model: nn.Module, refused: str) -> list[str]:
     """Last parts of the names of all linears but the head and those of one name."""
     head, leaf = embeddings(model, "output"), refused.rpartition(".")[2]
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
@@ -102,7 +102,7 @@ def embeddings(model: nn.Module, side: str) -> nn.Module | None:
 
 
 def refused_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of `names` that PEFT does not load an adapter onto: the fused kernels of Mamba read their weights."""
+    """Those of `names` onto which PEFT does not load an adapter: the fused kernels of Mamba read their weights."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return [name for name in names if kind in _MAMBA and name.rpartition(".")[2] in ("out_proj", "conv1d")]
 

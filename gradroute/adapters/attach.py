@@ -1,20 +1,21 @@
-"""Adapting any `nn.Module` in place, without PEFT: `attach`, `detach`, and the parameters of each block."""
+"""Adapt any `nn.Module` in place, without PEFT: `attach`, `detach`, and the parameters of each block."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from gradroute._checks import one_of
+from gradroute._logging import warn
 from gradroute._protocol import BlockName, RoutedLayer, check_module, routed_layers
 from gradroute.adapters._signposts import put_signposts, take_signposts
 from gradroute.adapters._targets import find_targets, refused_by_peft
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
 from gradroute.adapters.svd_gain import SvdGain
-from gradroute.errors import GradRouteWarning, RouteError, TargetError
+from gradroute.errors import RouteError, TargetError
 
 Parametrization = Literal["lora", "svd_gain"]
 
@@ -47,8 +48,7 @@ def attach(
         TargetError: the model is adapted already, by `attach` or by PEFT; an entry of `target_modules` matches nothing,
             or something other than an `nn.Linear`; a size out of range.
     """
-    if parametrization not in ("lora", "svd_gain"):
-        raise TargetError(f'`parametrization` should be "lora" or "svd_gain". Found {parametrization!r}.')
+    one_of("parametrization", parametrization, get_args(Parametrization), TargetError)
     if rotate and parametrization != "svd_gain":
         raise TargetError('`rotate=True` rotates singular directions. Fix: parametrization="svd_gain".')
     check_module(model)
@@ -79,14 +79,12 @@ def attach(
     attachment = Attachment(len(wrapped), tuple(trainable))
     for name, linear in targets.items():
         wrapped[linear].attachment = attachment
-        _replace(model, name, wrapped[linear])
+        replace_module(model, name, wrapped[linear])
     put_signposts(model)
     for name in refused_by_peft(model, list(targets))[:1]:
-        warnings.warn(
+        warn(
             f"PEFT refuses to load an adapter on `{name}`, so export_deployed will refuse this model. "
-            "Fix: leave it out of `target_modules`, or ship by merge_deployed.",
-            GradRouteWarning,
-            stacklevel=2,
+            "Fix: leave it out of `target_modules`, or ship by merge_deployed."
         )
     return model
 
@@ -99,7 +97,7 @@ def detach(model: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: `model` was not given blocks by `attach`, or holds only a part of what was.
-        RouteError: inside a route or view, whose end would find no layers.
+        RouteError: inside a route or view.
     """
     check_module(model)
     layers = {
@@ -123,7 +121,7 @@ def detach(model: nn.Module) -> nn.Module:
     name, layer = next(iter(layers.items()))
     root = name.removesuffix(layer.name)
     for name, layer in layers.items():
-        _replace(model, name, layer.base_layer)
+        replace_module(model, name, layer.base_layer)
     for name in attachment.frozen:
         model.get_parameter(root + name).requires_grad_(True)
     return model
@@ -168,6 +166,7 @@ def _check_no_peft(model: nn.Module) -> None:
             )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

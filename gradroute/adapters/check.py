@@ -1,4 +1,4 @@
-"""What is unsupported in a model, and why, before a run is spent on it."""
+"""Find what is unsupported in a model, and say why, before a run is spent on it."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -220,7 +220,7 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
         if ((block.A == 0).all(1) & (block.B == 0).all(0)).any():
             yield Finding(
                 name, "error", f"its {block_name} block has a rank that is zero in A and B: it never learns, and "
-                "after a hot-swap of another rank the scaling is the old one. Fix: load_quarantined anew."
+                "after a hot-swap of another rank the scaling is the old one. Fix: load_quarantined again."
             )  # fmt: skip
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
@@ -228,7 +228,7 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
 
 def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:
     summary = parameter_summary(model)
-    for name in summary.trained_besides:
+    for name in summary.trained_elsewhere:
         yield Finding(
             name, "warning", "it is trained by every row, flagged ones too: what it learns from them is deployed. "
             "Fix: freeze it, or do without `modules_to_save`."

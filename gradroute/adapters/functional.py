@@ -3,11 +3,12 @@
 y = base + s_d B_d A_d x + m s_q B_q A_q x,      parameter gradients weighted by g_d and g_q
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import one_of
 from gradroute._protocol import Block
 from gradroute.adapters._gates import Gates
 from gradroute.adapters._op import add_lora_blocks
@@ -39,8 +40,7 @@ def quarantine_lora(
     Raises:
         RouteError: a gate of another shape, not floating point, or that requires a gradient itself; a double backward.
     """
-    if stop_gradient not in ("parameters", "branch"):
-        raise RouteError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
+    one_of("stop_gradient", stop_gradient, get_args(StopGradient), RouteError)
     for name, gate in (("m", m), ("g_d", g_d), ("g_q", g_q)):
         if gate is not None and (gate.shape != x.shape[:-1] or not gate.is_floating_point() or gate.requires_grad):
             raise RouteError(

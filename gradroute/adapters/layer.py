@@ -8,12 +8,13 @@ A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import one_of, positive_integer, positive_number
 from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
 from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
@@ -27,7 +28,7 @@ from gradroute.errors import RouteError, TargetError
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `detach` needs to know: how many layers `attach` made, and which parameters it froze, by name."""
+    """The record for `detach`: how many layers `attach` made, and which parameters it froze, by name."""
 
     layers: int
     frozen: tuple[str, ...]
@@ -72,7 +73,7 @@ class RoutedLinear(RoutedLayer):
             base_layer: the frozen layer.
             adapter: whose blocks, where a layer holds several.
             dropout: D; None for none.
-            call: what to call in the place of `base_layer`, if it takes more arguments than x.
+            call: called in the place of `base_layer`, if that takes more arguments than x.
         """
         state, record = self.state, None
         grad = has_backward = torch.is_grad_enabled()
@@ -123,7 +124,7 @@ class RoutedLinear(RoutedLayer):
 
 
 class WrappedLinear(RoutedLinear):
-    """What every layer that `attach` puts around a frozen `nn.Linear` has, whatever its blocks are made of.
+    """Base of the layers that `attach` puts around a frozen `nn.Linear`, whatever their blocks are made of.
 
     Args:
         base_layer, r, r_quarantine, lora_alpha, stop_gradient: see `QuarantineLoRA`.
@@ -257,13 +258,10 @@ def _check_linear(base_layer: nn.Module) -> None:
 
 
 def _check_sizes(r: int, r_quarantine: int, lora_alpha: float, stop_gradient: str) -> None:
-    for name, rank in (("r", r), ("r_quarantine", r_quarantine)):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise TargetError(f"`{name}` should be a positive integer. Found {rank!r}.")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
-        raise TargetError(f"`lora_alpha` should be a positive finite number. Found {lora_alpha!r}.")
-    if stop_gradient not in ("parameters", "branch"):
-        raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {stop_gradient!r}.')
+    positive_integer("r", r, TargetError)
+    positive_integer("r_quarantine", r_quarantine, TargetError)
+    positive_number("lora_alpha", lora_alpha, TargetError)
+    one_of("stop_gradient", stop_gradient, get_args(StopGradient), TargetError)
 
 
 _ABLATED_UNDER_ROUTE = (

@@ -1,4 +1,4 @@
-"""Folding the deployed block into the base weight: W <- W + s_d B_d A_d. The quarantine is dropped with its layer."""
+"""Fold the deployed block into the base weight: W <- W + s_d B_d A_d. The quarantine is dropped with its layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from torch import nn
 
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
-from gradroute.adapters.attach import detach
+from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
 
 def merge_deployed(model: nn.Module) -> nn.Module:
-    """The base model with the deployed block merged and the quarantine gone, as a plain model.
+    """Merge the deployed block into the base weights and drop the quarantine; returns a plain model.
 
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up.
@@ -49,7 +49,7 @@ def merge_deployed(model: nn.Module) -> nn.Module:
 
 
 def _unload_injected(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> None:
-    """What PEFT's `merge_and_unload` does, for a model that has no PeftModel around it."""
+    """Do as PEFT's `merge_and_unload`, for a model that has no PeftModel around it."""
     with ablate_quarantine(model):
         for layer in layers.values():
             injected: Any = layer
@@ -57,19 +57,14 @@ def _unload_injected(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> No
     for name, module in list(model.named_modules()):
         wrapped: Any = module
         if isinstance(module, RoutedLinear):
-            _replace(model, name, wrapped.get_base_layer())
+            replace_module(model, name, wrapped.get_base_layer())
         elif "modules_to_save" in module._modules and wrapped.active_adapters:
-            _replace(model, name, wrapped.modules_to_save[wrapped.active_adapters[0]])
-    # What PEFT and transformers left on the model to know it by.
+            replace_module(model, name, wrapped.modules_to_save[wrapped.active_adapters[0]])
+    # PEFT and transformers recognise an adapted model by these.
     for mark in ("peft_config", "active_adapter"):
         model.__dict__.pop(mark, None)
     if "_hf_peft_config_loaded" in model.__dict__:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:

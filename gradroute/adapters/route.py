@@ -1,4 +1,4 @@
-"""Putting a mask in force: `route()` around forward and backward, or `set_route()` / `clear_route()`.
+"""Put a mask in force: `route()` around forward and backward, or `set_route()` / `clear_route()`.
 
 The mask is read when a routed layer runs forward, and saved with its activations. So closing a route before backward
 is exact, except under gradient checkpointing, where the forward runs again inside backward: there it raises.
@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from gradroute._checks import instance_of
-from gradroute.adapters._in_force import Layers, changed_state, marks_of, named, set_states
+from gradroute._checks import instance_of, listed
+from gradroute.adapters._in_force import Layers, changed_state, marks_of, set_states
 from gradroute.adapters._state import INITIAL, ActiveRoute, ForwardState
 from gradroute.adapters.layer import routed_linears
 from gradroute.adapters.mask import RouteMask
@@ -108,7 +108,7 @@ def _check_all_ran(ran: Mapping[str, bool]) -> None:
     idle = [name for name, did in ran.items() if not did]
     if idle:
         raise RouteError(
-            f"{len(idle)} of {len(ran)} routed layers did not run inside the route with gradients: {named(idle)}. "
+            f"{len(idle)} of {len(ran)} routed layers did not run inside the route with gradients: {listed(idle)}. "
             "Their mask was asked for and not applied. Fix: run the forward of the loss inside `route(...)`, or "
             "exclude these modules when attaching."
         )

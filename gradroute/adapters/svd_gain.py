@@ -7,7 +7,7 @@
 Each block takes its first r rows of Vh and columns of U. g = 0 and K = 0: at initialisation y = W x + b, bitwise.
 
 Without rotation both blocks scale the *same* axes, and ablating the quarantine only shrinks what the deployed block
-scales too; published as "route v1". The rotation lets the quarantine read axes of its own, within the span of Vh. Its
+scales too; published as "route v1". The rotation lets the quarantine read other axes, within the span of Vh. Its
 gradient is proportional to tanh g_q: the gain moves first.
 Source: antipasto (wassname); Cayley transform: Helfrich et al. 2018 (arXiv:1707.09520).
 """

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gradroute._checks import share
-from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of, named
+from gradroute._checks import listed, share
+from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of
 from gradroute.adapters._state import ForwardState, combine_scales, is_expert
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import RouteError
@@ -28,8 +28,8 @@ def ablate_quarantine(
     """m <- scale * m, for all rows or for those where `rows` is True.
 
     On leaving without an exception, raises `RouteError` if some routed layers of `model` ran inside and others did not:
-    a forward that passes a layer by (a fused kernel, a patched `forward`) shows no view of it. An expert may get no
-    token and is not counted.
+    a forward that bypasses a layer (a fused kernel, a patched `forward`) does not show it in this view. An expert may
+    get no token and is not counted.
 
     Args:
         model: a model with routed layers.
@@ -119,6 +119,6 @@ def _check_none_passed_by(layers: Layers) -> None:
     if idle and any(layer.ran for layer in layers.values()):
         raise RouteError(
             f"Every routed layer should run in a view, or none. Found {len(idle)} of {len(layers)} that did not run: "
-            f"{named(idle)}. A forward that passes them by may still show their quarantine. "
+            f"{listed(idle)}. A forward that passes them by may still show their quarantine. "
             "Fix: pass the module that runs, and undo patches that replace a routed layer's forward."
         )

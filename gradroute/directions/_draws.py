@@ -1,4 +1,4 @@
-"""How a control is drawn: random rows, or the sides of the pairs exchanged, shuffled or paired in another way.
+"""Draws of controls: random rows, or the sides of the pairs exchanged, shuffled or paired in another way.
 
 random      Haar-distributed orthonormal rows; oriented: each with the sign that scores hack above clean
 shuffled    estimated from pairs of which half, drawn at random, have their sides swapped
@@ -73,7 +73,7 @@ class Draw:
     kept: Mapping[str, Float[Tensor, "_ _"]] | None = None
 
     def estimate(self, real: Estimate, hack: Features, clean: Features, estimator: Estimator | None) -> Estimate:
-        """What takes the place of the real estimate from these pairs.
+        """The estimate that takes the place of the real one from these pairs.
 
         Raises:
             GradRouteError: the estimator has to be repeated and is not known.

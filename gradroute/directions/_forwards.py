@@ -1,7 +1,7 @@
-"""Which forward of a model runs, and in which view, while features are read.
+"""Counts the forwards of a model, and finds their view, while features are read.
 
 A forward is a call of the outermost module that runs, together with all that it calls. A module that runs twice in one
-forward has two rows per rollout, and a model whose layers are in different views has features of none.
+forward has two rows per rollout, and a model whose layers are in different views is refused.
 """
 
 from collections.abc import Iterable, Iterator

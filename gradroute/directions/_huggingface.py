@@ -1,4 +1,4 @@
-"""How a Hugging Face model is called on a padded batch of token ids, where no `forward_fn` is given."""
+"""The forward of a Hugging Face model on a padded batch of token ids, where no `forward_fn` is given."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def reads_head(model: nn.Module, modules: Sequence[str] | None) -> bool:
 
 
 def pad_token(model: nn.Module) -> int:
-    """What `model` takes for padding; 0 if it has no such token. Sequence classifiers look for the last other one."""
+    """The padding token of `model`, or 0. Sequence classifiers look for the last token that is another one."""
     token = getattr(getattr(_unwrapped(model), "config", None), "pad_token_id", None)
     return token if isinstance(token, int) and token >= 0 else 0
 

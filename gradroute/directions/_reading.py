@@ -1,4 +1,4 @@
-"""What is read from a model: which feature of which modules, and with which weights over the tokens.
+"""The reading of features from a model: of which modules, and with which weights over the tokens.
 
 bottleneck, input, output   of routed layers (or of modules given by name)
 residual                    the output of a transformer block: the elements of the model's list of blocks
@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from gradroute._checks import one_of
 from gradroute._protocol import RoutedLayer, routed_layers
+from gradroute._sharding import wide
 from gradroute.errors import GradRouteError
 
 Feature = Literal["bottleneck", "input", "output", "residual", "parameter"]
@@ -29,7 +31,7 @@ def read_modules(model: nn.Module, names: Sequence[str] | None, features: Featur
     Raises:
         GradRouteError: an unknown feature or module, or a plain module where a routed layer is needed.
     """
-    check_option("features", features, Feature)
+    one_of("features", features, get_args(Feature))
     if names is None:
         return transformer_blocks(model) if features == "residual" else routed_layers(model)
     if isinstance(names, str) or not names:
@@ -67,12 +69,6 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{child}": block for child, block in model.get_submodule(name).named_children()}
 
 
-def check_option(argument: str, value: object, options: Any) -> None:
-    """Raise unless `value` is one of the Literal `options`."""
-    if value not in get_args(options):
-        raise GradRouteError(f"`{argument}` should be one of {', '.join(get_args(options))}. Found {value!r}.")
-
-
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a module, given by position or by keyword; of a block it may be something else than a tensor."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -84,11 +80,6 @@ def hidden_states(name: str, output: Any) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise GradRouteError(f"`{name}` should return a tensor, or a tuple that starts with one. Found {type(output)}.")
     return hidden
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` out of the graph, in float32 or wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
@@ -124,7 +115,7 @@ def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, An
 
     def pooled(name: str, x: Tensor, module_input: Any) -> Tensor:
         weights = _token_weights(fixed(module_input), reduction) if callable(fixed) else fixed
-        x = wide(x)
+        x = wide(x.detach())
         if weights is None:
             if x.ndim != 2:
                 raise GradRouteError(

@@ -16,26 +16,26 @@ until backward. Only `parameter` without directions holds on to inputs, and form
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from gradroute._checks import one_of
 from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, parameter_gradient, sum_over_tokens
 from gradroute._protocol import RoutedLayer
+from gradroute._sharding import wide
 from gradroute._torch_private import in_backward
 from gradroute.directions._forwards import Forwards
 from gradroute.directions._reading import (
     Feature,
     Pool,
     Reduction,
-    check_option,
     first_input,
     hidden_states,
     hooked,
     read_modules,
     token_pooling,
-    wide,
     without_autocast,
 )
 from gradroute.directions.directions import Directions
@@ -69,7 +69,7 @@ def capture_activations(
     layers = read_modules(model, modules, features)
     if features == "parameter":
         raise GradRouteError('`features="parameter"` is a gradient. Fix: capture_gradients, or another feature.')
-    check_option("reduction", reduction, Reduction)
+    one_of("reduction", reduction, get_args(Reduction))
     capture = Capture(model, ("activation", features, reduction), list(layers))
     forwards = Forwards(model, layers)
     pooled = token_pooling(pool, reduction)
@@ -141,7 +141,7 @@ def capture_gradients(
 
         def fill(gradient: Tensor) -> None:
             with without_autocast(gradient.device):
-                capture.fill(name, slot, read(wide(gradient)))
+                capture.fill(name, slot, read(wide(gradient.detach())))
 
         tapped.register_hook(fill)  # type: ignore[no-untyped-call]
 

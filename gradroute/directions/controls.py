@@ -1,4 +1,4 @@
-"""Controls: directions that have to do worse than the real ones, for these to mean anything.
+"""Controls: directions that the real ones have to beat, or they mean nothing.
 
     random_like       random rows; a method, `Directions.random_like(seed)`
     shuffled_pairs    estimated from the same pairs, half of them with their sides swapped
@@ -6,7 +6,7 @@
     reversed_sign     the rows negated, the sides swapped
 
 All keep the pair features of the real directions, and `update_` renews each as its own kind. The pair scores of a
-control are those of its own sides, so that a gate calibrated on it treats it as it treats the real directions.
+control are those of its sides as drawn, so that a gate on it works as a gate on the real directions does.
 """
 
 import torch

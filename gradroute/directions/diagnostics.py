@@ -62,8 +62,8 @@ class DirectionsSummary:
     """A readable table of diagnostics per module and pooled: `print` it, or `plot` it.
 
     Args:
-        title: what the directions are.
-        measured_on: which pairs.
+        title: `repr` of the directions.
+        measured_on: the pairs, in words.
         modules: by name.
         auroc, interval, effect_size: of the whole score; the interval covers 95 %.
     """
@@ -197,7 +197,7 @@ def _row(name: str, m: ModuleDiagnostics) -> tuple[str, ...]:
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, up to a dot: it would be written many times and told nothing."""
+    """The beginning that all names share, up to a dot: a plot need not repeat it."""
     parts = [name.split(".")[:-1] for name in names]
     shared = 0
     while all(len(each) > shared and each[shared] == parts[0][shared] for each in parts):

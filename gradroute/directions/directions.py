@@ -1,4 +1,4 @@
-"""Directions: k rows per module that point from clean to hack features, with what they were made of.
+"""Directions: k rows per module that point from clean to hack features, with the features that they were made of.
 
     score(f) = sum over modules, sum over rows v:  <v, (f - c) / s>        c, s: centre and scale, where there are any
 
@@ -39,11 +39,11 @@ class Directions:
     Args:
         rows: module name -> (k, d_feature), in module order; modules without rows do not count in the score.
         hack, clean: module name -> (pairs, d_feature).
-        provenance: how they were made.
+        provenance: where they come from.
         version, step: raised by one at each `update_`; optimizer step at which they were last extracted.
         centre, scale: module name -> (d_feature,), for rows that are taken with standardised features.
         heldout: the pairs that the rows were estimated without.
-        estimator: what made the rows; None reads it from the provenance.
+        estimator: of the rows; None reads it from the provenance.
 
     Raises GradRouteError where these do not fit each other or are not finite.
     """
@@ -84,12 +84,12 @@ class Directions:
     def __repr__(self) -> str:
         ks = sorted({len(rows) for rows in self.rows.values()})
         k, d = "-".join(map(str, ks[:1] + ks[1:][-1:])), next(iter(self.rows.values())).shape[1]
-        made = self.provenance
-        control = "" if made.control in (None, "random") else f"{made.control} control, "
+        origin = self.provenance
+        control = "" if origin.control in (None, "random") else f"{origin.control} control, "
         heldout = f" ({len(self.heldout)} held out)" if self.heldout else ""
         return (
-            f"Directions({control}{made.estimator} of {made.source} {made.feature}, {len(self.rows)} modules x {k} x "
-            f"{d}, {self.n_pairs} pairs{heldout} {made.pair_hash[:8]}, {made.view} view, step {self.step}, "
+            f"Directions({control}{origin.estimator} of {origin.source} {origin.feature}, {len(self.rows)} modules x "
+            f"{k} x {d}, {self.n_pairs} pairs{heldout} {origin.pair_hash[:8]}, {origin.view} view, step {self.step}, "
             f"version {self.version})"
         )
 
@@ -159,7 +159,7 @@ class Directions:
 
     @property
     def known_estimator(self) -> Estimator | None:
-        """What made the rows; None for random rows, and for an estimator of the user's that a file cannot name."""
+        """The estimator of the rows; None for random rows, and for a user's estimator that a file cannot name."""
         if self.estimator is not None or self.provenance.control in RANDOM:
             return self.estimator
         return estimator_of(self.provenance.estimator)

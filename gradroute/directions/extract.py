@@ -213,12 +213,12 @@ def _extract(
     )
     try:
         with without_autocast(device):
-            made = estimator(hack, clean)
+            estimate = estimator(hack, clean)
     except DeadDirectionError as error:
         raise DeadDirectionError(f"{error} {_why_dead(model, provenance)}") from None
     return Directions(
-        made.rows, hack, clean, provenance,
-        centre=made.centre, scale=made.scale, heldout=made.heldout, estimator=estimator,
+        estimate.rows, hack, clean, provenance,
+        centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The features of rollouts, as data: what was read of which model, in which view, and the rows themselves.
+"""The features of rollouts, as data: the rows, the model and the view that they were read in, and the settings.
 
 capture[module]: (rows, d_feature), a row per rollout; several forwards concatenate in order
 """
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import listed
 from gradroute._hashing import known_identity
 from gradroute.directions._reading import Feature, Reduction, Source
 from gradroute.directions.provenance import Provenance
@@ -70,28 +71,28 @@ class Capture(Mapping[str, Tensor]):
             self._model = known_identity(self._model)
         return self._model
 
-    def check_fits(self, made: Provenance, view: str | None) -> None:
+    def check_fits(self, provenance: Provenance, view: str | None) -> None:
         """Raise unless these features were taken like those of the pairs: settings, view and base model.
 
         Args:
-            made: how the directions were made.
-            view: in which view these features should be; None for that of the directions.
+            provenance: of the directions.
+            view: the view that these features should be in; None for that of the directions.
         """
-        expected = (made.source, made.feature, made.reduction)
+        expected = (provenance.source, provenance.feature, provenance.reduction)
         if self.settings != expected:
             raise GradRouteError(
                 f"`features` should be captured as {expected}, like the pairs. Found {self.settings}. Fix: capture "
                 "with the settings that the directions were extracted with."
             )
-        if view is None and self.view != made.view:
+        if view is None and self.view != provenance.view:
             raise GradRouteError(
-                f"`features` should be captured in the view of the directions, {made.view!r}. Found {self.view!r}. "
-                "Fix: extract and capture under the same `with ablate_quarantine(model):`, or pass "
-                f"view={self.view!r} to `score` if the views differ on purpose."
+                f"`features` should be captured in the view of the directions, {provenance.view!r}. "
+                f"Found {self.view!r}. Fix: extract and capture under the same `with ablate_quarantine(model):`, or "
+                f"pass view={self.view!r} to `score` if the views differ on purpose."
             )
         if view is not None and self.view != view:
             raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {self.view!r}.")
-        if self.model != made.model:
+        if self.model != provenance.model:
             raise GradRouteError(
                 "`features` should be captured from the base model that the directions were extracted from. Found "
                 "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
@@ -139,8 +140,9 @@ class Capture(Mapping[str, Tensor]):
         verb = "run forward" if self.source == "activation" else "run forward and backward"
         idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
         if idle:
-            shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
-            raise GradRouteError(f"Every captured module should have {verb} inside the block. Not so: {shown}.")
+            raise GradRouteError(
+                f"Every captured module should have {verb} inside the block. Found that these did not: {listed(idle)}."
+            )
         joined = {name: torch.cat([r for r in slots if r is not None]) for name, slots in self._forwards.items()}
         counts = {name: rows.shape[0] for name, rows in joined.items()}
         if len(set(counts.values())) > 1:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from gradroute._checks import positive_integer
 from gradroute.errors import FileFormatError, GradRouteError
 
 Text = str | Sequence[int] | Tensor
@@ -207,7 +208,7 @@ class PaddedBatch:
 
 
 def batched(rollouts: Sequence[TokenizedRollout], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
-    """Which rollouts run together: longest first, so that little is padding and memory peaks at once.
+    """Group the rollouts that run together: longest first, so that little is padding and memory peaks at once.
 
     Args:
         batch_size: rollouts of a batch at most.
@@ -216,9 +217,8 @@ def batched(rollouts: Sequence[TokenizedRollout], batch_size: int, batch_tokens:
     Raises:
         GradRouteError: no positive integers, or a rollout that alone has more than `batch_tokens`.
     """
-    for name, value in (("batch_size", batch_size), ("batch_tokens", 1 if batch_tokens is None else batch_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GradRouteError(f"`{name}` should be a positive integer. Found {value!r}.")
+    positive_integer("batch_size", batch_size)
+    positive_integer("batch_tokens", 1 if batch_tokens is None else batch_tokens)
     order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))
     longest = len(rollouts[order[0]].ids) if order else 0
     if batch_tokens is not None and longest > batch_tokens:

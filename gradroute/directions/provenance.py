@@ -1,4 +1,4 @@
-"""Where directions come from: what has to be the same for one set to refresh another."""
+"""The origin of directions; most of it has to be the same for one set to refresh another."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from gradroute.errors import RefreshError
 
 @dataclass(frozen=True)
 class Provenance:
-    """How directions came about.
+    """The origin of directions.
 
     Args:
         source: "activation" or "gradient".
         feature, reduction: see `capture_activations`.
-        estimator: what `str` of the estimator gives, "mean_difference" say; "random" for random controls.
+        estimator: `str` of the estimator, such as "mean_difference"; "random" for random controls.
         pair_hash: SHA-256 of the pairs.
         model: identity of the frozen base model.
         view: the view of the model that was measured: "on", "ablated", "scaled" or "disabled".
@@ -32,7 +32,7 @@ class Provenance:
     control: Control | None = None
 
     def check_refreshed_by(self, fresh: "Provenance") -> None:
-        """Raise `RefreshError` unless directions made so can take over those made as `fresh` says."""
+        """Raise `RefreshError` unless directions of this origin can be updated with those of the origin `fresh`."""
         same = ["source", "feature", "reduction", "pair_hash", "model"]
         # A control takes the real thing and makes itself of it; a random one of whatever estimator.
         if fresh.control is not None:

@@ -3,7 +3,7 @@
     on   y = W x + s_d B_d A_d x + scale * s_q B_q A_q x,  scale 1        ablated   the same with scale 0
 
 Eval mode, no route, the same random numbers of Python, numpy and torch. Where the model runs, every routed layer has to
-run, and in every view: a fused kernel in the place of a layer reads no scale, and a cache answers for another view.
+run, and in every view: a fused kernel that replaces a layer reads no scale, and a cache may hold another view.
 """
 
 from collections.abc import Iterator, Mapping

@@ -38,20 +38,6 @@ class Rate:
         if not 0 <= self.k <= self.n:
             raise GradRouteError(f"`k` should be between 0 and n. Found {self.k} of {self.n}.")
 
-    @staticmethod
-    def from_value(value: float, n: int) -> "Rate":
-        """The rate of which a result file holds value = k / n, and n.
-
-        Raises:
-            GradRouteError: a value that no k of n has.
-        """
-        k = round(value * n) if 0 <= value <= 1 else -1
-        if k < 0 or n < 1 or abs(k - value * n) > 0.01:
-            raise GradRouteError(
-                f"`value` should be k / n for an integer k. Found {value!r} at n = {n}. Fix: give the n of this rate."
-            )
-        return Rate(k, n)
-
     @property
     def value(self) -> float:
         """k / n, or nan for n = 0."""

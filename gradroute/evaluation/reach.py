@@ -47,8 +47,8 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     on, off, again = (_outputs(views, scale, model, generate_fn) for scale in (1.0, 0.0, 1.0))
     if again != on:
         raise GradRouteError(
-            "`generate_fn` should give the same output for the same model. Found two, so a third one, with the "
-            "quarantine ablated, would tell nothing. Fix: decode greedily, or seed the engine in `generate_fn`."
+            "`generate_fn` should give the same output for the same model. Found two different ones, so a difference "
+            "between the views would mean nothing. Fix: decode greedily, or seed the engine in `generate_fn`."
         )
     if on == off:
         raise GradRouteError(

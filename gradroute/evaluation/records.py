@@ -1,4 +1,4 @@
-"""What an evaluation returns: one `EvalRecord` per rollout, over the same prompts in every view."""
+"""Records of an evaluation: one `EvalRecord` per rollout, over the same prompts in every view."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._checks import listed
 from gradroute._per_rollout import block_kind, formed, gain_sum, lora_factors, sum_over_tokens
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import as_blocks, wide
@@ -38,7 +39,7 @@ class RolloutMatrices:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is kept in memory."""
+        """The tensors that are kept in memory."""
         return [tensor for tensor in (self.formed, self.left, self.right) if tensor is not None]
 
     def weighted_sum(self, weights: Float[Tensor, " rows"]) -> Tensor:
@@ -139,8 +140,8 @@ class RolloutRecorder:
             layer = self.layers[name]
             if not _is_first_forward() or layer.view == "disabled":
                 return
-            entered = args[0] if args else next(iter(kwargs.values()))
-            x: Tensor = self._after_dropout.pop(name, entered).detach()
+            first_input = args[0] if args else next(iter(kwargs.values()))
+            x: Tensor = self._after_dropout.pop(name, first_input).detach()
             if x.ndim < 2:
                 raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
             assert isinstance(layer, RoutedLinear)
@@ -213,10 +214,10 @@ class RolloutRecorder:
     def _check_complete(self) -> None:
         idle = [name for name, slots in self._passes.items() if not slots or any(one is None for one in slots)]
         if idle:
-            shown = ", ".join(f"`{name}`" for name in idle[:5]) + (" ..." if len(idle) > 5 else "")
             raise GradRouteError(
-                f"Every routed layer should run forward and backward, with gradients on, inside `record`. Not so: "
-                f"{shown}. Fix: enclose both; under reentrant checkpointing use use_reentrant=False."
+                f"Every routed layer should run forward and backward, with gradients on, inside `record`. "
+                f"Found that these did not: {listed(idle)}. Fix: enclose both; under reentrant checkpointing use "
+                "use_reentrant=False."
             )
         shapes = {name: [(len(one.dots), one.axes) for one in passes] for name, passes in self.passes.items()}
         if len({tuple(found) for found in shapes.values()}) > 1:

@@ -64,8 +64,8 @@ def attach_filter(
     check_held([innermost], _filtered_parameters(model, f))
     if any(each.is_open and (each.filter is f or each.runs_on(innermost)) for each in _ATTACHED):
         raise GradRouteError(
-            "This optimizer has a filter already, or this filter an optimizer: twice would filter twice. "
-            "Fix: handle.close() first."
+            "An optimizer should have one filter, and a filter one optimizer. Found one that is attached already: its "
+            "gradients would be filtered twice. Fix: handle.close() first."
         )
     handle = AttachedFilter(innermost, f, model=model, scaler=scaler, allow_clipped=allow_clipped)
     _ATTACHED.add(handle)
@@ -73,7 +73,7 @@ def attach_filter(
 
 
 class AttachedFilter(StepHooks):
-    """What `attach_filter` returns. Errors are listed there."""
+    """The handle that `attach_filter` returns; errors are listed there."""
 
     def __init__(
         self, optimizer: Optimizer, f: GradientFilter, *, model: nn.Module, scaler: Any, allow_clipped: bool
@@ -101,7 +101,7 @@ class AttachedFilter(StepHooks):
         return self._stats
 
     def runs_on(self, optimizer: Optimizer) -> bool:
-        """Whether it is this torch optimizer whose gradients are filtered."""
+        """Whether this torch optimizer is the one whose gradients are filtered."""
         return self._optimizer_ref() is optimizer
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a filter is: new gradients for the blocks, and figures of what was changed."""
+"""The base of every filter: new gradients for the blocks, and figures of the change."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from gradroute.filters.stats import FilterStats
 
 
 class FilteredGradients(NamedTuple):
-    """What to put into the gradients of which parameters, and the figures.
+    """New gradients of some parameters, and figures of the change.
 
     Args:
         writes: each parameter with its new gradient.
-        stats: what the filter measured and removed.
+        stats: figures of the gradient before and after.
     """
 
     writes: Sequence[tuple[nn.Parameter, Tensor]]
@@ -23,7 +23,7 @@ class FilteredGradients(NamedTuple):
 
 
 class GradientFilter(ABC):
-    """What `apply_filter` and `attach_filter` take."""
+    """Base of the filters that `apply_filter` and `attach_filter` run."""
 
     @property
     def writes_blocks(self) -> tuple[BlockName, ...]:
@@ -36,4 +36,4 @@ class GradientFilter(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What the filter did to the gradients, in a sentence for a model card."""
+        """Say what the filter does to gradients, in a sentence for a model card."""

@@ -1,4 +1,4 @@
-"""Taking the hack-ward part out of a gradient: per module, orthonormal rows V (k x d), deployed gradient g (d,).
+"""Take the hack-ward part out of a gradient: per module, orthonormal rows V (k x d), deployed gradient g (d,).
 
     c = V g,    c_use = relu(c) ("one")  |  c ("two")  |  2c ("reverse")
     removed = overshoot * c_use V,      kept = g - removed

@@ -1,4 +1,4 @@
-"""Taking whole rollouts out of the deployed gradient, decided on their own gradients, in a single backward.
+"""Take whole rollouts out of the deployed gradient, chosen by their own gradients, in a single backward.
 
     score_i = sum_modules <w, f_i> / (|w| |f_i|)      w = sum of a module's rows, over their scale; norms over modules
     deployed gradient <- sum_i (1 - share_i) G_i,     share_i = 1 where score_i > threshold, or what the gate says
@@ -36,7 +36,7 @@ RolloutGate = Callable[[Tensor], RouteMask | Tensor]
 
 
 class RolloutRecord:
-    """What `RolloutFilter.record` found; filled when its block ends."""
+    """Scores and shares of the rollouts of one `RolloutFilter.record`; filled when its block ends."""
 
     scores: Float[Tensor, " rows"]
     shares: Float[Tensor, " rows"]

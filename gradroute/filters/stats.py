@@ -1,4 +1,4 @@
-"""What a gradient filter found and left, in figures that mean something against chance alone.
+"""Figures of what a filter found in a gradient and left in it; they mean something only against those of chance.
 
     cin = |relu(V g)| / |g|  (one-sided)  or  |V g| / |g|  (two-sided);     cout: the same of what is left of g
     null = sqrt(k / 2d)      (one-sided)  or  sqrt(k / d)  (two-sided):     cin of random V, in root mean square
@@ -22,7 +22,7 @@ Sided = Literal["one", "two"]
 
 @dataclass(frozen=True)
 class HackwardShare:
-    """One module, one source of rollouts, or all of them pooled.
+    """Figures of one module, of one source of rollouts, or of all of them pooled.
 
     Args:
         cin, cout: share of the gradient that is hack-ward, before and after; 0 where there is no gradient.
@@ -40,7 +40,7 @@ class HackwardShare:
 
 @dataclass(frozen=True, repr=False)
 class FilterStats:
-    """What one application of a filter did.
+    """Figures of one application of a filter.
 
     Args:
         sided: whether cin, cout and null are one-sided or two-sided.

@@ -15,7 +15,7 @@ class Marked(NamedTuple):
 
     Args:
         values: of the rollouts.
-        axis: what they are.
+        axis: its label.
         thresholds: (place, label) of every line.
         routed: which rollouts the gate would route, where that is a yes or no.
     """

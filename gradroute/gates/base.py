@@ -1,4 +1,4 @@
-"""What every gate has: a check that it still tells rows apart, a sentence for model cards, and a state dict.
+"""The base of every gate: a check that it still tells rows apart, a sentence for model cards, and a state dict.
 
 Over each window of calls:   no row was routed, or every row was   ->   `GradRouteWarning`, an error if strict.
 
@@ -31,14 +31,14 @@ class Gate(ABC):
     """From scores, labels or features to a `RouteMask`.
 
     Args:
-        window: calls after which the gate says so if it routed nothing, or everything, in all of them.
-        strict: raise then instead of warning.
+        window: number of calls; a gate that routed nothing, or everything, in all of them warns.
+        strict: raise instead of warning.
     """
 
     reads: ClassVar[Reads]
-    """What the gate is called with: flags, scores of directions, pooled features, or log-probability ratios."""
+    """The argument of the gate: flags, scores of directions, pooled features, or log-probability ratios."""
     directions: Directions | None = None
-    """What the gate reads again after each refresh; None for a gate that reads no directions."""
+    """The directions that are read again after each refresh; None for a gate that reads none."""
 
     def __init__(self, *, window: int, strict: bool) -> None:
         self.window, self.strict = positive_integer("window", window), bool(strict)
@@ -46,11 +46,11 @@ class Gate(ABC):
 
     @abstractmethod
     def settings(self) -> State:
-        """What the gate was built with, as JSON values."""
+        """The arguments that the gate was built with, as JSON values."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Which rows train which block, in a sentence for a model card."""
+        """Say which rows train which block, in a sentence for a model card."""
 
     def plot(
         self, scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"] | None = None, ax: Any = None
@@ -88,7 +88,7 @@ class Gate(ABC):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state that a gate of the same class and settings saved.
+        """Continue from a state that a gate of the same class and settings saved.
 
         Raises:
             FileFormatError: a state of another class, format or settings, or saved with other directions.
@@ -97,7 +97,7 @@ class Gate(ABC):
         self._calls, self._routed, self._unrouted = calls["seen"], calls["routed"], calls["unrouted"]
 
     def _before_call(self) -> None:
-        """The first line of each `__call__`: raises where a refresh should have come and did not."""
+        """Raise where a refresh was due and did not come; the first line of each `__call__`."""
         before_use(self)
 
     def _counted(self, mask: RouteMask, share: Shaped[Tensor, "*rows"]) -> RouteMask:
@@ -128,7 +128,7 @@ class Gate(ABC):
 
 
 def directions_in_force(directions: Directions) -> State:
-    """Which directions a state belongs to."""
+    """The identity of the directions that a state belongs to."""
     provenance = directions.provenance
     return {
         "version": directions.version,
@@ -158,7 +158,7 @@ def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:
 
 
 def below_sentence(below: Below) -> str:
-    """What `below_mask` returns, in words."""
+    """`below_mask` in words."""
     if below == "absorb":
         return "classic: flagged rows train the quarantine only (route), the others both blocks (absorb)"
     return "exclusive: flagged rows train the quarantine only (route), the others the deployed block only (keep)"

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradroute._checks import instance_of, positive_integer
+from gradroute._checks import instance_of, positive_integer, positive_number
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions import Capture
@@ -33,7 +33,7 @@ class QuantileGate(Gate):
     again if the version of `directions` has changed. Call it once per rollout: every call fills the buffer.
 
     Args:
-        directions: what the features are scored with.
+        directions: the features are scored with them.
         tails: (q_lo, q_hi).
         half_life: rollouts after which a rollout counts half.
         capacity: rollouts in the buffer; the oldest make room.
@@ -62,9 +62,7 @@ class QuantileGate(Gate):
         self.directions = instance_of("directions", directions, Directions)
         if len(tails) != 2 or not 0 < tails[0] < tails[1] < 1:
             raise GradRouteError(f"`tails` should be two quantiles 0 < q_lo < q_hi < 1. Found {tails!r}.")
-        if not 0 < half_life < float("inf"):
-            raise GradRouteError(f"`half_life` should be a positive number of rollouts. Found {half_life!r}.")
-        self.tails, self.half_life = (float(tails[0]), float(tails[1])), float(half_life)
+        self.tails, self.half_life = (float(tails[0]), float(tails[1])), positive_number("half_life", half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:
             raise GradRouteError(

@@ -31,8 +31,8 @@ from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
 from gradroute.filters.stats import FilterStats
 from gradroute.gates.base import Gate
-from gradroute.integrations._schedule import check_comes_due
 from gradroute.refresh.refresher import Refresher
+from gradroute.refresh.watch import check_comes_due
 
 MaskFn = Callable[[dict[str, Any]], RouteMask]
 
@@ -64,7 +64,7 @@ class RefreshCallback(TrainerCallback):
         self._taken: _StepsTaken | None = None
 
     def figures(self) -> dict[str, float]:
-        """What goes into the log."""
+        """The figures of the refreshes for the log."""
         reports = self.refresher.reports
         found = {"gradroute/age": float(self.refresher.age), "gradroute/refreshes": float(len(reports))}
         if reports:
@@ -150,7 +150,7 @@ class RefreshCallback(TrainerCallback):
 
 
 class _StepsTaken(StepHooks):
-    """How many steps an optimizer has taken since it was last asked."""
+    """Count the steps that an optimizer has taken since the last `read`."""
 
     def __init__(self, optimizer: Any) -> None:
         self._steps = 0
@@ -188,7 +188,7 @@ class RoutedTrainerMixin:
     filtered: int
     """Optimizer steps whose gradients were filtered."""
     filter_stats: FilterStats | None
-    """What the filter did in the latest step."""
+    """Figures of the filter in the latest step."""
 
     def __init__(
         self, *args: Any, mask_fn: MaskFn | None = None, grad_filter: GradientFilter | None = None, **kwargs: Any

@@ -1,4 +1,4 @@
-"""What the optimizer makes of a routed gradient, and what can be done about it.
+"""Audits of the steps that an optimizer takes with routed gradients, and corrections to them.
 
 With AdamW a gradient of zero still moves a weight. `audit_updates` shows it; `skip_idle_blocks` and the corrections
 mend it. Each returns a handle that ends with `close()` or with its optimizer.

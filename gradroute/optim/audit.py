@@ -1,4 +1,4 @@
-"""What the optimizer really did to each block in one step.
+"""The step that the optimizer really took, per block.
 
     ratio = |p_after - p_before| / |p.grad|          cout = |relu(-V D)| / |D|,   D = p_after - p_before, deployed
 
@@ -25,7 +25,7 @@ from gradroute.optim._deployed_rows import DeployedRows
 
 @dataclass(frozen=True)
 class BlockUpdate:
-    """One block in one step.
+    """Gradient and update of one block in one step.
 
     Args:
         gradient_norm: of the gradient that the optimizer saw; 0 where it had none.
@@ -48,7 +48,7 @@ class BlockUpdate:
 
 @dataclass(frozen=True)
 class UpdateAudit:
-    """One optimizer step.
+    """Audit of one optimizer step.
 
     Args:
         step: steps seen so far, this one included.
@@ -90,7 +90,7 @@ def audit_updates(
 
 
 class UpdateAudits(StepHooks):
-    """What `audit_updates` returns. Errors are listed there."""
+    """The handle that `audit_updates` returns; errors are listed there."""
 
     _kept_by_optimizer = False  # nobody could read it
 

@@ -1,4 +1,4 @@
-"""What the optimizer makes of a routed gradient: corrections to the step it takes, and to what it remembers.
+"""Corrections to the step that an optimizer takes with a routed gradient, and to its moments.
 
     realised update     D = p_after - p_before,   removed = relu(-V D) (-V)   (two-sided: V^T V D),   p <- p - removed
     momentum            e <- e - relu(V e) V                                  (two-sided: e - V^T V e)
@@ -53,7 +53,7 @@ def project_updates(
 
 
 class UpdateProjection(StepHooks):
-    """What `project_updates` returns. Errors are listed there."""
+    """The handle that `project_updates` returns; errors are listed there."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions, side: Side) -> None:
         self.removed_share: float | None = None
@@ -150,7 +150,7 @@ def decay_toward_start(
 
 
 class DecayTowardStart(StepHooks):
-    """What `decay_toward_start` returns. Errors are listed there."""
+    """The handle that `decay_toward_start` returns; errors are listed there."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, weight_decay: float, others: Sequence[Optimizer]

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradroute._optimized import block_parameters, check_held
-from gradroute._protocol import BlockName
+from gradroute._protocol import BLOCKS, BlockName
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import GradRouteError
-
-_BLOCKS: tuple[BlockName, ...] = ("deployed", "quarantine")
 
 
 def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence[Optimizer] = ()) -> "IdleBlockSkip":
@@ -49,7 +47,7 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence
 
 
 class IdleBlockSkip(StepHooks):
-    """What `skip_idle_blocks` returns. Errors are listed there."""
+    """The handle that `skip_idle_blocks` returns; errors are listed there."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         layers = routed_linears(model)
@@ -57,14 +55,14 @@ class IdleBlockSkip(StepHooks):
         held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
         self._parameters = {
             block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]
-            for block in _BLOCKS
+            for block in BLOCKS
         }
         if not any(self._parameters.values()):
             raise GradRouteError(
                 "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
             )
-        self.skipped: dict[BlockName, int] = dict.fromkeys(_BLOCKS, 0)
-        self._eligible: dict[BlockName, bool] = dict.fromkeys(_BLOCKS, False)
+        self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
+        self._eligible: dict[BlockName, bool] = dict.fromkeys(BLOCKS, False)
         self._ran = False
         self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
@@ -90,19 +88,19 @@ class IdleBlockSkip(StepHooks):
         gates = layer.state.gates(args[0] if args else next(iter(kwargs.values())), layer.name)
         m, g_d, g_q = (None if gate is None else gate != 0 for gate in (gates.m, gates.g_d, gates.g_q))
         trains = m if g_q is None else g_q if m is None else m & g_q
-        for block, rows in zip(_BLOCKS, (g_d, trains), strict=True):
+        for block, rows in zip(BLOCKS, (g_d, trains), strict=True):
             self._eligible[block] |= rows is None or bool(rows.any())
 
     def _before_step(self) -> None:
         if self._has_closure:
             raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
-        ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in _BLOCKS)])
+        ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in BLOCKS)])
         if not ran:
             raise GradRouteError(
                 "Some routed layer should have run forward with gradients on since the last step. Found none, so which "
                 "rows train which block is unknown. Fix: skip_idle_blocks on the model and optimizer that are trained."
             )
-        idle = [block for block, trains in zip(_BLOCKS, eligible, strict=True) if not trains]
+        idle = [block for block, trains in zip(BLOCKS, eligible, strict=True) if not trains]
         for block in idle:
             self._check_no_gradient(block)
         self._set_aside.clear()  # of a step that raised: gradients of that time, all zero
@@ -119,7 +117,7 @@ class IdleBlockSkip(StepHooks):
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient
         self._set_aside.clear()
-        self._eligible, self._ran, self._state = dict.fromkeys(_BLOCKS, False), False, None
+        self._eligible, self._ran, self._state = dict.fromkeys(BLOCKS, False), False, None
 
     def _check_no_gradient(self, block: BlockName) -> None:
         if any(bool(p.grad.any()) for p in self._parameters[block] if p.grad is not None):

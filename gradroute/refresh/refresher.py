@@ -35,7 +35,7 @@ from gradroute.refresh.watch import StepCount, Watch
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What one refresh did.
+    """Report of one refresh.
 
     Args:
         step: optimizer steps taken when it ran.
@@ -148,7 +148,7 @@ class Refresher:
         return self.refresh() if self.steps >= self.warm_up and self.age >= self.every else None
 
     def refresh(self) -> RefreshReport:
-        """Re-extract now, whatever the schedule says."""
+        """Extract now, whatever the schedule says."""
         self._check()
         before = self.directions.version
         if before != self._version:
@@ -189,7 +189,7 @@ class Refresher:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where `state` was saved; `directions` must be those that were saved with it.
+        """Continue where `state` was saved; `directions` must be those that were saved with it.
 
         Raises:
             FileFormatError: a state of another class, format or settings, or of other directions.
@@ -262,7 +262,7 @@ class Refresher:
         count.compare(self.steps)
 
     def _check_heard(self) -> None:
-        """Raise if the deployed blocks change and change, and `step()` is not called; exact only by `watch`."""
+        """Raise if the deployed blocks keep changing while `step()` is not called; only `watch` counts exactly."""
         if self._counts:
             return
         written = times_written(self._deployed)

@@ -1,4 +1,4 @@
-"""Is `Refresher.step()` called after each optimizer step? Counting both is the only way to be sure."""
+"""Checks that `Refresher.step()` is called after each optimizer step, by counting both, and that it will come due."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,8 +10,22 @@ from gradroute._step_hooks import StepHooks
 from gradroute.errors import RefreshError
 
 
+def check_comes_due(refresher: Any, steps_left: int) -> None:
+    """Refuse a run in which directions that were never refreshed would stay so, although a `Refresher` was given.
+
+    Raises:
+        RefreshError: the first refresh lies behind the last of `steps_left` optimizer steps.
+    """
+    due = max(refresher.every - refresher.age, refresher.warm_up - refresher.steps)
+    if not refresher.reports and due > steps_left:
+        raise RefreshError(
+            f"`refresher` should come due in the {steps_left} optimizer steps of this run. Found the first refresh "
+            f"after {due}. Fix: refresh more often, or leave the refresher out for frozen directions."
+        )
+
+
 class Watch:
-    """What `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
+    """The handle that `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
 
     def __init__(self, refresher: Any, ends: Iterable[Callable[[], None]]) -> None:
         # Optimizers and gates know the refresher by weak reference only: it lives as long as this handle does.
@@ -49,7 +63,7 @@ class StepCount(StepHooks):
         super().__init__(optimizer)
 
     def restart(self, steps: int) -> None:
-        """Go on from `steps`."""
+        """Continue the count from `steps`."""
         self.steps = steps
 
     def compare(self, refresher_steps: int) -> None:

@@ -185,15 +185,15 @@ def test_the_summary_counts_each_block_once_and_the_rest_apart() -> None:
     # r = 2 and r_quarantine = 3 on (5 -> 6) and (6 -> 4): r (d_in + d_out) each.
     assert (summary.layers, summary.deployed, summary.quarantine) == (2, 2 * (11 + 10), 3 * (11 + 10))
     assert summary.total == sum(p.numel() for p in model.parameters())
-    assert not summary.trained_besides
+    assert not summary.trained_elsewhere
     assert repr(summary).startswith(
         "trainable params: 105 (deployed 42 + quarantine 63 in 2 layers) || all params: 169"
     )
     model.upper.lora_A.requires_grad_(False)
     model.lower.base_layer.bias.requires_grad_()
     summary = gr.parameter_summary(model)
-    assert (summary.deployed, summary.trained_besides) == (42 - 12, {"lower.base_layer.bias": 6})
-    assert "6 besides: lower.base_layer.bias" in repr(summary)
+    assert (summary.deployed, summary.trained_elsewhere) == (42 - 12, {"lower.base_layer.bias": 6})
+    assert "6 elsewhere: lower.base_layer.bias" in repr(summary)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -201,7 +201,7 @@ def test_the_summary_agrees_with_peft(name: str) -> None:
     model = peft_model(name, modules_to_save=["lm_head"] if name == "llama" else None)
     summary = gr.parameter_summary(model)
     trainable, total = model.get_nb_trainable_parameters()
-    assert summary.deployed + summary.quarantine + sum(summary.trained_besides.values()) == trainable
+    assert summary.deployed + summary.quarantine + sum(summary.trained_elsewhere.values()) == trainable
     assert summary.total == total
 
 

@@ -78,7 +78,7 @@ def test_an_extraction_of_gradients_computes_no_gradient_of_weights_and_no_ablat
     on = counted(model, extract)
     with gr.ablate_quarantine(model):
         ablated = counted(model, extract)
-    # Per block and linear: two products forward, two to the input backward; besides, what is read of each linear.
+    # Per block and linear: two products forward, two to the input backward; and what is read of each linear.
     assert on.products - ablated.products == 0  # both blocks are one product
     assert ablated.flops < on.flops
     frozen = models.routed(SHAPE).requires_grad_(False)
@@ -105,7 +105,7 @@ def test_what_routing_adds_grows_at_most_linearly() -> None:
     assert [row.what for row in rows if not row.met] == []
 
 
-def test_a_rollout_filter_computes_little_besides_the_rollouts_own_gradients() -> None:
+def test_a_rollout_filter_computes_little_more_than_the_rollouts_own_gradients() -> None:
     shape = models.scaled(SHAPE, seq=128)
     model, ids = models.routed(shape), models.token_ids(shape)
     by = gr.RolloutFilter(gr.extract_gradient_directions(model, models.pairs(shape, 2), features="parameter"))

@@ -239,7 +239,7 @@ def test_unknown_features_and_reductions_raise(argument: str) -> None:
 
 def test_a_module_that_did_not_run_raises_at_the_end() -> None:
     model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match=r"run forward inside the block. Not so: `k`, `v`, `out`"):
+    with pytest.raises(gr.GradRouteError, match=r"run forward inside .*these did not: `k`, `v`, `out`"):
         with gr.capture_activations(model, pool=POOL):
             model.q(model.embed(IDS))
 
@@ -273,14 +273,14 @@ def test_an_exception_inside_comes_through_and_leaves_no_hook(kind: str) -> None
         raise KeyboardInterrupt
     assert hooks_of(model) == before
     model(IDS)
-    with pytest.raises(gr.GradRouteError, match="Not so: "):
+    with pytest.raises(gr.GradRouteError, match="Found that these did not: "):
         capture["out"]
 
 
 def test_reading_before_anything_ran_raises() -> None:
     model = routed_mixer()
     with gr.capture_activations(model, pool=POOL) as acts:
-        with pytest.raises(gr.GradRouteError, match="Not so: `q`"):
+        with pytest.raises(gr.GradRouteError, match="Found that these did not: `q`"):
             acts["q"]
         model(IDS)
     assert acts["q"].shape == (3, R)

@@ -178,14 +178,14 @@ def test_reentrant_checkpointing_raises() -> None:
 
 def test_a_block_without_backward_raises() -> None:
     model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="run forward and backward inside the block. Not so: `q`, `k`, `v`"):
+    with pytest.raises(gr.GradRouteError, match="and backward inside .*these did not: `q`, `k`, `v`"):
         with gr.capture_gradients(model):
             model(IDS)
 
 
 def test_a_module_that_the_loss_does_not_see_raises() -> None:
     model = routed_mixer()
-    with pytest.raises(gr.GradRouteError, match="Not so: `out`"):
+    with pytest.raises(gr.GradRouteError, match="Found that these did not: `out`"):
         with gr.capture_gradients(model):
             x = model.embed(IDS)
             model.out(x)

@@ -51,14 +51,3 @@ def test_counts_that_are_none_raise(k: int, n: int) -> None:
 def test_counts_are_integers(k: object) -> None:
     with pytest.raises(REFUSED, match="integer|class 'int'"):
         Rate(k, 4)
-
-
-def test_a_rate_is_read_back_from_its_value_and_n() -> None:
-    for n in (1, 7, 64, 1536):
-        assert [Rate.from_value(k / n, n).k for k in range(n + 1)] == list(range(n + 1))
-
-
-@pytest.mark.parametrize(("value", "n"), [(0.39, 64), (math.nan, 64), (1.5, 2), (-0.5, 2), (0.0, 0), (0.5, -2)])
-def test_a_value_that_is_no_rate_of_n_raises(value: float, n: int) -> None:
-    with pytest.raises(gr.GradRouteError, match="`value` should be k / n.*Fix"):
-        Rate.from_value(value, n)

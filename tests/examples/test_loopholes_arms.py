@@ -1,4 +1,4 @@
-"""What each arm of the example does with flags and directions, and what is measured besides the rates."""
+"""Each arm's use of flags and directions in the example, and its measurements other than the rates."""
 
 from pathlib import Path
 

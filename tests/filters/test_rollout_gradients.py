@@ -160,7 +160,7 @@ def test_scores_of_ghost_products_take_centre_scale_and_all_rows(estimator: obje
 
 
 def test_ghost_products_need_no_inputs_of_full_width_and_form_no_gradient() -> None:
-    """Kept until backward: 2 r numbers per token and module, besides what the model itself keeps."""
+    """Kept until backward: 2 r numbers per token and module, on top of what the model itself keeps."""
     model = routed_mixer()
     directions = parameter_directions(model)
     model.requires_grad_(False)

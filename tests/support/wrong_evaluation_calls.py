@@ -72,7 +72,6 @@ EVALUATION_CALLS: Calls = {
     "Rate": [
         ("`k`", lambda: Rate(3, 2)),
         ("`k`", lambda: Rate(0.5, 2)),
-        ("`value`", lambda: Rate.from_value(0.333, 10)),
     ],
     "ModeOutcomes": [
         ("Rate", lambda: ModeOutcomes(True, 0.5, 0.1, 0.3)),

@@ -32,7 +32,7 @@ from .text import Codec, prompt_ids
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on besides its arm, seed, variant and base model."""
+    """Everything a run depends on, except for its arm, seed, variant and base model."""
 
     steps: int = 40
     prompts: int = 8

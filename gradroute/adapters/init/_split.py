@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
+from gradroute._protocol import BLOCKS, Block, BlockName, RoutedLayer, routed_layers
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
 
@@ -64,7 +64,7 @@ def initialise_split(model: nn.Module, frames: FrameFn) -> nn.Module:
 
 def _split(name: str, layer: RoutedLayer, frames: FrameFn) -> list[tuple[nn.Parameter, Tensor]]:
     """A = [V; 0] and B = [0, U] of both blocks, next to the parameters they are for."""
-    matrices = [_matrices(layer, block) for block in ("deployed", "quarantine")]
+    matrices = [_matrices(layer, block) for block in BLOCKS]
     n_deployed, n_quarantine = (math.ceil(A.shape[0] / 2) for A, _ in matrices)
     weight = layer.base_weight()
     if weight.is_meta or not torch.isfinite(weight).all():

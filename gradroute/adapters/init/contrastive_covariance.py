@@ -6,12 +6,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from gradroute._checks import positive_number
 from gradroute._typing import typechecked
 from gradroute.adapters._singular import top_singular_triplets
 from gradroute.adapters.init._differences import Differences, check_names, paired
 from gradroute.adapters.init._frames import alternate, unit
 from gradroute.adapters.init._split import Frame, initialise_split
-from gradroute.errors import DeadDirectionError, GradRouteError
+from gradroute.errors import DeadDirectionError
 
 
 @typechecked
@@ -49,8 +50,7 @@ def contrastive_covariance_(
     """
     generator = torch.Generator().manual_seed(seed)
     check_names(model, differences)
-    if not (math.isfinite(ridge) and ridge > 0):
-        raise GradRouteError(f"`ridge` should be positive and finite. Found {ridge}.")
+    positive_number("ridge", ridge)
 
     def frames(name: str, W: Tensor, n_deployed: int, n_quarantine: int) -> tuple[Frame, Frame]:
         D = paired(differences[name], W)

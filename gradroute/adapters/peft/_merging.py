@@ -1,4 +1,4 @@
-"""Merging a routed PEFT layer into its base weight, and taking it out again bitwise.
+"""Merge a routed PEFT layer into its base weight, and take it out again bitwise.
 
     W' = W + s_d B_d A_d + scale * s_q B_q A_q,      scale: of the quarantine in the view that was in force
 

@@ -114,7 +114,7 @@ def _plain_twin(model: nn.Module) -> nn.Module:
 
 
 def _base_of(module: nn.Module) -> nn.Module:
-    """What a wrapper is around, in the base model."""
+    """The module of the base model that a wrapper is around."""
     while True:
         if isinstance(module, RoutedLayer):
             module = module.get_submodule("base_layer")

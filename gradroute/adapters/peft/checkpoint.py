@@ -1,4 +1,4 @@
-"""Loading a checkpoint with both blocks, checked before anything is changed.
+"""Load a checkpoint with both blocks, checked before anything is changed.
 
 `model.save_pretrained(path)` of PEFT writes both blocks. PEFT's own `PeftModel.from_pretrained(base, path)` then loads
 the deployed block alone; `load_quarantined(base, path)` loads both.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gradroute._offloading import check_not_offloaded
 from gradroute._protocol import RoutedLayer, check_module
+from gradroute.adapters.attach import replace_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder
 from gradroute.errors import FileFormatError, TargetError
@@ -28,7 +29,7 @@ _PREFIX = "base_model.model."
 def load_quarantined(
     model: nn.Module, path: str | Path, *, adapter_name: str = "default", is_trainable: bool = True
 ) -> PeftModel:
-    """Both blocks from the folder that `save_pretrained` wrote, on the base model they were trained on.
+    """Load both blocks from the folder that `save_pretrained` wrote, onto the base model they were trained on.
 
     Args:
         model: the base model, without adapters; it is wrapped in place as by `get_peft_model`.
@@ -45,7 +46,7 @@ def load_quarantined(
     if any(isinstance(module, BaseTunerLayer | RoutedLayer) for module in model.modules()):
         raise TargetError(
             f"`model` should be a base model. Found adapters in a {type(model).__name__}. "
-            "Fix: load the base model anew, or model.load_adapter(path, adapter_name) into the adapter that is there."
+            "Fix: load the base model again, or model.load_adapter(path, adapter_name) into the adapter that is there."
         )
     folder = checked_folder(path)
     config = read_config(folder)
@@ -150,8 +151,7 @@ def _undo(model: nn.Module, loaded: Any, attributes: Mapping[str, Any]) -> None:
         loaded.unload()
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            replace_module(model, name, module.get_base_layer())
     for name in set(model.__dict__) - set(attributes):
         with suppress(AttributeError):
             delattr(model, name)

@@ -12,12 +12,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from gradroute._checks import one_of
+from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.peft._private import inject_by
 from gradroute.errors import FileFormatError, TargetError
 
@@ -37,13 +39,13 @@ class QuarantineLoraConfig(LoraConfig):
     s_q follows `lora_alpha`, `alpha_pattern` and `use_rslora` as s_d does: lora_alpha / r_quarantine, or over its root.
 
     Raises:
-        TargetError: an option that would change what the two blocks are, or train something besides them: DoRA and
+        TargetError: an option that would change what the two blocks are, or train something else: DoRA and
             other LoRA variants, `lora_bias`, `bias`, `target_parameters`, `init_lora_weights` other than True or
             "gaussian".
     """
 
     layer_factory: ClassVar[Callable[..., nn.Module]]
-    """What PEFT calls for each target. The package sets it, so that this file does not import what it describes."""
+    """PEFT calls it for each target. The package sets it, so that this file need not import the layers."""
 
     r_quarantine: int | None = field(default=None, metadata={"help": "Rank of the quarantine block; None means r."})
     stop_gradient: str = field(default="parameters", metadata={"help": '"parameters" (exact) or "branch".'})
@@ -59,12 +61,11 @@ class QuarantineLoraConfig(LoraConfig):
         inject_by(self, type(self).layer_factory)
 
     def check_options(self) -> None:
-        """Raise `TargetError` for an option that a quarantine cannot be had with, whenever it was set."""
+        """Raise `TargetError` for an option that does not go with a quarantine, whenever it was set."""
         rank = self.r_quarantine
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
-        if self.stop_gradient not in ("parameters", "branch"):
-            raise TargetError(f'`stop_gradient` should be "parameters" or "branch". Found {self.stop_gradient!r}.')
+        one_of("stop_gradient", self.stop_gradient, get_args(StopGradient), TargetError)
         if self.init_lora_weights not in (True, "gaussian"):
             raise TargetError(
                 f'`init_lora_weights` should be True or "gaussian". Found {self.init_lora_weights!r}: it would change '

@@ -7,7 +7,6 @@ Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to on
 `rank_pattern` and `alpha_pattern`.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradroute._hashing import deployed_hash, hash_in_card
+from gradroute._logging import warn
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer, check_module, routed_layers
 from gradroute._wrappers import plain_name, unwrapped
 from gradroute.adapters.peft._reload import check_reloads
-from gradroute.errors import GradRouteError, GradRouteWarning
+from gradroute.errors import GradRouteError
 
 BlocksOf = Callable[[RoutedLayer], list[Block]]
 
@@ -36,7 +36,7 @@ def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | No
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
         path: a folder; it is created, and files of an earlier export in it are overwritten.
-        card: what `write_card` returned for these weights; it is put beside them as `README.md`.
+        card: the file that `write_card` returned for these weights; copied beside them as `README.md`.
 
     Raises:
         GradRouteError: a block is not finite; a card of other weights, given or left in `path`.
@@ -77,7 +77,8 @@ def _card_of(model: nn.Module, file: Path, *, given: bool) -> str | None:
     if found is not None and found != deployed_hash(model):
         where = "`card`" if given else "The card in `path`"
         raise GradRouteError(
-            f"{where} should be of the weights that are exported. Found one of others: {file}. Fix: write_card anew."
+            f"{where} should be of the weights that are exported. Found one of other weights: {file}. "
+            "Fix: write_card(...) of this model."
         )
     return None if found is None else file.read_text(encoding="utf-8")
 
@@ -97,11 +98,9 @@ def _export(model: nn.Module, path: Path, blocks_of: BlocksOf) -> None:
     config, factors = _plain_lora(model, blocks_of)
     whole = _trained_whole(model)
     if whole:
-        warnings.warn(
+        warn(
             f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(_PREFIX)}` (`modules_to_save`): "
-            "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model.",
-            GradRouteWarning,
-            stacklevel=3,
+            "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model."
         )
     tensors = {
         f"{_PREFIX}{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")

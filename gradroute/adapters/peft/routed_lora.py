@@ -23,7 +23,7 @@ from gradroute.errors import RouteError, TargetError
 
 
 class RoutedLoraLayer(MergedLayer):
-    """What is added to the class of a PEFT LoRA layer; not to be built by hand."""
+    """Mixed into the class of a PEFT LoRA layer; not to be built by hand."""
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_A_quarantine", "lora_B_quarantine")
 

@@ -1,4 +1,4 @@
-"""What all estimators of directions share: they hold pairs out, refuse dead directions and return unit rows.
+"""The base of all estimators of directions: they hold pairs out, refuse dead directions and return unit rows.
 
     v <- v / |v|
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._checks import listed
 from gradroute.directions._reading import without_autocast
 from gradroute.errors import DeadDirectionError, GradRouteError
 
@@ -74,7 +75,7 @@ class Estimator(ABC):
 
     Args:
         n_heldout: pairs that are kept out of the estimate, for `Directions.summary`.
-        seed: which ones.
+        seed: of their choice.
     """
 
     name: ClassVar[str]
@@ -133,9 +134,8 @@ def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
 def raise_if_dead(dead: list[str], modules: int) -> None:
     """Raise a `DeadDirectionError` that names the modules in `dead`."""
     if dead:
-        shown = ", ".join(f"`{name}`" for name in dead[:5]) + (" ..." if len(dead) > 5 else "")
         raise DeadDirectionError(
-            f"Hack and clean sides have the same features in {len(dead)} of {modules} modules: {shown}."
+            f"Hack and clean sides have the same features in {len(dead)} of {modules} modules: {listed(dead)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""What decided which rollouts train which block: gates and filters, their directions, and what kept those fresh."""
+"""A card's account of the routing: gates and filters, their directions, and the refresher of these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from gradroute.refresh.refresher import Refresher
 
 @runtime_checkable
 class RoutedRun(Protocol):
-    """What a whole run routed by, such as `trainer.routing` of the TRL trainer; each attribute may be None.
+    """Everything that a run routed by, such as `trainer.routing` of the TRL trainer; each attribute may be None.
 
     Where there is a `detector` too, the card names it.
     """
@@ -32,11 +32,11 @@ RoutedBy = Gate | GradientFilter | RoutedRun | str
 
 @dataclass(frozen=True)
 class Method:
-    """What a card says about the routing.
+    """A card's account of the routing.
 
     Args:
         deciders: gates, filters and detectors, or a sentence, as the card prints them.
-        masks: what the zones or weights were.
+        masks: the zones or weights, in words.
         directions: that decided; empty where none did.
         refresher: of one of `directions`; None where all were frozen.
     """

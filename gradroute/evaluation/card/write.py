@@ -43,8 +43,8 @@ def write_card(
         path: a folder, in which `README.md` is written, or a file whose name ends in `.md`.
         routed_by: the gate or filter that was trained with; the `routing` of the TRL trainer, or any object with its
             `gate`, `directions`, `refresher` and `filter`; or a sentence that says what decided instead.
-        masks: what the zones or weights were; None for what gate and filter say of themselves.
-        refresher: what kept the directions fresh; None for that of `routed_by`, or for directions that were frozen.
+        masks: the zones or weights, in words; None for `describe()` of gate and filter.
+        refresher: of the directions; None for that of `routed_by`, or for directions that were frozen.
         verdict: of `compare`, on runs of which this model is one.
         caveats: sentences to add.
 

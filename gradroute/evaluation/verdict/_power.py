@@ -21,7 +21,7 @@ _MOST = 100_000
 
 @dataclass(frozen=True)
 class Needed:
-    """What an underpowered verdict asks for.
+    """The size of the experiment that an underpowered verdict asks for.
 
     Args:
         n: how many in all, not how many more.

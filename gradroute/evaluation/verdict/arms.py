@@ -17,7 +17,7 @@ Prompts = Mapping[int | str, tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class ModeOutcomes:
-    """What one trained model did on the prompts of one mode.
+    """Outcomes of one trained model on the prompts of one mode.
 
     Args:
         monitored: whether the detector knows this exploit; None where the prompts have no loophole.

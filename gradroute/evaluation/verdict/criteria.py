@@ -1,4 +1,4 @@
-"""What the words of a verdict are held to."""
+"""The thresholds behind the words of a verdict."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Criteria:
         level: of the two-sided intervals, before the correction for several arms.
         power: with which an underpowered verdict's n would find an advantage of `effect` at an equal solve rate.
         discovered: a mode counts where the on views exploit it at this rate or more.
-        over: what the verdict generalises to. "seeds": other runs of the same method. "prompts": other prompts, put to
+        over: the population of the verdict. "seeds": other runs of the same method. "prompts": other prompts, put to
             these very models; another seed may do anything.
 
     Raises:

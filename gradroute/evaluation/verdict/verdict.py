@@ -24,7 +24,7 @@ MEANING: Mapping[Word, str] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a treatment; `repr` is a paragraph with all that is needed to check it.
+    """The judgement on a treatment; `repr` is a paragraph with all that is needed to check it.
 
     Args:
         word: see `MEANING`.

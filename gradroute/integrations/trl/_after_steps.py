@@ -1,11 +1,10 @@
-"""What happens around the optimizer's steps, which TRL leaves to the Trainer: callbacks."""
+"""Callbacks around the optimizer's steps, which TRL leaves to the Trainer."""
 
 from typing import Any
 
 from transformers import TrainerCallback
 
-from gradroute.integrations._schedule import check_comes_due
-from gradroute.refresh import Watch
+from gradroute.refresh.watch import Watch, check_comes_due
 
 
 class AfterSteps(TrainerCallback):
@@ -16,7 +15,7 @@ class AfterSteps(TrainerCallback):
         self._watch: Watch | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """A step of the optimizer that the refresher does not see raises from now on.
+        """Have a step of the optimizer that the refresher does not see raise from now on.
 
         Raises:
             RefreshError: by its schedule, no refresh would come due in this run.
@@ -31,7 +30,7 @@ class AfterSteps(TrainerCallback):
             self._watch = refresher.watch(optimizer)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """What steps the optimizer after the run is not the trainer's."""
+        """End the count: later steps of the optimizer are not the trainer's."""
         self._end_watch()
 
     def _end_watch(self) -> None:

@@ -27,13 +27,13 @@ from gradroute.integrations.trl.routing import Routing
 
 @dataclass(frozen=True)
 class Routed:
-    """What a batch of rollouts trains on.
+    """The mask of a batch of rollouts, and what it was made from.
 
     Args:
         mask: of the loss; its weights may carry advantages.
-        gated: what the gate said.
+        gated: the mask from the gate.
         scores: NaN where a row has none; None where nothing scores.
-        entries: what else goes into the dictionary of rollouts.
+        entries: more entries of the dictionary of rollouts.
         figures: for the log.
     """
 

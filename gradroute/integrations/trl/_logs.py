@@ -1,4 +1,4 @@
-"""What goes into TRL's metrics and its table of completions, and what is kept out of them."""
+"""TRL's metrics and its table of completions: what goes into them, and what is kept out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

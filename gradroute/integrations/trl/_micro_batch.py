@@ -90,7 +90,7 @@ class RowsTwice:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one micro-batch runs with.
+    """The inputs and the mask of one micro-batch.
 
     Args:
         inputs: TRL's own entries.

@@ -1,4 +1,4 @@
-"""What the mixin needs of TRL, looked up before a run, and what it refuses, with the reason.
+"""Requirements of the mixin on TRL, checked before a run; it refuses the rest with the reason.
 
 TRL's trainers are overridden by name. A method that was renamed would be overridden by nothing, and the run would look
 routed; so every name, and every argument that is read, is checked at construction.

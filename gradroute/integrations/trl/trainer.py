@@ -110,11 +110,11 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             if not training:
                 self._log_rows(rollout_table(len(inputs), self._view or "on"))
                 return rollouts
-            made = self._flagging.route(rollouts, ablated)
-            put_route(rollouts, made.mask, made.scores)
-            rollouts |= made.entries
-            self._log_rows(rollout_table(len(inputs), "on", made.gated, made.scores, ablated))
-            for name, value in made.figures.items():
+            routed = self._flagging.route(rollouts, ablated)
+            put_route(rollouts, routed.mask, routed.scores)
+            rollouts |= routed.entries
+            self._log_rows(rollout_table(len(inputs), "on", routed.gated, routed.scores, ablated))
+            for name, value in routed.figures.items():
                 self._metrics["train"][name].append(value)
         finally:
             self._sampled_ablated = None
