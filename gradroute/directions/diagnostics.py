@@ -1,4 +1,4 @@
-"""How good directions are, measured on their own pairs.
+"""Diagnostics of directions, measured on the pairs that they come from.
 
     AUROC        P(score of a hack side > score of a clean side), ties 1/2
     effect size  (mean hack - mean clean) / pooled standard deviation                                   (Cohen's d)

@@ -152,7 +152,7 @@ def extract_gradient_directions(
             if not losses.requires_grad:
                 what = "`forward_fn` should return logits that carry" if loss_fn is None else "`loss_fn` should carry"
                 raise GradRouteError(f"{what} a gradient. Found none.")
-            # A row's gradient is that of its own loss: the sum lets one backward serve them all.
+            # Each row's gradient comes from that row's loss alone: so one backward of the sum serves them all.
             losses.sum().backward()  # type: ignore[no-untyped-call]
         return capture
 

@@ -1,4 +1,4 @@
-"""How rates are drawn: one mark per rate and view, with 95 % Wilson intervals over rollouts.
+"""Drawings of rates: one mark per rate and view, with 95 % Wilson intervals over rollouts.
 
 Marks differ in shape, filling and line style, not in colour: filled is on, open is ablated; circles are hacks, squares
 are solves. Intervals say nothing about other seeds.

@@ -16,7 +16,7 @@ from gradroute.evaluation.records import EvalRecord, check_same_prompts, checked
 
 @dataclass(frozen=True)
 class Records:
-    """What the rates of an `OnOffReport` were counted from, in the order in which `eval_fn` returned it."""
+    """The records behind the rates of an `OnOffReport`, in the order in which `eval_fn` returned them."""
 
     on: tuple[EvalRecord, ...]
     ablated: tuple[EvalRecord, ...]

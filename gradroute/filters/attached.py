@@ -73,7 +73,7 @@ def attach_filter(
 
 
 class AttachedFilter(StepHooks):
-    """The handle that `attach_filter` returns; errors are listed there."""
+    """The handle that `attach_filter` returns. Errors are listed there."""
 
     def __init__(
         self, optimizer: Optimizer, f: GradientFilter, *, model: nn.Module, scaler: Any, allow_clipped: bool

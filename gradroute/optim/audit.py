@@ -90,7 +90,7 @@ def audit_updates(
 
 
 class UpdateAudits(StepHooks):
-    """The handle that `audit_updates` returns; errors are listed there."""
+    """The handle that `audit_updates` returns. Errors are listed there."""
 
     _kept_by_optimizer = False  # nobody could read it
 

@@ -53,7 +53,7 @@ def project_updates(
 
 
 class UpdateProjection(StepHooks):
-    """The handle that `project_updates` returns; errors are listed there."""
+    """The handle that `project_updates` returns. Errors are listed there."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, directions: Directions, side: Side) -> None:
         self.removed_share: float | None = None
@@ -150,7 +150,7 @@ def decay_toward_start(
 
 
 class DecayTowardStart(StepHooks):
-    """The handle that `decay_toward_start` returns; errors are listed there."""
+    """The handle that `decay_toward_start` returns. Errors are listed there."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, weight_decay: float, others: Sequence[Optimizer]

@@ -47,7 +47,7 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence
 
 
 class IdleBlockSkip(StepHooks):
-    """The handle that `skip_idle_blocks` returns; errors are listed there."""
+    """The handle that `skip_idle_blocks` returns. Errors are listed there."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         layers = routed_linears(model)

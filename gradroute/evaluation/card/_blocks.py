@@ -44,7 +44,7 @@ class Blocks:
         )
 
     def removed(self) -> str:
-        """What ablation takes away, and how much is left."""
+        """The net delta that ablation takes away, and the one that is left."""
         return (
             f"The quarantine of {sum(self.kinds.values())} layers: rank {_listed(self.quarantine_ranks)}, "
             f"{self.removed_parameters:,d} parameters. Frobenius norm of the weight change that was removed: "

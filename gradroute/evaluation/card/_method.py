@@ -59,7 +59,7 @@ class Method:
         return rows
 
     def caveats(self) -> list[str]:
-        """What follows for the directions."""
+        """Caveats that follow from the directions and their refresher."""
         found = []
         for directions in self.directions:
             control = directions.provenance.control

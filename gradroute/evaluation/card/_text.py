@@ -16,7 +16,7 @@ from gradroute.evaluation.verdict.verdict import Verdict
 
 @dataclass(frozen=True)
 class CardText:
-    """What a card tells; `str` is the card.
+    """The content of a card; `str` is the card.
 
     Args:
         base, weights: hashes of the base model and of the deployed block.
@@ -65,7 +65,7 @@ class CardText:
         return "\n\n".join(parts) + "\n"
 
     def _caveats(self) -> list[str]:
-        """What follows from the objects that were given."""
+        """Caveats that follow from verdict, method, report and blocks."""
         found, on = [], self.report.on
         if self.verdict is None:
             found.append("Without controls, a drop from on to ablated may have other causes than the routing.")

@@ -1,4 +1,4 @@
-"""Whether arms can be compared: different runs on the same seeds, modes and prompts, and enough draws."""
+"""Check that arms can be compared: different runs on the same seeds, modes and prompts, and enough draws."""
 
 from collections.abc import Hashable, Iterable
 
