@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.captured_batches import FEATURES, IDS, POOL, batch_loss, exact
-from support.language_models import MODULES, D, Mixer, R, routed_mixer
+from support.language_models import MADE_OF_NUMBERS, MODULES, D, Mixer, R, routed_mixer
 from support.models import routed_tower
 from torch import Tensor, nn
 
@@ -334,3 +334,13 @@ def test_a_copy_made_inside_a_capture_adds_nothing_to_it(copied: Callable[[nn.Mo
     batch_loss(other, IDS).backward()
     for capture in (activations, gradients):
         assert all(len(rows) == len(IDS) for rows in capture.values())
+
+
+def test_features_that_were_captured_through_a_wrapper_are_refused_with_the_fix() -> None:
+    model = routed_mixer()
+    wrapped = nn.Sequential(model)
+    with torch.no_grad(), gr.capture_activations(wrapped, pool=POOL) as activations:
+        wrapped(IDS)
+    directions = gr.Directions(*3 * ({name: torch.eye(R)[:1].double() for name in MODULES},), MADE_OF_NUMBERS)
+    with pytest.raises(gr.GradRouteError, match="Fix: capture from the model that .* wrapper"):
+        directions.score(dict(activations))
