@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
+from gradroute._sharding import whole
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -63,7 +64,7 @@ def model_identity(model: nn.Module) -> str:
     for name, found_as in sorted(base.items()):
         owner, _, leaf = found_as.rpartition(".")
         parameter = in_memory(model.get_submodule(owner), leaf)
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach(), found_as).reshape(-1)
         count = min(_SAMPLES, flat.numel())
         index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
         values = flat[index].double().cpu().tolist()

@@ -36,8 +36,25 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     return innermost[0]
 
 
-class WeakHook:
-    """Calls a method of `owner` while that lives. A copy of the hook, as in a copied model, does nothing.
+class _Uncopied:
+    """A hook whose copy, as in a copied or pickled model, does nothing."""
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _ended_hook, ()
+
+
+class LocalHook(_Uncopied):
+    """Calls `function`, which is about the model that it was registered on."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+class WeakHook(_Uncopied):
+    """Calls a method of `owner` while that lives.
 
     Args:
         owner: the object that the method belongs to.
@@ -52,9 +69,6 @@ class WeakHook:
     def __call__(self, *args: Any) -> Any:
         owner = self._owner()
         return None if owner is None else getattr(owner, self._method)(*args)
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _ended_hook, ()
 
 
 class StepHooks:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from gradroute.adapters._state import ForwardState
 from gradroute.adapters.layer import RoutedLinear
@@ -15,6 +16,9 @@ from gradroute.errors import RouteError
 
 Change = Callable[[ForwardState], ForwardState]
 Layers = Mapping[str, RoutedLinear]
+
+_ENDED: WeakKeyDictionary[ForwardState, ForwardState] = WeakKeyDictionary()
+"""The state of a block that has ended -> the state that was in force before that block."""
 
 
 def set_states(layers: Layers, change: Change) -> None:
@@ -42,7 +46,7 @@ def changed_state(layers: Layers, change: Change) -> Iterator[None]:
     """Change the state of `layers` for the duration of the block.
 
     Raises `RouteError` at the end if the layers are not in the state that the block gave them: then blocks were left in
-    another order than entered, and putting the old state back would undo the change of another block.
+    another order than entered. The layers then get the state of the block around that is still open, if there is one.
     """
     before = {name: layer.state for name, layer in layers.items()}
     set_states(layers, change)
@@ -57,7 +61,15 @@ def changed_state(layers: Layers, change: Change) -> Iterator[None]:
             )
     finally:
         for name, layer in layers.items():
-            layer.state = before[name]
+            _ENDED[inside[name]] = before[name]
+            layer.state = _still_open(before[name])
+
+
+def _still_open(state: ForwardState) -> ForwardState:
+    # A block may outlive the block around it, as when a generator is closed: its end must not bring that view back.
+    while state in _ENDED:
+        state = _ENDED[state]
+    return state
 
 
 @contextmanager

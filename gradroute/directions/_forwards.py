@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from gradroute._protocol import RoutedLayer
+from gradroute._step_hooks import LocalHook
 from gradroute.errors import GradRouteError
 
 
@@ -61,8 +62,8 @@ class Forwards:
         handles: list[Any] = []
         try:
             for module in self._above:
-                handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                handles.append(module.register_forward_pre_hook(LocalHook(self._enter)))
+                handles.append(module.register_forward_hook(LocalHook(self._leave), always_call=True))
             yield
         finally:
             for handle in handles:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradroute._checks import one_of
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import wide
+from gradroute._step_hooks import LocalHook
 from gradroute.errors import GradRouteError
 
 Feature = Literal["bottleneck", "input", "output", "residual", "parameter"]
@@ -88,14 +89,17 @@ def hooked(
     forward: Callable[[str], Callable[..., Any]],
     before: Callable[[str], Callable[..., Any] | None],
 ) -> Iterator[None]:
-    """Hooks on each layer for the duration of the block: after its forward, and where there is one before it."""
+    """Hooks on each layer for the duration of the block: after its forward, and where there is one before it.
+
+    A copy of the model that is made inside is another model, and nothing of it is read.
+    """
     handles: list[Any] = []
     try:
         for name, module in layers.items():
             pre_hook = before(name)
             if pre_hook is not None:
-                handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-            handles.append(module.register_forward_hook(forward(name), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(LocalHook(pre_hook), with_kwargs=True))
+            handles.append(module.register_forward_hook(LocalHook(forward(name)), with_kwargs=True))
         yield
     finally:
         for handle in handles:

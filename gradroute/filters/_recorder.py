@@ -22,6 +22,7 @@ from gradroute._checks import listed
 from gradroute._per_rollout import block_kind, formed, gain_sum, lora_factors, sum_over_tokens
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import as_blocks, wide
+from gradroute._step_hooks import LocalHook
 from gradroute._torch_private import in_backward
 from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
@@ -103,8 +104,8 @@ class RolloutRecorder:
             for name, layer in self.layers.items():
                 for module in layer.modules():
                     if isinstance(module, nn.Dropout):
-                        handles.append(module.register_forward_hook(self._dropout_hook(name)))
-                handles.append(layer.register_forward_hook(self._forward_hook(name), with_kwargs=True))
+                        handles.append(module.register_forward_hook(LocalHook(self._dropout_hook(name))))
+                handles.append(layer.register_forward_hook(LocalHook(self._forward_hook(name)), with_kwargs=True))
             yield
         finally:
             for handle in handles:

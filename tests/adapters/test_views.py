@@ -1,11 +1,14 @@
 """Views: ablation (full, partial, per row) and adapters off; they nest, restore, and write nothing."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.models import gradients, randomize_blocks, reference_forward, routed_tower
 from torch import Tensor, nn
 
 import gradroute as gr
+from gradroute._protocol import routed_layers
 
 pytestmark = pytest.mark.touches_peft
 
@@ -168,6 +171,24 @@ def test_views_left_in_another_order_than_entered_raise() -> None:
     inner.__enter__()
     with pytest.raises(gr.errors.RouteError, match="another order"):
         outer.__exit__(None, None, None)
+    with pytest.raises(gr.errors.RouteError, match="another order"):
+        inner.__exit__(None, None, None)
+    assert all(layer.view == "on" for layer in routed_layers(model).values())
+
+
+def test_a_view_that_a_closed_generator_ended_does_not_come_back_with_the_end_of_an_inner_block() -> None:
+    model = routed_tower()
+
+    def ablated() -> Iterator[None]:
+        with gr.ablate_quarantine(model):
+            yield
+
+    generator = ablated()
+    next(generator)
+    with pytest.raises(gr.errors.RouteError), gr.ablate_quarantine(model, 0.5):
+        with pytest.raises(gr.errors.RouteError, match="another order"):
+            next(generator, None)
+    assert all(layer.view == "on" for layer in routed_layers(model).values())
 
 
 def test_bad_arguments_raise_before_the_block_is_entered() -> None:

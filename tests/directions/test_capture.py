@@ -1,11 +1,14 @@
 """Captured activations: pooled as asked, against slow references in float64."""
 
+import copy
+import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.captured_batches import FEATURES, IDS, POOL, batch_loss, exact
-from support.language_models import MODULES, D, Mixer, R, routed_mixer
+from support.language_models import MADE_OF_NUMBERS, MODULES, D, Mixer, R, routed_mixer
 from support.models import routed_tower
 from torch import Tensor, nn
 
@@ -318,3 +321,26 @@ def test_residuals_are_read_from_blocks_whose_first_argument_is_no_tensor() -> N
     with torch.no_grad(), gr.capture_activations(model, pool=torch.ones(3, 4), features="residual") as capture:
         y = model(x)
     torch.testing.assert_close(capture["layers.1"], y.mean(1))
+
+
+@pytest.mark.corner("a model is copied or saved inside a capture", "the copy is another model: nothing of it is read")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_a_capture_adds_nothing_to_it(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = routed_mixer()
+    with gr.capture_activations(model, pool=POOL) as activations, gr.capture_gradients(model) as gradients:
+        batch_loss(model, IDS).backward()
+        other = copied(model)
+        batch_loss(other, IDS).backward()
+    batch_loss(other, IDS).backward()
+    for capture in (activations, gradients):
+        assert all(len(rows) == len(IDS) for rows in capture.values())
+
+
+def test_features_that_were_captured_through_a_wrapper_are_refused_with_the_fix() -> None:
+    model = routed_mixer()
+    wrapped = nn.Sequential(model)
+    with torch.no_grad(), gr.capture_activations(wrapped, pool=POOL) as activations:
+        wrapped(IDS)
+    directions = gr.Directions(*3 * ({name: torch.eye(R)[:1].double() for name in MODULES},), MADE_OF_NUMBERS)
+    with pytest.raises(gr.GradRouteError, match="Fix: capture from the model that .* wrapper"):
+        directions.score(dict(activations))

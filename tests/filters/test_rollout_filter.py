@@ -1,6 +1,7 @@
 """`RolloutFilter`: one backward gives what a masked second backward would."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -324,3 +325,12 @@ def test_two_filters_record_one_backward() -> None:
     assert torch.equal(found[0], found[1])
     assert other.scores.shape == one.scores.shape
     assert not torch.equal(other.scores, one.scores)
+
+
+def test_a_copy_of_the_model_that_is_made_inside_is_not_recorded() -> None:
+    model = routed_mixer()
+    f = RolloutFilter(drawn_directions(model), math.inf)
+    with f.record(model) as record:
+        losses(copy.deepcopy(model)).sum().backward()
+        losses(model).sum().backward()
+    assert len(record.scores) == ROWS

@@ -51,7 +51,11 @@ class Estimate(NamedTuple):
         total: Tensor | None = None
         for name, rows in self.rows.items():
             if name not in features:
-                raise GradRouteError(f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}.")
+                raise GradRouteError(
+                    f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}. Fix: capture from the model "
+                    "that the directions were extracted from, with or without its wrapper (DDP's adds `module.` to "
+                    "every name) as it was then."
+                )
             f = features[name].detach()
             width = 1 if projected else rows.shape[-1]
             if f.shape[-1] != width:
