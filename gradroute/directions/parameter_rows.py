@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradroute._hashing import known_identity
 from gradroute._logging import warn
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import wide
@@ -33,6 +34,15 @@ def check_directions(directions: Directions, layers: Mapping[str, RoutedLayer], 
             f"`directions` of the {filter_name} should name every routed layer of `model` and nothing else. Without a "
             f"direction: {missing[:5] or 'none'}; not in the model: {unknown[:5] or 'none'}. Fix: extract from this "
             "very model object, wrapped or unwrapped alike, and with modules=None."
+        )
+
+
+def check_base_model(directions: Directions, model: nn.Module) -> None:
+    """Raise unless `directions` were extracted from the base model of `model`; modules of others may be named alike."""
+    if known_identity(model) != directions.provenance.model:
+        raise GradRouteError(
+            "`directions` should have been extracted from the base model whose gradients they are used on. Found those "
+            "of another one, whose modules have the same names. Fix: extract from this model."
         )
 
 

@@ -17,6 +17,7 @@ from gradroute._before_use import before_use
 from gradroute._checks import instance_of
 from gradroute._protocol import routed_layers
 from gradroute._sharding import overwrite
+from gradroute.directions.parameter_rows import check_base_model
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
@@ -44,11 +45,15 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
         `FilterStats`: hack-ward share before and after, its random null, share fired, conservation.
 
     Raises:
-        GradRouteError: a module without a direction, a gradient that is None, not finite, or that `f` has changed
-            already; gradients in a form that cannot be filtered (FSDP1, DeepSpeed). Nothing is written then.
+        GradRouteError: directions of another base model, a module without a direction, a gradient that is None, not
+            finite, or that `f` has changed already; gradients in a form that cannot be filtered (FSDP1, DeepSpeed).
+            Nothing is written then.
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     before_use(f)
+    directions = getattr(f, "directions", None)
+    if directions is not None:
+        check_base_model(directions, model)
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)

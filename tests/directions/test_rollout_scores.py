@@ -68,7 +68,7 @@ def test_positive_scores_are_of_rollouts_whose_gradient_step_makes_hacks_likelie
         for name, layer in routed_layers(model).items():
             rows[name] = rows.get(name, 0) + sign * deployed_row(layer).clone()
     model.zero_grad()
-    directions = directions_of({name: row[None] / row.norm() for name, row in rows.items()})
+    directions = directions_of({name: row[None] / row.norm() for name, row in rows.items()}, model)
     f = RolloutFilter(directions)
     with f.record(model) as record:
         losses(model).sum().backward()

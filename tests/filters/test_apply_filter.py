@@ -63,7 +63,7 @@ def test_oblique_rows_are_orthonormalised_where_signs_do_not_matter_and_refused_
     model = lora()
     straight = drawn_directions(model, 2)
     oblique = directions_of(
-        {n: torch.stack([3 * v[0], (v[0] + v[1]) / math.sqrt(2)]) for n, v in straight.rows.items()}
+        {n: torch.stack([3 * v[0], (v[0] + v[1]) / math.sqrt(2)]) for n, v in straight.rows.items()}, model
     )
     with pytest.raises(GradRouteError, match=r"orthogonal rows.*cosine of 0\.707"):
         apply_filter(model, ProjectionFilter(oblique, mode="erase"))
@@ -81,7 +81,9 @@ def test_orthonormalising_keeps_the_signs_of_rows() -> None:
     for sign in (1.0, -2.0):
         model.zero_grad()
         backward(model)
-        apply_filter(model, ProjectionFilter(directions_of({n: sign * v for n, v in along.items()}), mode="erase"))
+        apply_filter(
+            model, ProjectionFilter(directions_of({n: sign * v for n, v in along.items()}, model), mode="erase")
+        )
         norms = [float(g.norm()) for g in deployed_rows(model).values()]
         assert max(norms) < 1e-12 if sign > 0 else min(norms) > 0.1
 
@@ -90,7 +92,7 @@ def test_orthonormalising_keeps_the_signs_of_rows() -> None:
 def test_dependent_rows_are_refused(rows: list[int]) -> None:
     model = gains()
     directions = directions_of(
-        {n: torch.eye(3, dtype=torch.float64)[[i % 3 for i in rows]] for n, _ in layers_of(model)}
+        {n: torch.eye(3, dtype=torch.float64)[[i % 3 for i in rows]] for n, _ in layers_of(model)}, model
     )
     with pytest.raises(GradRouteError, match="independent rows"):
         apply_filter(model, ProjectionFilter(directions, mode="erase", side="two"))
@@ -106,10 +108,10 @@ def test_modules_without_a_direction_and_directions_without_a_module_raise() -> 
     model = lora()
     rows = drawn_directions(model).rows
     with pytest.raises(GradRouteError, match=r"Without a direction: \['upper'\]"):
-        apply_filter(model, ProjectionFilter(directions_of({"lower": rows["lower"]}), mode="erase"))
+        apply_filter(model, ProjectionFilter(directions_of({"lower": rows["lower"]}, model), mode="erase"))
     with pytest.raises(GradRouteError, match=r"not in the model: \['third'\]"):
-        apply_filter(model, ProjectionFilter(directions_of({**rows, "third": rows["lower"]}), mode="erase"))
-    narrow = directions_of({name: v[:, 1:] for name, v in rows.items()})
+        apply_filter(model, ProjectionFilter(directions_of({**rows, "third": rows["lower"]}, model), mode="erase"))
+    narrow = directions_of({name: v[:, 1:] for name, v in rows.items()}, model)
     with pytest.raises(GradRouteError, match="22 wide, as its deployed gradient. Found 21"):
         apply_filter(model, ProjectionFilter(narrow, mode="erase"))
 
@@ -210,3 +212,17 @@ def test_peft_models_are_filtered(architecture: str) -> None:
         torch.testing.assert_close(g, before[name] - V.T @ (V @ before[name]), rtol=0, atol=1e-12)
         assert not torch.equal(g, before[name])
     assert stats.cin > 1e-3 > 1e-10 > stats.cout
+
+
+@pytest.mark.corner(
+    "a filter with directions of another base model whose modules have the same names", "`GradRouteError`"
+)
+def test_directions_of_another_base_model_raise_and_leave_gradients_alone() -> None:
+    model, other = lora(), lora()
+    with torch.no_grad():
+        other.lower.base_layer.weight.mul_(1.5)
+    before, along = deployed_rows(model), {name: (g / g.norm())[None] for name, g in deployed_rows(model).items()}
+    with pytest.raises(GradRouteError, match="of another one, whose modules have the same names"):
+        apply_filter(model, ProjectionFilter(directions_of(along, other), mode="erase"))
+    assert all(torch.equal(g, before[name]) for name, g in deployed_rows(model).items())
+    assert apply_filter(model, ProjectionFilter(directions_of(along, model), mode="erase")).fired == 1

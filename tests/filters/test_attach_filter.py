@@ -314,7 +314,7 @@ def test_engines_that_consume_gradients_in_backward_are_refused() -> None:
     Engine = type("Engine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})
     engine = Engine()
     engine.module = model
-    renamed = directions_of({f"module.{n}": v for n, v in drawn_directions(model).rows.items()})
+    renamed = directions_of({f"module.{n}": v for n, v in drawn_directions(model).rows.items()}, model)
     with pytest.raises(GradRouteError, match="Engine, which consumes gradients"):
         attach_filter(sgd(model), ProjectionFilter(renamed, mode="erase"), model=engine)
     loss(model).backward()

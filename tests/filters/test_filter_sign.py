@@ -38,7 +38,7 @@ def nll_directions(model: nn.Module, x: Tensor) -> gr.Directions:
         for name, row in deployed_rows(model).items():
             rows[name] = rows.get(name, 0) + sign * row
     model.zero_grad()
-    return directions_of({name: (row / row.norm())[None] for name, row in rows.items()})
+    return directions_of({name: (row / row.norm())[None] for name, row in rows.items()}, model)
 
 
 def gap(model: nn.Module, x: Tensor) -> float:
@@ -59,7 +59,7 @@ def reinforce(kind: str, sign: float | None, steps: int = 60) -> tuple[float, fl
     for _ in range(steps):
         directions = nll_directions(model, x)
         if sign is not None:
-            directions = directions_of({name: sign * rows for name, rows in directions.rows.items()})
+            directions = directions_of({name: sign * rows for name, rows in directions.rows.items()}, model)
         pi = model(x).exp().detach()
         # sum over actions of pi(a) A(a) NLL(a): REINFORCE in expectation
         advantage = advantages - (pi * advantages).sum(1, keepdim=True)

@@ -112,7 +112,7 @@ def test_measuring_changes_no_bit_and_reports_what_erasing_would_find(kind: str)
 def test_one_sided_leaves_what_is_anti_hackward() -> None:
     model = lora()
     before = deployed_rows(model)
-    against = directions_of({name: -(g / g.norm())[None] for name, g in before.items()})
+    against = directions_of({name: -(g / g.norm())[None] for name, g in before.items()}, model)
     stats = apply_filter(model, ProjectionFilter(against, mode="erase"))
     assert all(torch.equal(g, before[name]) for name, g in deployed_rows(model).items())
     assert (stats.cin, stats.fired) == (0.0, 0.0)

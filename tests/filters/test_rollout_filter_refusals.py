@@ -49,7 +49,7 @@ def test_directions_that_cannot_score_a_gradient_are_refused() -> None:
         ({name: row for name, row in rows.items() if name != "k"}, r"Without a direction: \['k'\]"),
     ):
         with pytest.raises(GradRouteError, match=message):
-            with RolloutFilter(directions_of(bad)).record(model):
+            with RolloutFilter(directions_of(bad, model)).record(model):
                 raise AssertionError("the block should not be entered")
 
 

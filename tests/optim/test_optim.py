@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.gradient_directions import ACTIVATION, PARAMETER
+from support.gradient_directions import ACTIVATION, PARAMETER, of_model
 from support.models import Tower, routed_tower
 from support.tower_steps import (
     REFUSED,
@@ -137,7 +137,7 @@ def unfit(model: nn.Module, kind: str) -> gr.Directions:
     keep = ["lower"] if kind == "missing" else ["lower", "upper"]
     cut = slice(0, -1) if kind == "narrow" else slice(None)
     parts = [{n: t[n][:, cut] for n in keep} for t in (directions.rows, directions.hack, directions.clean)]
-    return gr.Directions(*parts, PARAMETER)
+    return gr.Directions(*parts, of_model(PARAMETER, model))
 
 
 @pytest.mark.parametrize("kind", ["skewed", "missing", "narrow", "standardised"])
@@ -161,7 +161,7 @@ def test_directions_of_activations_have_no_sign_here() -> None:
     model = routed_tower()
     optimizer = adamw(model)
     step(model, optimizer, "absorb")
-    directions = dataclasses.replace(parameter_directions(model), provenance=ACTIVATION)
+    directions = dataclasses.replace(parameter_directions(model), provenance=of_model(ACTIVATION, model))
     for use in (project_updates, purge_moments, audit_updates):
         with pytest.warns(gr.GradRouteWarning, match="activations have no sign in gradient space"):
             use(model, optimizer, directions)
@@ -251,3 +251,18 @@ def test_no_moments_to_purge_raise() -> None:
         step(model, optimizer, "absorb")
     with pytest.raises(gr.GradRouteError, match="Found none. Fix: purge after the first step, of an optimizer with"):
         purge_moments(model, optimizer, parameter_directions(model))
+
+
+@pytest.mark.corner(
+    "an audit along directions of another base model whose modules have the same names", "`GradRouteError`"
+)
+def test_directions_of_another_base_model_raise() -> None:
+    model, other = routed_tower(), routed_tower()
+    with torch.no_grad():
+        other.lower.base_layer.weight.mul_(1.5)
+    optimizer = adamw(model)
+    step(model, optimizer, "absorb")
+    for use in (project_updates, purge_moments, audit_updates):
+        with pytest.raises(gr.GradRouteError, match="of another one, whose modules have the same names"):
+            use(model, optimizer, parameter_directions(other))
+        use(model, optimizer, parameter_directions(model))

@@ -44,7 +44,7 @@ def planted(model: nn.Module, k: int) -> gr.Directions:
         rest = torch.randn(R, k - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         Q = torch.linalg.qr(torch.cat([g[:, None], rest], 1)).Q.T
         rows[name] = (Q * torch.sign(Q @ g)[:, None].where(torch.arange(k)[:, None] == 0, 1.0)).contiguous()
-    return directions_of(rows, BOTTLENECK)
+    return directions_of(rows, model, BOTTLENECK)
 
 
 def measured(model: nn.Module, directions: gr.Directions, side: str) -> gr.filters.FilterStats:

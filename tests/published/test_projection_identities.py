@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.gradient_directions import PARAMETER, deployed_rows, directions_of, drawn_directions
+from support.gradient_directions import deployed_rows, directions_of, drawn_directions
 from support.models import Tower, randomize_blocks
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def both_signs(signs: tuple[float, ...] = (1.0, -1.0, 1.0)) -> gr.Directions:
     for name, g in deployed_rows(model).items():
         V = drawn.rows[name]
         rows[name] = V * (torch.sign(V @ g) * torch.tensor(signs, dtype=torch.float64))[:, None]
-    return directions_of(rows, PARAMETER)
+    return directions_of(rows, model)
 
 
 @pytest.mark.parametrize("side", SIDES)

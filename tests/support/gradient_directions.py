@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import gradroute as gr
+from gradroute._hashing import model_identity
 from gradroute._protocol import routed_layers
 from gradroute.directions.directions import Provenance
 from support.language_models import MADE_OF_NUMBERS
@@ -28,10 +29,15 @@ def quarantine_gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for _, p in gr.quarantine_parameters(model)]
 
 
-def directions_of(rows: dict[str, Tensor], made: Provenance = PARAMETER) -> gr.Directions:
+def of_model(made: Provenance, model: nn.Module) -> Provenance:
+    """`made`, of the base model of `model`."""
+    return dataclasses.replace(made, model=model_identity(model))
+
+
+def directions_of(rows: dict[str, Tensor], model: nn.Module, made: Provenance = PARAMETER) -> gr.Directions:
     """Directions with these rows; their pairs are the rows and their opposites."""
     sides = {name: r.sum(0, keepdim=True) for name, r in rows.items()}
-    return gr.Directions(rows, sides, {name: -r for name, r in sides.items()}, made)
+    return gr.Directions(rows, sides, {name: -r for name, r in sides.items()}, of_model(made, model))
 
 
 def drawn_directions(model: nn.Module, k: int = 1, seed: int = 0, made: Provenance = PARAMETER) -> gr.Directions:
@@ -43,4 +49,4 @@ def drawn_directions(model: nn.Module, k: int = 1, seed: int = 0, made: Provenan
         d = layer.deployed.A.shape[0] if made.feature == "bottleneck" else sum(p.numel() for p in parameters)
         gauss = torch.randn(d, k, generator=generator, dtype=torch.float64)
         rows[name] = torch.linalg.qr(gauss).Q.T.to(parameters[0].dtype).contiguous()
-    return directions_of(rows, made)
+    return directions_of(rows, model, made)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import gradroute as gr
-from support.gradient_directions import PARAMETER
+from support.gradient_directions import PARAMETER, of_model
 
 REFUSED = (gr.GradRouteError, TypeError)
 ZONES = {"keep": [0] * 4, "absorb": [1] * 4, "route": [2] * 4, "mixed": [0, 1, 2, 0]}
@@ -58,7 +58,7 @@ def parameter_directions(model: nn.Module, k: int = 1, seed: int = 0) -> gr.Dire
     }
     hack = {name: torch.ones(2, d, dtype=torch.float64) for name, d in widths.items()}
     clean = {name: torch.zeros(2, d, dtype=torch.float64) for name, d in widths.items()}
-    return gr.Directions(rows, hack, clean, PARAMETER)
+    return gr.Directions(rows, hack, clean, of_model(PARAMETER, model))
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
