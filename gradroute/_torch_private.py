@@ -19,10 +19,8 @@ unsafe_view = torch.ops.aten._unsafe_view
 """A tensor in another shape over the same memory, which autograd does not take for a view: it can be written to."""
 
 
-def backward_task() -> int:
-    """The number of the backward that runs in this thread; -1 outside of any."""
-    task: int = torch._C._current_graph_task_id()
-    return task
+backward_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward that runs in this thread; -1 outside of any. Not wrapped: every forward asks."""
 
 
 def in_backward() -> bool:

@@ -44,4 +44,4 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
 
 def is_identity(dropout: nn.Module) -> bool:
     """Whether a dropout need not be called: PEFT's place holder for none, without hooks."""
-    return type(dropout) is nn.Identity and not forward_is_watched(dropout)
+    return type(dropout) is nn.Identity and not (dropout._forward_hooks or dropout._forward_pre_hooks)

@@ -8,6 +8,7 @@ A is Kaiming-uniform, B is zero: at initialisation y = W x + b, bitwise.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, get_args
 
 import torch
@@ -80,7 +81,7 @@ class RoutedLinear(RoutedLayer):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             record = record_forward(self, self.name, state)
-            if state.thread and not record.recomputing:
+            if state.thread and state.thread != get_ident() and not record.recomputing:
                 check_thread(state, self.name)
             state, has_backward = record.state, record.has_backward
         if state.disabled:
