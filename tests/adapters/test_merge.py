@@ -131,6 +131,7 @@ def delta(layer: object) -> Tensor:
     return total.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe", [False, True])
 def test_a_hundred_merges_in_bf16_leave_the_weights_bitwise(safe: bool) -> None:
     model = BF16.model()

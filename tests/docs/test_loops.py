@@ -69,6 +69,7 @@ def started(folder: Path, *command: str) -> dict[int, dict[str, torch.Tensor]]:
     return {rank: torch.load(file) for rank, file in enumerate(files)}
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_launch_end_with_the_weights_of_one(tmp_path: Path) -> None:
     assert LAUNCH is not None
     options = LAUNCH[1].split()

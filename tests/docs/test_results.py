@@ -28,6 +28,7 @@ def test_every_table_is_what_its_result_files_say(update_results: ModuleType) ->
     assert blocks >= 9
 
 
+@pytest.mark.slow
 def test_a_table_that_was_edited_by_hand_is_noticed(update_results: ModuleType) -> None:
     text = (DOCS / "results.md").read_text()
     assert "| route |" in text

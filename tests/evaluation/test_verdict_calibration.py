@@ -66,6 +66,7 @@ def test_calibration_of_effective_under_strong_variance_between_seeds(seeds: int
     assert found["underpowered"] > NULLS // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 6])
 def test_calibration_of_effective_where_seeds_hardly_differ(seeds: int) -> None:
     rng = np.random.default_rng(seeds)
@@ -109,6 +110,7 @@ def test_calibration_of_effective_for_several_arms_together() -> None:
 # Nulls over prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "rate"), [(16, 0.5), (64, 0.5), (64, 0.04)])
 def test_calibration_of_effective_over_the_prompts_of_one_seed(n: int, rate: float) -> None:
     rng = np.random.default_rng(n)
@@ -157,6 +159,7 @@ def with_draws(rng: np.random.Generator, rates: np.ndarray) -> Contest:
     return first, Controls(drawn("shuffle", rng.normal(0.95, 0.03, 3), rng, n=64), rest)
 
 
+@pytest.mark.slow
 def test_calibration_of_directional_where_every_direction_works() -> None:
     rng = np.random.default_rng(3)
     found = words(lambda: with_draws(rng, np.full(6, 0.05)), n=100)
@@ -175,6 +178,7 @@ def test_calibration_of_directional_where_the_extracted_one_is_one_more_draw() -
     assert sum(verdict.word == "directional" for verdict in found) <= most()
 
 
+@pytest.mark.slow
 def test_calibration_of_directional_where_one_direction_in_six_works_at_all() -> None:
     """The worst case of five draws, and more than 5 %: (5/6)^5 / 6 = 6.7 %, of which the verdict gives the ranks."""
     rng = np.random.default_rng(5)
@@ -254,6 +258,7 @@ def test_calibration_of_the_seeds_that_an_underpowered_verdict_asks_for() -> Non
     assert np.median(asked) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("here", "criteria"),
     [

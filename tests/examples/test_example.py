@@ -76,6 +76,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_training(
     assert printed.out == ""
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_script_ends_the_process_with_exit_code_2() -> None:
     done = run("--arms", "roote")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -221,6 +221,7 @@ def test_a_cell_shows_mean_interval_and_worst_run() -> None:
     assert cell([0.2, 0.3]) == "0.20 0.30"
 
 
+@pytest.mark.slow
 def test_the_report_can_be_made_again_from_its_json(tmp_path: Path) -> None:
     found = results({arm: [0.1 + 0.02 * i, 0.2, 0.3 + 0.01 * i] for i, arm in enumerate(ARMS)})
     write_report(tmp_path, found, {"steps": 5})

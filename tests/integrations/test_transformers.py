@@ -171,6 +171,7 @@ def test_filters_run_once_per_step_after_the_last_micro_batch_and_before_clippin
         assert found[0].norm() <= max_grad_norm * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_rollout_filters_record_every_micro_batch(tmp_path: Path) -> None:
     model, seen = fresh(), Gradients()
     directions = gr.extract_gradient_directions(model, PAIRS, features="parameter")
@@ -353,6 +354,7 @@ def test_a_schedule_by_which_no_refresh_would_come_due_is_refused(tmp_path: Path
     Run(tmp_path, every=4).trainer.train()
 
 
+@pytest.mark.slow
 def test_a_second_training_counts_on(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.trainer.train()

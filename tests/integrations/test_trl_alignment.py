@@ -22,6 +22,7 @@ MANY = {"args_steps_per_generation": 4, "args_num_iterations": 2, "args_max_step
 PENALISED = {"detector": flags, "ablated_fraction": 0.25, "args_beta": 0.2, **STILL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clean", [False, True])
 def test_masks_and_advantages_stay_with_their_rows_through_shuffling_splitting_iterations_and_accumulation(
     clean: bool, tmp_path: Path
@@ -61,6 +62,7 @@ def penalised(folder: Path, cls: type = Watched, **options: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_with_a_reference_each_block_gets_its_own_advantage_and_the_whole_penalty(tmp_path: Path) -> None:
     """Two advantages and a third term that has neither."""
     made = penalised(tmp_path, **MANY)

@@ -127,6 +127,7 @@ class BeforeStep(TrainerCallback):
         self.norms.append(float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
 def test_a_filter_runs_once_per_step_after_the_last_micro_batch_and_before_clipping(
     max_grad_norm: float, tmp_path: Path
@@ -153,6 +154,7 @@ def test_a_filter_runs_once_per_step_after_the_last_micro_batch_and_before_clipp
         assert min(runs["erase"].norms) > 0.02
 
 
+@pytest.mark.slow
 def test_a_filter_of_rollouts_sees_every_micro_batch_also_under_checkpointing(tmp_path: Path) -> None:
     model = wrapped()
     directions = gr.extract_gradient_directions(model, PAIRS, features="parameter")
