@@ -51,9 +51,6 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     before_use(f)
-    directions = getattr(f, "directions", None)
-    if directions is not None:
-        check_base_model(directions, model)
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)
@@ -67,6 +64,8 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
             )
     with torch.no_grad():
         writes, stats = f.filtered(layers)
+        if (directions := getattr(f, "directions", None)) is not None:
+            check_base_model(directions, model)
         for parameter, values in writes:
             overwrite(parameter.grad, values)
     if not writes:

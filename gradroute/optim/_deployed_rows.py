@@ -39,12 +39,12 @@ class DeployedRows:
         if side == "one":
             warn_without_sign(directions)
         self.directions, self.side = directions, side
-        check_base_model(directions, model)
         self._layers = routed_layers(model)
         self.parameters = {name: list(layer.block_parameters("deployed")) for name, layer in self._layers.items()}
         for name, parameters in self.parameters.items():
             for parameter in parameters:
                 check_layout(name, parameter)
+        check_base_model(directions, model)
         self._bases: dict[str, Tensor] = {}
         self._version: int | None = None
         self.read()
