@@ -76,7 +76,7 @@ class RoutedLayer(nn.Module, ABC):
     @property
     @abstractmethod
     def view(self) -> str:
-        """The view that a forward would show now: "on", "ablated", "scaled" or "disabled"."""
+        """The view that a forward would show now: "on", "ablated", "scaled 0.5", "scaled by rows" or "disabled"."""
 
     @property
     def merged(self) -> bool:

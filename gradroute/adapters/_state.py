@@ -95,12 +95,14 @@ class ForwardState:
 
     @property
     def view(self) -> str:
-        """The view that a forward shows: "on", "ablated", "scaled" or "disabled"."""
+        """The view that a forward shows: "on", "ablated", "scaled 0.5", "scaled by rows" or "disabled"."""
         if self.disabled:
             return "disabled"
         if self.quarantine_is_off:
             return "ablated"
-        return "on" if isinstance(self.scale, float) and self.scale == 1.0 else "scaled"
+        if not isinstance(self.scale, float):
+            return "scaled by rows"
+        return "on" if self.scale == 1.0 else f"scaled {self.scale!r}"
 
     def gates(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
         """The three gates, one float per leading index of `x`."""

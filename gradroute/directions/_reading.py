@@ -22,7 +22,6 @@ from gradroute.errors import GradRouteError
 Feature = Literal["bottleneck", "input", "output", "residual", "parameter"]
 Reduction = Literal["mean", "sum", "last"]
 Source = Literal["activation", "gradient"]
-View = Literal["on", "ablated", "scaled", "disabled"]
 Pool = Shaped[Tensor, "batch seq"] | Callable[[Tensor], Tensor] | None
 
 

@@ -22,7 +22,6 @@ from gradroute._typing import typechecked
 from gradroute.directions import _angles
 from gradroute.directions._draws import RANDOM, Draw, Sides, sides
 from gradroute.directions._io import incomplete, read_directions, write_directions
-from gradroute.directions._reading import View
 from gradroute.directions.estimators.base import Estimate, Estimator, unit
 from gradroute.directions.estimators.by_name import estimator_of
 from gradroute.directions.features import Capture
@@ -104,9 +103,7 @@ class Directions:
         return next(iter(self.hack.values())).shape[0]
 
     @typechecked
-    def score(
-        self, features: Mapping[str, Float[Tensor, "_ _"]], *, view: View | None = None
-    ) -> Float[Tensor, " rows"]:
+    def score(self, features: Mapping[str, Float[Tensor, "_ _"]], *, view: str | None = None) -> Float[Tensor, " rows"]:
         """Sum over modules and rows v of <v, (f - c) / s>: a float per rollout, large where it looks like a hack.
 
         Args:

@@ -20,8 +20,8 @@ from gradroute.errors import GradRouteError
 class Capture(Mapping[str, Tensor]):
     """Features by module name, each (rows, d_feature) in float32 or wider.
 
-    `capture_activations` and `capture_gradients` make it. It remembers their settings, the `view` of the model ("on",
-    "ablated", "scaled" or "disabled") and, for products with `directions`, these and their version. Reading raises
+    `capture_activations` and `capture_gradients` make it. It remembers their settings, the `view` of the model (as
+    `RoutedLayer.view` names it) and, for products with `directions`, these and their version. Reading raises
     GradRouteError where a module did not run or is not finite.
     """
 

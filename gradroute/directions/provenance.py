@@ -16,7 +16,7 @@ class Provenance:
         estimator: `str` of the estimator, such as "mean_difference"; "random" for random controls.
         pair_hash: SHA-256 of the pairs.
         model: identity of the frozen base model.
-        view: the view of the model that was measured: "on", "ablated", "scaled" or "disabled".
+        view: the view of the model that was measured, as `RoutedLayer.view` names it.
         seed: of a control.
         control: None for the real thing; see `gradroute.directions.controls`.
     """

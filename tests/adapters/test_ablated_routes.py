@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models import gradients, routed_tower
+from support.models import gradients, randomize_blocks, routed_tower
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,19 +78,30 @@ def test_a_quarantine_scaled_in_part_still_trains() -> None:
 
 
 def test_a_mask_without_the_quarantine_in_the_forward_has_nothing_to_lose() -> None:
-    model, mask = routed_tower(), gr.RouteMask.weights(m=torch.zeros(4), g_d=1.0, g_q=1.0)
+    model, plain = routed_tower(), routed_tower()
+    mask = gr.RouteMask.weights(m=torch.zeros(4), g_d=1.0, g_q=1.0)
     with gr.ablate_quarantine(model), gr.route(model, mask):
         model(X).sum().backward()
+    with gr.route(plain, mask):
+        plain(X).sum().backward()
+    assert not any(p.grad.any() for _, p in gr.quarantine_parameters(model))
+    for name, parameter in gr.deployed_parameters(plain):
+        torch.testing.assert_close(dict(gr.deployed_parameters(model))[name].grad, parameter.grad, rtol=0, atol=1e-12)
 
 
 def test_an_ablated_pass_without_gradients_is_allowed_under_any_route() -> None:
     model, mask = routed_tower(), gr.RouteMask.zones(ZONES)
+    with torch.no_grad(), gr.ablate_quarantine(model):
+        ablated = model(X)
     with gr.route(model, mask):
         with torch.no_grad(), gr.ablate_quarantine(model):
-            model(X)
-        model(X).sum().backward()
+            torch.testing.assert_close(model(X), ablated, rtol=0, atol=1e-12)
+        routed = model(X)
+        routed.sum().backward()
+    assert not torch.allclose(routed, ablated)
+    assert all(p.grad.any() for _, p in gr.quarantine_parameters(model))
     with torch.no_grad(), gr.ablate_quarantine(model), gr.route(model, mask):
-        model(X)
+        torch.testing.assert_close(model(X), ablated, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -145,10 +156,13 @@ def test_a_forward_that_raised_did_not_run() -> None:
 
 def test_a_view_in_which_nothing_ran_or_only_the_module_that_was_passed_is_fine() -> None:
     model = routed_tower()
-    with gr.ablate_quarantine(model):
-        pass
-    with gr.ablate_quarantine(model.lower):
-        model.lower(X)
+    with torch.no_grad():
+        on = model.lower(X)
+        with gr.ablate_quarantine(model):
+            pass
+        with gr.ablate_quarantine(model.lower):
+            assert not torch.allclose(model.lower(X), on)
+        assert torch.equal(model.lower(X), on)
 
 
 def test_what_ran_in_an_inner_view_ran_in_the_outer_one() -> None:
@@ -165,6 +179,10 @@ def test_what_ran_in_an_inner_view_ran_in_the_outer_one() -> None:
 @pytest.mark.corner("an expert gets no token in a view", "it is not counted as passed by")
 def test_an_expert_may_get_no_token() -> None:
     model = nn.ModuleDict({"gate": nn.Linear(5, 5), "experts": nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])})
-    gr.attach(model, r=2)
-    with gr.ablate_quarantine(model):
-        model["experts"][0](model["gate"](X.float()))
+    randomize_blocks(gr.attach(model, r=2))
+    with torch.no_grad(), gr.ablate_quarantine(model):
+        ablated = model["experts"][0](model["gate"](X.float()))
+    with pytest.raises(gr.errors.RouteError, match="`gate`"), torch.no_grad(), gr.ablate_quarantine(model):
+        model["experts"][0](X.float())
+    with torch.no_grad():
+        assert not torch.allclose(model["experts"][0](model["gate"](X.float())), ablated)

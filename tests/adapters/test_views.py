@@ -136,7 +136,9 @@ def test_layers_say_which_view_they_show() -> None:
     with gr.ablate_quarantine(model):
         assert model.lower.view == "ablated"
     with gr.ablate_quarantine(model, 0.5):
-        assert model.lower.view == "scaled"
+        assert model.lower.view == "scaled 0.5"
+    with gr.ablate_quarantine(model, rows=torch.tensor([True, False])):
+        assert model.lower.view == "scaled by rows"
     with gr.disable_adapters(model):
         assert model.lower.view == "disabled"
 

@@ -225,7 +225,7 @@ def test_the_view_is_measured_and_recorded(extract) -> None:
         ablated = extract(model, PAIRS, forward_fn=ids_only)
     with gr.ablate_quarantine(model, 0.5):
         scaled = extract(model, PAIRS, forward_fn=ids_only)
-    assert [d.provenance.view for d in (on, ablated, scaled)] == ["on", "ablated", "scaled"]
+    assert [d.provenance.view for d in (on, ablated, scaled)] == ["on", "ablated", "scaled 0.5"]
     assert not torch.allclose(on.rows["out"], ablated.rows["out"], rtol=1e-3)
 
 

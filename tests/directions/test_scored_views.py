@@ -31,7 +31,8 @@ def gradients(model: Mixer, **settings: object) -> Capture:
 VIEWS = {
     "on": lambda model: nullcontext(),
     "ablated": gr.ablate_quarantine,
-    "scaled": lambda model: gr.ablate_quarantine(model, 0.5),
+    "scaled 0.5": lambda model: gr.ablate_quarantine(model, 0.5),
+    "scaled 0.2": lambda model: gr.ablate_quarantine(model, 0.2),
     "disabled": gr.disable_adapters,
 }
 
@@ -73,7 +74,9 @@ def forward_ablated(model: nn.Module, forward: object, ids: Tensor) -> Tensor:
 @pytest.mark.corner(
     "rollouts are captured in another view than the directions", "`GradRouteError`, unless `score` is told the view"
 )
-@pytest.mark.parametrize(("taken", "made"), [("on", "ablated"), ("ablated", "on"), ("scaled", "on")])
+@pytest.mark.parametrize(
+    ("taken", "made"), [("on", "ablated"), ("ablated", "on"), ("scaled 0.5", "on"), ("scaled 0.2", "scaled 0.5")]
+)
 def test_a_capture_in_another_view_than_the_directions_raises(taken: str, made: str) -> None:
     """The scores differ a lot: 4.1 where 7.9 was right."""
     model = routed_mixer()

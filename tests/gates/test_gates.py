@@ -234,8 +234,11 @@ def test_a_gate_that_routes_nothing_or_everything_says_so_once_per_window(
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_a_window_with_some_calls_of_all_and_some_of_none_is_in_order(kind: int) -> None:
     made = gates_of_scores(window=2)[kind]
-    for scores in (NONE, ALL) * 3:
-        made(torch.tensor(scores))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        routed = [bool(made(torch.tensor(scores)).routed.all()) for scores in (NONE, ALL) * 3]
+    assert routed == [False, True] * 3
+    assert not caught
 
 
 def test_a_soft_gate_that_routes_a_little_is_in_order() -> None:

@@ -179,7 +179,7 @@ def test_extraction_sees_the_ablated_model_and_everything_is_put_back(extract) -
             made.step()
         assert torch.equal(torch.get_rng_state(), rng)
         assert IMPORT_HOOK or random.getstate() == python_rng
-        assert {(layer.view, layer.has_open_route) for layer in (model.q, model.v, model.out)} == {("scaled", True)}
+        assert {(layer.view, layer.has_open_route) for layer in (model.q, model.v, model.out)} == {("scaled 0.5", True)}
         model(IDS)
     assert seen == [{("ablated", False, False)}]
     assert model.q.view == "on"

@@ -268,6 +268,7 @@ def test_a_refresher_that_is_stepped_is_left_alone_without_a_watch() -> None:
         train_step(model, optimizer, seed=step)
         gate(made.directions.hack)
         made.step()
+    assert made.steps == made.directions.version == 5
 
 
 # What is watched

@@ -186,11 +186,15 @@ def test_an_option_set_after_the_config_was_made_is_refused_for_a_second_adapter
 @pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
 def test_an_adapter_that_was_added_while_merged_remembers_the_unmerged_base(tmp_path: Path) -> None:
     model = LLAMA.model()
+    expected = logits(model)
     model.merge_adapter()
     model.add_adapter("second", LLAMA.config())
     model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
-    gr.load_quarantined(LLAMA.base(), tmp_path / "second")
+    loaded = gr.load_quarantined(LLAMA.base(), tmp_path / "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 # Two active at once, and adapters without a quarantine
