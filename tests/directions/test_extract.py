@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from support.language_models import (
-    IMPORT_HOOK,
     MODULES,
     PAIRS,
     VOCAB,
@@ -386,7 +385,6 @@ def test_the_model_is_left_as_it_was_found(extract, fails: bool) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.skipif(IMPORT_HOOK, reason="beartype draws from Python's generator")
 @each_extractor
 def test_pythons_random_numbers_go_on_as_before(extract) -> None:
     model, state = routed_mixer(), random.getstate()

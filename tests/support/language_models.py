@@ -1,7 +1,6 @@
 """Small causal language models, pairs for them, gradient features by brute force, and directions made of numbers."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,6 @@ from gradroute.directions.directions import Provenance
 from support.models import randomize_blocks
 
 # Under the hook beartype checks every argument, and draws from Python's generator which item of a list to look at.
-IMPORT_HOOK = os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1"
 
 VOCAB, D, R = 12, 6, 2
 MODULES = ["q", "k", "v", "out"]
