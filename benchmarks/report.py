@@ -15,7 +15,7 @@ Figures = dict[str, Any]
 
 def table(found: Figures) -> str:
     """Every row: goals first."""
-    return goals(found) + "\n\n" + besides(found)
+    return goals(found) + "\n\n" + others(found)
 
 
 def goals(found: Figures) -> str:
@@ -29,8 +29,8 @@ def goals(found: Figures) -> str:
     ])  # fmt: skip
 
 
-def besides(found: Figures) -> str:
-    """The rows that are reported beside the goals."""
+def others(found: Figures) -> str:
+    """The rows that have no goal."""
     rows = [row for row in found["rows"] if not row["goal"]]
     return _markdown(["what", "threads", "measured", "quartiles"], [
         [row["what"], str(row["threads"]), _value(row), _quartiles(row)] for row in rows
@@ -85,12 +85,12 @@ def setting(found: Figures) -> str:
 
 
 TABLES: dict[str, Callable[[Figures], str]] = {
-    "setting": setting, "goals": goals, "besides": besides, "counts": counts, "grid": grid, "plan": plan,
+    "setting": setting, "goals": goals, "others": others, "counts": counts, "grid": grid, "plan": plan,
 }  # fmt: skip
 
 
 def updated(text: str, found: Figures) -> str:
-    """`text` with every block made anew."""
+    """`text` with every block written again."""
     return BLOCK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](found)}\n\n{match[3]}", text)
 
 

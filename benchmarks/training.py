@@ -140,11 +140,11 @@ def gates(shape: Shape, clock: Clock, rounds: int) -> list[Row]:
     )
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     gate_share = middle["gate 10000"] / middle["step"]
-    besides = max(0.0, middle["refresh"] - middle["extract"]) / 5 / middle["step"]
+    refresh_share = max(0.0, middle["refresh"] - middle["extract"]) / 5 / middle["step"]
     detail = {name: round(1e3 * value, 3) for name, value in middle.items()}
     return [
-        Row("P6", "gate + refresh(every=5) without its extraction, share of a step", gate_share + besides, 0.02,
-            threads=clock.threads, unit="share", detail=detail),
+        Row("P6", "gate + refresh(every=5) without its extraction, share of a step", gate_share + refresh_share,
+            0.02, threads=clock.threads, unit="share", detail=detail),
         Row("", "extraction of 4 pairs every 5 steps, share of a step", middle["extract"] / 5 / middle["step"],
             threads=clock.threads, unit="share"),
         compared("P6", "QuantileGate with a history of 100,000 rollouts / of 1,000", seconds,

@@ -69,7 +69,7 @@ def page(found: list[Corner]) -> str:
     lines = [
         "# Corners",
         "",
-        "Situations in which a training run can go wrong without a word, and what gradroute does in each. A test",
+        "Situations in which a training run can go wrong silently, and what gradroute does in each. A test",
         f"holds every row; `{COMMAND}` writes the page from the tests. [Traps](traps.md) explains what needs",
         "an explanation, [Exactness](exactness.md) lists where gradients were compared.",
     ]

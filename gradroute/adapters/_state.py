@@ -215,14 +215,14 @@ def _ablates_what_trains(route: ActiveRoute | None, scale: float | Tensor) -> bo
 def check_thread(state: ForwardState, layer: str) -> None:
     """Raise if `state` was set by another thread and is not meant for this one.
 
-    A thread that was started inside the block works for it (a generation engine, data parallelism), unless it trains.
+    A thread that was started inside the block (an engine, data parallelism) may use the state, unless it trains.
     """
     me = threading.get_ident()
     if state.thread in (0, me) or (me not in state.older_threads and not torch.is_grad_enabled()):
         return
     raise RouteError(
-        f"`{layer}` should run in the thread that opened its route or ablation. Found another thread, whose forward it "
-        "was not meant for. Fix: give each thread a copy of the model, or a lock to share it."
+        f"`{layer}` should run in the thread that opened its route or ablation. Found another thread. "
+        "Fix: give each thread a copy of the model, or a lock to share it."
     )
 
 

@@ -267,6 +267,6 @@ def _check_sizes(r: int, r_quarantine: int, lora_alpha: float, stop_gradient: st
 
 _ABLATED_UNDER_ROUTE = (
     "Rows that train the quarantine should not be ablated. Found some in a forward with gradients of `{name}`: "
-    "their part of it would train nothing. Fix: leave ablate_quarantine before the forward that is "
-    "trained on, or ablate only rows that do not train the quarantine (keep)."
+    "they would train nothing. Fix: end ablate_quarantine before the forward of the loss, or ablate "
+    "only rows that do not train the quarantine (keep)."
 )

@@ -112,6 +112,6 @@ def _check_none_passed_by(layers: Layers) -> None:
     if idle and any(layer.ran for layer in layers.values()):
         raise RouteError(
             f"Every routed layer should run in a view, or none. Found {len(idle)} of {len(layers)} that did not run: "
-            f"{listed(idle)}. A forward that passes them by may still show their quarantine. "
+            f"{listed(idle)}. A forward that bypasses them may still show their quarantine. "
             "Fix: pass the module that runs, and undo patches that replace a routed layer's forward."
         )

@@ -188,7 +188,7 @@ def test_detaching_inside_a_route_or_view_raises() -> None:
         gr.detach(model)
 
 
-def test_detach_thaws_parameters_that_were_assigned_anew() -> None:
+def test_detach_thaws_parameters_that_were_assigned_again() -> None:
     model = gr.attach(Tower(), r=2)
     model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
     assert all(p.requires_grad for p in gr.detach(model).parameters())
@@ -236,7 +236,7 @@ def test_state_dict_round_trip_restores_both_blocks() -> None:
     assert torch.equal(trained(x), fresh(x))
 
 
-@pytest.mark.corner("a model is copied while a route or an ablation is open", "the copy is outside of both")
+@pytest.mark.corner("a model is copied while a route or an ablation is open", "neither holds for the copy")
 def test_copies_made_inside_a_route_or_ablation_are_not_stuck_in_it() -> None:
     model = routed_tower()
     x = X.double()

@@ -107,7 +107,7 @@ class Branches(nn.Module):
         return self.body(x) * gate[:, None] + tokens.sum()
 
 
-@pytest.mark.corner("layers that share tokens out get as many as there are rows", "`RouteError`")
+@pytest.mark.corner("a layer that gets a part of the tokens gets as many as there are rows", "`RouteError`")
 def test_layers_that_share_out_the_tokens_are_refused_though_a_pooled_head_had_the_same_shape() -> None:
     model = routed(Branches())
     with pytest.raises(gr.errors.RouteError, match="3 axes in `body`, 2 axes in `branches.0`"):

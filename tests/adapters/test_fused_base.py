@@ -69,7 +69,7 @@ def own_forward(base: nn.Module, seen: list[str]) -> None:
 
 @pytest.mark.parametrize("watch", [watch_forward, watch_input, watch_backward, own_forward])
 @pytest.mark.parametrize("adapters", ["attach", "PEFT"])
-def test_whoever_watches_the_base_layer_is_called_and_nothing_changes(
+def test_what_watches_the_base_layer_is_called_and_nothing_changes(
     watch: Callable[[nn.Module, list[str]], None], adapters: str
 ) -> None:
     model, seen = routed(adapters=adapters), []

@@ -165,7 +165,7 @@ def test_nested_rows_of_different_batches_raise() -> None:
             pass
 
 
-@pytest.mark.corner("two views are left in another order than they were entered", "`RouteError`")
+@pytest.mark.corner("two views are not left in the reverse of the order in which they were entered", "`RouteError`")
 def test_views_left_in_another_order_than_entered_raise() -> None:
     model = routed_tower()
     outer, inner = gr.ablate_quarantine(model), gr.ablate_quarantine(model, 0.5)

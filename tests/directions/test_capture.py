@@ -323,7 +323,7 @@ def test_residuals_are_read_from_blocks_whose_first_argument_is_no_tensor() -> N
     torch.testing.assert_close(capture["layers.1"], y.mean(1))
 
 
-@pytest.mark.corner("a model is copied or saved inside a capture", "the copy is another model: nothing of it is read")
+@pytest.mark.corner("a model is copied or saved inside a capture", "the copy is not captured")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_inside_a_capture_adds_nothing_to_it(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = routed_mixer()

@@ -119,15 +119,15 @@ def test_the_treatment_as_its_own_control_raises() -> None:
     with pytest.raises(gr.GradRouteError, match="own name. Found 'route' twice"):
         compare(ROUTE, Controls(ROUTE))
     for copy in (ArmRuns("copy", ROUTE.runs), ArmRuns("copy", {s: dict(run) for s, run in ROUTE.runs.items()})):
-        with pytest.raises(gr.GradRouteError, match="their own runs. Found the same outcomes in copy and route.*Fix"):
+        with pytest.raises(gr.GradRouteError, match="its own runs. Found the same evaluations in copy and route.*Fix"):
             compare(ROUTE, Controls(copy))
-    with pytest.raises(gr.GradRouteError, match="their own runs"):
+    with pytest.raises(gr.GradRouteError, match="its own runs"):
         compare(by_prompts("route", range(12)), Controls(by_prompts("copy", range(12))))
 
 
 def test_one_draw_counted_twice_raises() -> None:
     draws = [exact(f"draw {i}", [0.5, 0.55, 0.45 + max(i, 1) / 100]) for i in range(5)]
-    with pytest.raises(gr.GradRouteError, match="same outcomes in draw 1 and draw 0"):
+    with pytest.raises(gr.GradRouteError, match="same evaluations in draw 1 and draw 0"):
         compare(ROUTE, Controls(SHUFFLE, draws))
 
 

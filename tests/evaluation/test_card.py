@@ -116,7 +116,7 @@ def test_a_verdict_on_other_runs_is_refused(tmp_path: Path) -> None:
     other = gr.compare(
         exact("route", [0.0, 0.0, 0.1]), gr.evaluation.Controls(exact("shuffle", [0.9, 0.9, 0.8])), resamples=100
     )
-    with pytest.raises(gr.GradRouteError, match=r"`verdict` should be on runs of which `report` is one.*Fix"):
+    with pytest.raises(gr.GradRouteError, match=r"`report` should be of a run that `verdict` compared.*Fix"):
         write(tmp_path, given, verdict=other)
 
 

@@ -49,7 +49,7 @@ EVALUATIONS = {
 every_evaluation = pytest.mark.parametrize("run", EVALUATIONS.values(), ids=EVALUATIONS.keys())
 
 
-@pytest.mark.corner("an evaluation inside of an open route", "`RouteError`, which names the route")
+@pytest.mark.corner("an evaluation inside an open route", "`RouteError`, which names the route")
 @every_evaluation
 def test_an_open_route_is_named_as_the_cause(run: Callable[..., Any]) -> None:
     """The route would end with "14 of 14 layers did not run"."""
@@ -111,7 +111,7 @@ def fused(layer: gr.QuarantineLoRA) -> Callable[[Any], Any]:
     return forward
 
 
-@pytest.mark.corner("a fused kernel in the place of the forward of routed layers", "`RouteError`, in every evaluation")
+@pytest.mark.corner("a fused kernel replaces the forward of routed layers", "`RouteError`, in every evaluation")
 @every_evaluation
 @pytest.mark.parametrize("layers", [["lower"], ["upper"], ["lower", "upper"]])
 def test_a_layer_whose_own_forward_is_replaced_is_found(run: Callable[..., Any], layers: list[str]) -> None:
@@ -128,7 +128,7 @@ def test_a_layer_whose_own_forward_is_replaced_is_found(run: Callable[..., Any],
         run(model, evaluation(lambda model: model(X)))
 
 
-@pytest.mark.corner("a fused kernel in the place of a module around routed layers", "`RouteError`, in every evaluation")
+@pytest.mark.corner("a fused kernel replaces a module around routed layers", "`RouteError`, in every evaluation")
 @every_evaluation
 def test_layers_that_a_patch_of_the_module_around_them_passes_by_are_found(run: Callable[..., Any]) -> None:
     model = nn.Sequential(tower())
@@ -169,7 +169,7 @@ def test_an_answer_from_a_cache_in_the_second_view_is_found(run: Callable[..., A
 
 
 @every_evaluation
-def test_an_engine_of_its_own_need_not_run_the_model(run: Callable[..., Any]) -> None:
+def test_a_separate_engine_need_not_run_the_model(run: Callable[..., Any]) -> None:
     run(tower(), evaluation(lambda model: None))
 
 

@@ -126,7 +126,7 @@ def test_an_ablated_copy_is_found_out_by_the_second_refresh_where_the_first_dire
         made.refresh()
 
 
-def test_a_view_of_its_own_inside_extract_raises() -> None:
+def test_a_view_that_extract_opens_itself_raises() -> None:
     model = routed_mixer()
 
     def disabled() -> gr.Directions:

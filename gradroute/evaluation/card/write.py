@@ -45,7 +45,7 @@ def write_card(
             `gate`, `directions`, `refresher` and `filter`; or a sentence that says what decided instead.
         masks: the zones or weights, in words; None for `describe()` of gate and filter.
         refresher: of the directions; None for that of `routed_by`, or for directions that were frozen.
-        verdict: of `compare`, on runs of which this model is one.
+        verdict: of `compare`; this model should be one of the runs that were compared.
         caveats: sentences to add.
 
     Raises:
@@ -88,6 +88,6 @@ def _check_judged(verdict: Verdict, report: OnOffReport) -> None:
         ):
             return
     raise GradRouteError(
-        f"`verdict` should be on runs of which `report` is one. Found no seed of {verdict.treatment.name} with its "
+        f"`report` should be of a run that `verdict` compared. Found no seed of {verdict.treatment.name} with its "
         "rates. Fix: give the report of one of the runs that were compared."
     )

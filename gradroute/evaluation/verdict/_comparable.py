@@ -15,8 +15,8 @@ def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -
                 raise GradRouteError(f"Every arm should have its own name. Found {arm.name!r} twice. Fix: rename one.")
             if arm.runs is earlier.runs or _same_outcomes(arm, earlier):
                 raise GradRouteError(
-                    f"`controls` should have their own runs. Found the same outcomes in {arm.name} and {earlier.name}. "
-                    "Fix: give each arm the evaluations of its own models."
+                    f"Every arm should have its own runs. Found the same evaluations in {arm.name} and {earlier.name}. "
+                    "Fix: give each arm the reports of the models that it trained."
                 )
     if 0 < len(controls.random) < least_draws:
         raise GradRouteError(

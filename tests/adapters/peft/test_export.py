@@ -85,7 +85,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "second of two adapters": ("llama", second_of_two),
 }
 
-# Loads every export with what is installed besides gradroute, and writes how far its logits are from those expected.
+# Loads every export in an environment without gradroute, and writes how far its logits are from those expected.
 ALONE = """
 import json, sys
 from importlib.abc import MetaPathFinder

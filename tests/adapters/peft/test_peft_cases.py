@@ -30,16 +30,18 @@ def test_a_new_adapter_leaves_the_output_as_it_was_bitwise(case: Case) -> None:
 
 
 @each_case
-def test_the_trainable_parameters_are_both_blocks_and_what_peft_saves_besides(case: Case) -> None:
+def test_the_trainable_parameters_are_both_blocks_and_modules_to_save(case: Case) -> None:
     model = case.fresh()
     deployed, quarantine = dict(gr.deployed_parameters(model)), dict(gr.quarantine_parameters(model))
-    besides = {name for name, _ in model.named_parameters() if ".modules_to_save." in name}
-    assert bool(besides) == ("modules_to_save" in case.options)
+    saved_modules = {name for name, _ in model.named_parameters() if ".modules_to_save." in name}
+    assert bool(saved_modules) == ("modules_to_save" in case.options)
     assert not deployed.keys() & quarantine.keys()
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == deployed.keys() | quarantine.keys() | besides
+    assert {
+        n for n, p in model.named_parameters() if p.requires_grad
+    } == deployed.keys() | quarantine.keys() | saved_modules
     assert all(".lora_A.default." in name or ".lora_B.default." in name for name in deployed)
     assert all("_quarantine.default." in name for name in quarantine)
-    assert {".lora_" in name for name in besides} <= {False}
+    assert {".lora_" in name for name in saved_modules} <= {False}
 
 
 @each_plain_case
