@@ -1,6 +1,6 @@
 """Group advantages for two blocks.
 
-    A_i(w) = r_i - sum_j w_j r_j / sum_j w_j          over the rows of a group; for a block of gradient weights w
+    A_i(w) = r_i - sum_j w_j r_j / sum_j w_j          over the rows of a group; for a block with gradient weights w
     full  = A(1)                                      for the quarantine
     clean = A(unflagged), and 0 on flagged rows       for the deployed block
 

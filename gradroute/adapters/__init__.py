@@ -1,7 +1,8 @@
 """Where gradients may land: layers with a deployed and a quarantine block, masks, routes and views.
 
 `attach` or `QuarantineLoraConfig` puts the blocks in, `route` says which rows train which block, `ablate_quarantine`
-and `disable_adapters` show what is left without one, `export_deployed` and `merge_deployed` ship it.
+and `disable_adapters` show the model without the quarantine or without both blocks, `export_deployed` and
+`merge_deployed` ship it.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """Audits of the steps that an optimizer takes with routed gradients, and corrections to them.
 
 With AdamW a gradient of zero still moves a weight. `audit_updates` shows it; `skip_idle_blocks` and the corrections
-mend it. Each returns a handle that ends with `close()` or with its optimizer.
+mend it. All but `purge_moments`, which acts once, return a handle that ends with `close()` or with its optimizer.
 """
 
 from gradroute.optim.audit import BlockUpdate, UpdateAudit, UpdateAudits, audit_updates
