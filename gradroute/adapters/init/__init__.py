@@ -2,8 +2,10 @@
 
     A = [V; 0],  B = [0, U]:      B A = 0 exactly, and the frozen weight is untouched
 
-V holds input directions as rows, U output directions as columns, all of length one (for `gaussian_`, on average). Values
-of A and B are overwritten, trained ones too: make the optimizer afterwards. If a function raises, nothing was written."""
+V holds input directions as rows, U output directions as columns, all of length one (for `gaussian_`, on average).
+Values of A and B are overwritten, trained ones too: make the optimizer afterwards. If a function raises, nothing was
+written.
+"""
 
 from gradroute.adapters.init.contrastive_covariance import contrastive_covariance_
 from gradroute.adapters.init.gaussian import gaussian_
