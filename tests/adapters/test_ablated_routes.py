@@ -77,8 +77,9 @@ def test_a_quarantine_scaled_in_part_still_trains() -> None:
     assert all(p.grad.abs().sum() > 0 for _, p in gr.quarantine_parameters(model))
 
 
-def test_a_mask_without_the_quarantine_in_the_forward_has_nothing_to_lose() -> None:
-    model, mask = routed_tower(), gr.RouteMask.weights(m=torch.zeros(4), g_d=1.0, g_q=1.0)
+@pytest.mark.parametrize(("m", "g_q"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_mask_under_which_the_quarantine_does_not_run_or_learn_has_nothing_to_lose(m: float, g_q: float) -> None:
+    model, mask = routed_tower(), gr.RouteMask.weights(m=torch.full((4,), m), g_d=1.0, g_q=g_q)
     with gr.ablate_quarantine(model), gr.route(model, mask):
         model(X).sum().backward()
 
