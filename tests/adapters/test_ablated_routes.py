@@ -77,12 +77,13 @@ def test_a_quarantine_scaled_in_part_still_trains() -> None:
     assert all(p.grad.abs().sum() > 0 for _, p in gr.quarantine_parameters(model))
 
 
-def test_a_mask_without_the_quarantine_in_the_forward_has_nothing_to_lose() -> None:
+@pytest.mark.parametrize(("m", "g_q"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_mask_under_which_the_quarantine_does_not_run_or_learn_has_nothing_to_lose(m: float, g_q: float) -> None:
     model, plain = routed_tower(), routed_tower()
-    mask = gr.RouteMask.weights(m=torch.zeros(4), g_d=1.0, g_q=1.0)
+    mask = gr.RouteMask.weights(m=torch.full((4,), m), g_d=1.0, g_q=g_q)
     with gr.ablate_quarantine(model), gr.route(model, mask):
         model(X).sum().backward()
-    with gr.route(plain, mask):
+    with gr.route(plain, gr.RouteMask.weights(m=torch.zeros(4), g_d=1.0, g_q=g_q)):
         plain(X).sum().backward()
     assert not any(p.grad.any() for _, p in gr.quarantine_parameters(model))
     for name, parameter in gr.deployed_parameters(plain):

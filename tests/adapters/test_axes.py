@@ -115,6 +115,13 @@ def test_layers_that_share_out_the_tokens_are_refused_though_a_pooled_head_had_t
             model(torch.randn(ROWS, ROWS, 6).double())
 
 
+def test_an_expert_is_refused_though_it_gets_as_many_tokens_as_there_are_rows() -> None:
+    model = routed(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(6, 6)])}))
+    with pytest.raises(gr.errors.RouteError, match=r"`experts\.0` is an expert.*Fix: exclude the experts"):
+        with gr.route(model, gr.RouteMask.zones(ZONES)):
+            model["experts"][0](torch.randn(ROWS, 6).double())
+
+
 def test_tokens_that_a_module_flattens_do_not_fit_the_rows() -> None:
     class Flattening(nn.Module):
         def __init__(self) -> None:

@@ -101,6 +101,17 @@ def test_a_block_that_is_not_finite_or_elsewhere_is_named() -> None:
     assert "meta" in reasons["lower"]
 
 
+def test_a_rank_that_is_zero_on_both_sides_and_a_layer_on_two_devices_are_named() -> None:
+    model = routed_tower()
+    with torch.no_grad():
+        model.upper.lora_A_quarantine[1] = 0.0
+        model.upper.lora_B_quarantine[:, 1] = 0.0
+    model.lower.base_layer.to("meta")
+    reasons = found(model)
+    assert "error: its quarantine block has a rank that is zero in A and B" in reasons["upper"]
+    assert "error: its parts are on ['cpu', 'meta']" in reasons["lower"]
+
+
 def spoil_two_adapters(model: nn.Module) -> None:
     model.add_adapter("other", config())
     model.base_model.set_adapter(["default", "other"])

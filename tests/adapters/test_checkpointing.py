@@ -1,9 +1,12 @@
 """Activation checkpointing runs forwards again inside backward: exact while the route is open, refused otherwise."""
 
+from itertools import count
+
 import pytest
 import torch
 from support.models import gradients, routed_tower
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import gradroute as gr
@@ -184,6 +187,35 @@ def test_tensors_kept_on_the_cpu_by_other_hooks_are_exact_or_raise(use_reentrant
     except gr.errors.RouteError:
         return
     assert all(torch.equal(expected[name], gradient) for name, gradient in gradients(model).items())
+
+
+def checkpoint_by_hooks(model: nn.Module, x: Tensor) -> Tensor:
+    """A non-reentrant checkpoint that is not torch's: it keeps no tensor, and backward runs the forward again."""
+    places = count()
+
+    def again(place: int) -> Tensor:
+        kept: list[Tensor] = []
+        with saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda _: None), torch.enable_grad():
+            model(x)
+        return kept[place]
+
+    with saved_tensors_hooks(lambda _: next(places), again):
+        return model(x).sum()
+
+
+def test_a_checkpoint_by_hooks_is_exact_in_its_own_state_and_raises_in_another() -> None:
+    model, plain = routed_tower(), routed_tower()
+    with gr.route(plain, FIRST):
+        plain(x()).sum().backward()
+    with gr.route(model, FIRST):
+        checkpoint_by_hooks(model, x()).backward()
+    expected = gradients(plain)
+    assert all(torch.equal(expected[name], gradient) for name, gradient in gradients(model).items())
+    for block in (gr.route(model, FIRST), gr.ablate_quarantine(model, 0.5)):
+        with block:
+            loss = checkpoint_by_hooks(model, x())
+        with pytest.raises(gr.errors.RouteError, match="enclose both forward and backward"):
+            loss.backward()
 
 
 @both_modes

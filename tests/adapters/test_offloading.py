@@ -145,3 +145,8 @@ def test_check_model_names_an_offloaded_base_model_once() -> None:
     (finding,) = gr.check_model(base_model("llama").to("meta"))
     assert finding.severity == "error"
     assert "load the model first" in finding.reason
+
+
+def test_a_base_without_values_has_no_identity() -> None:
+    with pytest.raises(gr.GradRouteError, match="should have values. Found it on the meta device.*Fix: load"):
+        model_identity(base_model("llama").to("meta"))

@@ -304,6 +304,13 @@ def test_a_sticky_route_that_never_ran_raises_when_it_is_cleared_or_replaced() -
     gr.adapters.clear_route(model)
 
 
+def test_what_ran_in_an_inner_route_did_not_run_in_the_outer_one() -> None:
+    model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
+    with pytest.raises(gr.errors.RouteError, match="did not run"), gr.route(model, mask):
+        with gr.route(model, gr.RouteMask.zones(["keep"] * len(mask))):
+            model(x)
+
+
 def test_clearing_without_a_route_and_mixing_sticky_with_blocks_raise() -> None:
     model, (x, _), mask = routed_tower(), batch(), gr.RouteMask.zones(ZONES)
     with pytest.raises(gr.errors.RouteError, match="no route to clear"):

@@ -157,8 +157,11 @@ def test_a_closed_watch_leaves_the_optimizer_and_the_gate_alone() -> None:
     train_step(model, optimizer)
     gate(torch.tensor([0.0]))
     gate.directions = copy.deepcopy(made.directions)
-    assert made.step() is None
+    assert [made.step(), made.step(), made.step()] == [None] * 3
     watch.close()
+    del made, watch
+    gc.collect()
+    gate(torch.tensor([0.0]))
 
 
 @pytest.mark.corner("a second refresher on the same optimizer, the first is gone", "the second takes over")
@@ -311,11 +314,12 @@ def test_a_gate_on_a_copy_of_the_directions_raises(kind) -> None:
 
 def test_a_gate_that_is_given_other_directions_later_raises_too() -> None:
     model = routed_mixer()
-    made = refresher(model)
+    optimizer, made = optimizer_for(model), refresher(model)
     gate = gr.BandGate(made.directions)
-    made.watch(gate)
+    made.watch(optimizer, gate)
     gate.directions = copy.deepcopy(made.directions)
-    for use in (made.step, made.refresh, lambda: gate(torch.tensor([0.0]))):
+    uses = (lambda: train_step(model, optimizer), made.step, made.refresh, lambda: gate(torch.tensor([0.0])))
+    for use in uses:
         with pytest.raises(gr.errors.RefreshError, match="should hold the directions that are refreshed"):
             use()
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import gradroute as gr
+from gradroute.adapters.peft import _reload
 
 pytestmark = [pytest.mark.touches_peft, unnamed_base]
 EXPORTS = [gr.export_deployed, gr.export_full]
@@ -59,6 +60,28 @@ def test_what_peft_refuses_to_load_is_refused_with_its_reason(tmp_path: Path) ->
     model = gr.attach(base, r=2, target_modules=["out_proj"])
     with pytest.raises(gr.GradRouteError, match=r"refuses: .*out_proj.*Fix: merge_deployed"):
         gr.export_deployed(model, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["value", "lost", "added"])
+def test_a_file_that_peft_loads_as_other_layers_or_values_is_refused(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a PEFT would that rewrites names or scales while it loads."""
+    load = _reload._loaded
+
+    def loaded(*arguments: Any) -> dict[str, Any]:
+        found = load(*arguments)
+        name, (A, B) = next(iter(found.items()))
+        return {"value": {**found, name: (A, 2 * B)}, "lost": {**found, name: None}, "added": {**found, "x": (A, B)}}[
+            wrong
+        ]
+
+    monkeypatch.setattr(_reload, "_loaded", loaded)
+    model = randomize_blocks(gr.attach(llama(), r=2))
+    counts = "0 of .* adapt 1 others" if wrong == "added" else "1 of .* adapt 0 others"
+    with pytest.raises(gr.GradRouteError, match=f"lose the LoRA of {counts}"):
+        gr.export_deployed(model, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def marks(model: nn.Module) -> dict[str, Any]:
