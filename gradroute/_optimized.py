@@ -42,13 +42,15 @@ def check_held(
     missing = [name for name, parameter in wanted if id(parameter) not in held]
     if missing:
         names = list(dict.fromkeys(missing))
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+        layers = ", ".join(f"`{name}`" for name in names[:3]) + (
+            f" and {len(names) - 3} more layers" if names[3:] else ""
+        )
         raise error(
-            f"`optimizer` should hold every parameter of the blocks that is to be trained. It lacks {len(missing)} of "
-            f"{len(wanted)}, those of {', '.join(f'`{name}`' for name in names[:3])}{more}: they would never be "
-            "trained. Fix: make the optimizer after attach() or get_peft_model(), and after wrapping or moving the "
-            "model, from deployed_parameters(model) and quarantine_parameters(model); where there are several "
-            "optimizers, name all of them."
+            "`optimizer` should hold every parameter of the blocks that is to be trained. Found that it lacks "
+            f"{len(missing)} of {len(wanted)}, those of {layers}: they would never be trained. "
+            "Fix: make the optimizer after attach() or get_peft_model(), and after wrapping or moving the model, from "
+            "deployed_parameters(model) and quarantine_parameters(model); where there are several optimizers, name all "
+            "of them."
         )
 
 

@@ -175,7 +175,7 @@ def test_a_block_that_no_optimizer_holds_is_found_unless_it_is_frozen_or_held_by
     left_out = [p for _, p in block(model)]
     held = [p for p in trained(model) if not any(p is other for other in left_out)]
     optimizer = torch.optim.AdamW(held, weight_decay=0.0)
-    with pytest.raises(gr.GradRouteError, match="It lacks 4 of 8, those of `lower`, `upper`"):
+    with pytest.raises(gr.GradRouteError, match="Found that it lacks 4 of 8, those of `lower`, `upper`"):
         HANDLES[kind](model, optimizer)
     function = {"audit_updates": gr.audit_updates, "skip_idle_blocks": gr.skip_idle_blocks}.get(
         kind, lambda model, optimizer, **rest: decay_toward_start(model, optimizer, 0.1, **rest)
