@@ -210,6 +210,14 @@ def test_the_routing_of_a_run_says_what_gate_and_refresher_say(tmp_path: Path) -
     assert write(tmp_path, given, routed_by=routing) == by_hand
 
 
+def test_directions_that_score_for_a_gate_without_any_are_named(tmp_path: Path) -> None:
+    given = run()
+    refresher = given["refresher"]
+    routing = Routing(gr.ThresholdGate(0.5), refresher.directions, refresher)
+    text = write(tmp_path, given, refresher=None, routed_by=routing)
+    assert f"| direction, SHA-256 | {refresher.directions.content_hash} |" in text
+
+
 def test_every_part_of_a_routing_is_named(tmp_path: Path) -> None:
     given = run()
     gate, refresher = given["routed_by"], given["refresher"]

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.trl_runs import Watched, quiet, rows_of, tokenizer, trainer
+from support.trl_runs import Watched, extract, quiet, rows_of, tokenizer, trainer
 from torch import Tensor
 
 import gradroute as gr
@@ -135,6 +136,14 @@ def test_an_undecided_detector_leaves_rows_absorbed_and_is_not_counted(tmp_path:
     assert 0 < len(decided) < 8
     assert sum(map(len, seen)) == len(decided)
     assert made.state.log_history[0]["routing/detector_rate"] == pytest.approx(sum(decided) / len(decided))
+
+
+def test_an_undecided_detector_leaves_a_gate_on_directions_alone(tmp_path: Path) -> None:
+    # A row is routed if either says so, and "undecided" says nothing.
+    gate = partial(gr.BandGate, threshold=1e6, window=1000)
+    made = trainer(tmp_path, directions=extract, gate=gate, detector=each_word(lambda _: None), args_max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["routing/flag_rate"] == 0
 
 
 def test_a_detector_that_is_never_decided_asks_no_gate(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_copies_of_split_rows_train_the_deployed_block_and_other_copies_nothing(
     assert batch.clean is not None
     assert batch.clean.keys() == batch.inputs.keys()
     assert batch.clean["advantages"].tolist() == [-1, -2, -3]
+    # Nor does a copy of a row whose own forward trains the deployed block.
+    assert MicroBatch.of(rollouts, copies=3).mask.g_d.tolist() == [0, 0, 1, 0.5, 0, 0]
     whole = MicroBatch.of(rollouts)
     assert whole.twice is None
     assert len(whole.mask) == 3
