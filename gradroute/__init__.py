@@ -40,7 +40,7 @@ from gradroute.directions import (
 from gradroute.errors import GradRouteError, GradRouteWarning
 from gradroute.evaluation import EvalRecord, compare, evaluate_on_off, write_card
 from gradroute.filters import ProjectionFilter, RolloutFilter, apply_filter, attach_filter
-from gradroute.gates import BandGate, LabelGate, QuantileGate, ThresholdGate
+from gradroute.gates import BandGate, LabelGate, LogRatioGate, QuantileGate, ThresholdGate
 from gradroute.optim import audit_updates, skip_idle_blocks
 from gradroute.refresh import Refresher
 
@@ -108,6 +108,7 @@ __all__ = [
     "GradRouteError",
     "GradRouteWarning",
     "LabelGate",
+    "LogRatioGate",
     "ProjectionFilter",
     "QuantileGate",
     "QuarantineLoRA",

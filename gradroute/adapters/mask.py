@@ -7,12 +7,12 @@
 | route  | 1 | 0 | 1 |
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradroute.errors import RouteError
@@ -138,6 +138,20 @@ class RouteMask:
         """True where a row is in the route zone: the quarantine is on and learns, the deployed block does not."""
         return (self.m != 0) & (self.g_d == 0) & (self.g_q != 0)
 
+    def __or__(self, other: "RouteMask") -> "RouteMask":
+        """The higher zone of each row, keep < absorb < route: routed is what either routes.
+
+        A mask of rows, `(batch,)`, holds for all tokens of a mask `(batch, seq)`.
+
+        Raises:
+            RouteError: weights that are no zones, other rows, or another device.
+        """
+        return self._with_zones_of(other, torch.maximum) if isinstance(other, RouteMask) else NotImplemented
+
+    def __and__(self, other: "RouteMask") -> "RouteMask":
+        """The lower zone of each row, keep < absorb < route: routed is what both route. Errors: see `|`."""
+        return self._with_zones_of(other, torch.minimum) if isinstance(other, RouteMask) else NotImplemented
+
     def __len__(self) -> int:
         return self.m.shape[0]
 
@@ -150,10 +164,34 @@ class RouteMask:
             raise RouteError(f"`rows` should be one index or flag per row. Found the shape {tuple(index.shape)}.")
         return type(self)(self.m[index], self.g_d[index], self.g_q[index])
 
+    def _in_zones(self) -> Bool[Tensor, "zones *rows"]:
+        """Which rows are in keep, absorb and route; weighted rows are in none."""
+        weights = torch.stack([self.m, self.g_d, self.g_q], dim=-1)
+        return torch.stack([(weights == weights.new_tensor(zone)).all(-1) for zone in _ZONE_WEIGHTS])
+
+    def _with_zones_of(self, other: "RouteMask", choose: Callable[[Tensor, Tensor], Tensor]) -> "RouteMask":
+        sides = [self, other]
+        for side in sides:
+            weighted = ~side._in_zones().any(0)
+            if weighted.any():
+                raise RouteError(
+                    "Masks that are combined by | or & should consist of zones: keep, absorb or route. Found weights "
+                    f"in {int(weighted.sum())} of {side!r}. Fix: combine the flags, then weigh."
+                )
+        numbers = [side._in_zones().long().argmax(0) for side in sides]
+        if {number.ndim for number in numbers} == {1, 2}:
+            numbers = [number[:, None] if number.ndim == 1 else number for number in numbers]
+        rows, tokens = ({number.shape[axis:][:1] for number in numbers} for axis in (0, 1))
+        if len(rows) > 1 or len(tokens - {torch.Size([1])}) > 1 or self.m.device != other.m.device:
+            raise RouteError(
+                "Masks that are combined by | or & should be of the same rows, on one device. Found "
+                f"{tuple(self.shape)} on {self.m.device} and {tuple(other.shape)} on {other.m.device}."
+            )
+        return RouteMask.zones(choose(*torch.broadcast_tensors(*numbers)))  # type: ignore[no-untyped-call]
+
     def __repr__(self) -> str:
         unit = "rows" if self.m.ndim == 1 else "tokens"
-        weights = torch.stack([self.m, self.g_d, self.g_q], dim=-1)
-        zones = [(weights == weights.new_tensor(zone)).all(-1) for zone in _ZONE_WEIGHTS]
+        zones = self._in_zones()
         counts = [f"{int(zone.sum())} {name}" for name, zone in zip(_ZONES, zones, strict=True)]
         other = self.m.numel() - sum(int(zone.sum()) for zone in zones)
         if other:

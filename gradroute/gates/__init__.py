@@ -6,6 +6,7 @@ A gate is called once per batch and returns a `RouteMask`. It says so when it ro
 from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate
 from gradroute.gates.label import LabelGate
+from gradroute.gates.log_ratio import LogRatioGate, ScoreFigures
 from gradroute.gates.quantile import QuantileGate
 from gradroute.gates.threshold import ThresholdGate
 
@@ -13,6 +14,8 @@ __all__ = [
     "BandGate",
     "Gate",
     "LabelGate",
+    "LogRatioGate",
     "QuantileGate",
+    "ScoreFigures",
     "ThresholdGate",
 ]

@@ -1,7 +1,8 @@
 """Audits of the steps that an optimizer takes with routed gradients, and corrections to them.
 
 With AdamW a gradient of zero still moves a weight. `audit_updates` shows it; `skip_idle_blocks` and the corrections
-mend it. All but `purge_moments`, which acts once, return a handle that ends with `close()` or with its optimizer.
+mend it. `slow_start` holds the deployed block back for the first steps; `block_groups` makes the groups for it. All but
+these groups and `purge_moments`, which acts once, are handles that end with `close()` or with their optimizer.
 """
 
 from gradroute.optim.audit import BlockUpdate, UpdateAudit, UpdateAudits, audit_updates
@@ -13,17 +14,21 @@ from gradroute.optim.corrections import (
     purge_moments,
 )
 from gradroute.optim.idle_blocks import IdleBlockSkip, skip_idle_blocks
+from gradroute.optim.slow_start import SlowStart, block_groups, slow_start
 
 __all__ = [
     "BlockUpdate",
     "DecayTowardStart",
     "IdleBlockSkip",
+    "SlowStart",
     "UpdateAudit",
     "UpdateAudits",
     "UpdateProjection",
     "audit_updates",
+    "block_groups",
     "decay_toward_start",
     "project_updates",
     "purge_moments",
     "skip_idle_blocks",
+    "slow_start",
 ]

@@ -82,8 +82,8 @@ def reprs() -> tuple[list[str], list[str]]:
     lines: list[Any] = [
         MASK, HACK, HACK.provenance, acts, stats, audit, audits, refresher, refresher.refresh(), ERASE, PAIRS[0],
         gr.RolloutFilter(GRADIENT), gr.RolloutFilter(GRADIENT, lambda scores: scores > 0), gr.BandGate(HACK),
-        gr.ThresholdGate(0.5), gr.LabelGate(), gr.QuantileGate(HACK), Rate(1, 2), RECORD, ROUTE, Criteria(),
-        Controls(SHUFFLE), Controls(SHUFFLE, [RANDOM]), Svd(k=2), Ridge(), MeanDifference(),
+        gr.ThresholdGate(0.5), gr.LabelGate(), gr.LogRatioGate(), gr.QuantileGate(HACK), Rate(1, 2), RECORD,
+        ROUTE, Criteria(), Controls(SHUFFLE), Controls(SHUFFLE, [RANDOM]), Svd(k=2), Ridge(), MeanDifference(),
         TStatistic(), gr.parameter_summary(MODEL), outcomes(3), validation,
         gr.check_model(MODEL), gr.check_model(nn.MultiheadAttention(4, 2)),
     ]  # fmt: skip

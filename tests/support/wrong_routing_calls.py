@@ -20,6 +20,8 @@ from support.call_arguments import (
     extract,
 )
 
+LOGPS = torch.full((2, 3), -1.0)
+
 ROUTING_CALLS: Calls = {
     "BandGate": [
         ("`directions`", lambda: gr.BandGate("hack")),
@@ -42,6 +44,17 @@ ROUTING_CALLS: Calls = {
         ("`recall`", lambda: gr.LabelGate(recall=50)),
         ("`false_positive_rate`", lambda: gr.LabelGate(false_positive_rate=-0.1)),
         ("`below`", lambda: gr.LabelGate(below="route")),
+    ],
+    "LogRatioGate": [
+        ("`threshold`", lambda: gr.LogRatioGate(0.0)),
+        ("`per`", lambda: gr.LogRatioGate(per="batch")),
+        ("`below`", lambda: gr.LogRatioGate(below="drop")),
+        ("`empty_calls`", lambda: gr.LogRatioGate(empty_calls=1.5)),
+        ("`mask`", lambda: gr.LogRatioGate()(LOGPS, 2 * LOGPS, [[1, 1]])),
+        ("`on`", lambda: gr.LogRatioGate()(LOGPS.exp(), LOGPS, torch.ones(2, 3))),
+        ("`on`", lambda: gr.LogRatioGate()(LOGPS[:, 1:], LOGPS, torch.ones(2, 3))),
+        ("`ablated`", lambda: gr.LogRatioGate()(LOGPS, LOGPS.tolist(), torch.ones(2, 3))),
+        ("`ablated`", lambda: gr.LogRatioGate(empty_calls=0)(LOGPS, LOGPS, torch.ones(2, 3))),
     ],
     "QuantileGate": [
         ("`features`", lambda: gr.QuantileGate(HACK)(torch.zeros(4))),
