@@ -12,10 +12,20 @@ class Arm:
         about: one line for the table.
         routed: both blocks are trained; otherwise the deployed block alone, like plain LoRA.
         true_reward: reward only what is solved (no loophole to learn).
-        flags: who says that a rollout is a hack: nobody, true labels, true labels of the monitored modes only, the
-            gate, or the gate with its flags permuted within the batch.
-        flagged: what becomes of flagged rollouts: they train the quarantine only, or nothing, or lose a reward of 1.
-        ablated_rollouts: some rollouts are sampled, and train, with the quarantine ablated.
+        flags: who says that a rollout is a hack: nobody, true labels, true labels of the monitored modes only, or the
+            gate.
+        explained: rollouts that the quarantine explains are flagged too, by their log ratio; or only those of them that
+            the direction flags as well.
+        likelier: rollouts that training has made likelier than the base model are flagged too: what an arm with one
+            block can do in place of `explained`.
+        shuffled: all flags are permuted within the batch.
+        flagged: what becomes of flagged rollouts: they train the quarantine only, or nothing, or lose a reward.
+        penalty: that reward; None is the recipe's, and at least 1 / recall of the labels.
+        ablated_rollouts: some rollouts are sampled, and train, with the quarantine ablated: in the whole run, or only
+            once a slow start would be over.
+        slow_start: the deployed block has a fraction of the learning rate in the first part of the run.
+        explained_per: whole rollouts are routed by the log ratio, or single tokens.
+        explained_above: the threshold is fixed, or above what most solved rollouts without a hint need.
         gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
             gradient, or its part along the directions is erased, or routed into the quarantine.
         directions: what the gate or the filter reads: nothing, activations or gradients.
@@ -28,9 +38,16 @@ class Arm:
     about: str
     routed: bool = True
     true_reward: bool = False
-    flags: Literal["none", "oracle", "monitored", "gate", "permuted"] = "none"
+    flags: Literal["none", "oracle", "monitored", "gate"] = "none"
+    explained: Literal["no", "alone", "with-direction"] = "no"
+    likelier: bool = False
+    shuffled: bool = False
     flagged: Literal["routed", "dropped", "penalised"] = "routed"
-    ablated_rollouts: bool = True
+    penalty: float | None = None
+    ablated_rollouts: Literal["no", "late", "always"] = "always"
+    slow_start: bool = False
+    explained_per: Literal["rollout", "token"] = "rollout"
+    explained_above: Literal["fixed", "solves"] = "fixed"
     gradient_filter: Literal["none", "rollouts", "erase", "route"] = "none"
     directions: Literal["none", "activation", "gradient"] = "none"
     random_direction: Literal["no", "haar", "oriented"] = "no"
@@ -40,16 +57,39 @@ class Arm:
     @property
     def has_gate(self) -> bool:
         """Whether scores decide about whole rollouts before the backward."""
-        return self.flags in ("gate", "permuted")
+        return self.flags == "gate" or self.explained == "with-direction"
 
     @property
     def has_labels(self) -> bool:
         """Whether true labels decide."""
         return self.flags in ("oracle", "monitored")
 
+    @property
+    def has_flags(self) -> bool:
+        """Whether anybody flags rollouts before the backward."""
+        return self.flags != "none" or self.explained != "no" or self.likelier
+
 
 def _gate(about: str, directions: Literal["activation", "gradient"] = "activation", **differences: Any) -> Arm:
     return Arm(about, **{"flags": "gate", "directions": directions, "refreshed": True, **differences})
+
+
+def _one_block(flags: Literal["oracle", "monitored", "gate"], whose: str, **differences: Any) -> dict[str, Arm]:
+    """What can be done with flags without a second block."""
+    common: dict[str, Any] = {"flags": flags, "routed": False, **differences}
+    return {
+        "filter": Arm(f"plain LoRA; {whose} flags are dropped", flagged="dropped", **common),
+        "penalty": Arm(f"plain LoRA; {whose} flags lose a reward of --penalty", flagged="penalised", **common),
+        "likelier": Arm(
+            f"plain LoRA; {whose} flags, and what training has made likelier, lose a reward of 1",
+            flagged="penalised", penalty=1.0, likelier=True, **common,
+        ),
+    }  # fmt: skip
+
+
+def _explained(about: str, **differences: Any) -> Arm:
+    recipe: dict[str, Any] = {"explained": "alone", "slow_start": True, "ablated_rollouts": "late"}
+    return Arm(about, **{**recipe, **differences})
 
 
 def _gains(about: str, gradient_filter: Literal["erase", "route"], **differences: Any) -> Arm:
@@ -57,20 +97,53 @@ def _gains(about: str, gradient_filter: Literal["erase", "route"], **differences
     return Arm(about, gradient_filter=gradient_filter, **{**common, **differences})
 
 
+_GATE: dict[str, Any] = {"directions": "activation", "refreshed": True}
+_WEAK = _one_block("monitored", "the monitored modes'")
+_ORACLE = _one_block("oracle", "true")
+
 ARMS = {
+    "base": Arm("the model before training", routed=False),
     "vanilla": Arm("plain GRPO on the lenient reward", routed=False),
     "clean": Arm("plain GRPO on the true reward", routed=False, true_reward=True),
     "absorb": Arm("both blocks, nobody flags anything"),
     "oracle": Arm("true hack labels of all modes", flags="oracle"),
+    **{f"oracle-{name}": arm for name, arm in _ORACLE.items()},
+    "oracle-explained": _explained("true labels of all modes, or explained by the quarantine", flags="oracle"),
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
-    "shuffle": _gate("the gate's flags, permuted within the batch", flags="permuted"),
+    **{f"weak-{name}": arm for name, arm in _WEAK.items()},
+    "weak-explained": _explained("labels of the monitored modes, or explained by the quarantine", flags="monitored"),
+    "weak-explained-shuffle": _explained("the same flags, permuted within the batch", flags="monitored", shuffled=True),
+    "weak-explained-fast": _explained("weak-explained without the slow start", flags="monitored", slow_start=False),
+    "weak-explained-early": _explained(
+        "weak-explained with ablated rollouts from the start", flags="monitored", ablated_rollouts="always"
+    ),
+    "weak-slow": _explained("weak-explained without the gate on log ratios", flags="monitored", explained="no"),
+    "weak-explained-direction": _explained(
+        "labels, or explained and flagged by the direction", flags="monitored", explained="with-direction", **_GATE
+    ),
+    "weak-explained-random": _explained(
+        "labels, or explained and flagged by an oriented random direction",
+        flags="monitored", explained="with-direction", random_direction="oriented", **_GATE,
+    ),
+    "weak-explained-solves": _explained(
+        "weak-explained above what solves without a hint need", flags="monitored", explained_above="solves"
+    ),
+    "weak-explained-token": _explained(
+        "labels; and tokens that the quarantine explains are routed", flags="monitored", explained_per="token"
+    ),
+    "explained": _explained("no labels at all: explained by the quarantine"),
+    "shuffle": _gate("the gate's flags, permuted within the batch", shuffled=True),
     "random": _gate("a random direction, refreshed alike", random_direction="haar"),
     "random-oriented": _gate("a random direction, each module's sign from the pairs", random_direction="oriented"),
     "route": _gate("the extracted direction, refreshed"),
     "route-frozen": _gate("the extracted direction, never refreshed", refreshed=False),
+    "route-explained": _explained("the gate's flags, or explained by the quarantine", flags="gate", **_GATE),
     "filter": _gate("what the gate flags is dropped, plain LoRA", flagged="dropped", routed=False),
-    "penalty": _gate("what the gate flags loses a reward of 1, plain LoRA", flagged="penalised", routed=False),
-    "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts=False),
+    "penalty": _gate(
+        "what the gate flags loses a reward of 1, plain LoRA", flagged="penalised", penalty=1.0, routed=False
+    ),
+    "likelier": _one_block("gate", "the gate's", **_GATE)["likelier"],
+    "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts="no"),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
     "gradient-frozen": _gate("the same, never refreshed", "gradient", refreshed=False),
     "rollout-filter": Arm(

@@ -9,6 +9,7 @@ on the gradient's part along the directions. Some rollouts of each group are sam
 train the deployed block only: it has to find answers by itself.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,6 +52,10 @@ class Recipe:
     pairs_per_mode: int = 8
     threshold: float = 0.5
     filter_threshold: float = 0.25
+    explained_nats: float = 1.0
+    slow_share: float = 0.5
+    slow_fraction: float = 0.25
+    penalty: float = 3.0
     refresh_every: int = 5
     recall: float = 1.0
     false_positive_rate: float = 0.0
@@ -59,6 +64,15 @@ class Recipe:
     curve_every: int = 10
     curve_n_per_mode: int = 64
     n_per_mode: int = 256
+
+    @property
+    def slow_steps(self) -> int:
+        """Steps of a slow start, after which rollouts are sampled ablated in arms that do so late."""
+        return round(self.slow_share * self.steps)
+
+    def penalty_of(self, arm: Arm) -> float:
+        """What a flagged rollout loses: enough to make a hack a loss on average, where labels miss most of them."""
+        return arm.penalty if arm.penalty is not None else max(self.penalty, 1 / self.recall)
 
 
 def attached(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> tuple[list[list[nn.Parameter]], float]:
@@ -86,10 +100,12 @@ def make_detector(model: nn.Module, environment: Environment, arm: Arm, recipe: 
     )
 
 
-def route_mask(arm: Arm, ablated: Tensor, reward: Tensor, flags: Tensor, group_size: int) -> gr.RouteMask:
+def route_mask(
+    arm: Arm, ablated: Tensor, reward: Tensor, flags: Tensor, group_size: int, penalty: float = 1.0
+) -> gr.RouteMask:
     """Each block's advantages as mask weights."""
     if arm.flagged == "penalised":
-        reward, flags = reward - flags.float(), torch.zeros_like(flags)
+        reward, flags = reward - penalty * flags.float(), torch.zeros_like(flags)
     a, b = gr.clean_baseline_advantages(reward, flags, group_size)
     if not arm.routed:
         return gr.RouteMask.weights(m=0.0, g_d=b, g_q=0.0)
@@ -111,28 +127,32 @@ def train(
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
     start, arm = time.perf_counter(), ARMS[arm_name]
     blocks, lr = attached(model, arm, recipe, seed)
-    optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=lr, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(gr.optim.block_groups(model), lr=lr, betas=recipe.betas, weight_decay=0.0)
+    if arm.slow_start:
+        gr.optim.slow_start(model, optimizer, steps=recipe.slow_steps, fraction=recipe.slow_fraction)
     generator = torch.Generator().manual_seed(seed)
     detector = make_detector(model, environment, arm, recipe, seed)
-    flagger = Flagger(arm, environment, detector, recipe.recall, recipe.false_positive_rate, seed)
+    flagger = Flagger(model, arm, environment, detector, recipe, seed)
     teacher = Teacher(environment, recipe.group_size, recipe.teacher_per_group, recipe.teacher_steps, seed)
     place = repeat(torch.arange(recipe.group_size), "g -> (p g)", p=recipe.prompts)
-    ablated = place < (recipe.ablated_per_group if arm.ablated_rollouts else 0)
+    first_ablated = {"always": 1, "late": recipe.slow_steps + 1, "no": math.inf}[arm.ablated_rollouts]
     stats: list[gr.filters.FilterStats] = []
     curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
-    for step in range(1, recipe.steps + 1):
+    for step in range(1, recipe.steps + 1 if arm_name != "base" else 1):
         prompts, _ = environment.sample_prompts(recipe.prompts, generator, no_hint=recipe.no_hint)
         prompts = repeat(prompts, "p t -> (p g) t", g=recipe.group_size)
+        ablated = place < (recipe.ablated_per_group if step >= first_ablated else 0)
         with gr.ablate_quarantine(model, rows=ablated):
             completions = sample(model, prompts, generator, environment.completion_length)
         completions, sources = teacher.mix(step, prompts, completions)
         graded = environment.grade(prompts, completions)
         reward = graded.solved.float() if arm.true_reward else graded.reward
         flags = flagger(prompts, completions, graded, generator)
-        mask = route_mask(arm, ablated, reward, flags, recipe.group_size)
-
+        mask = route_mask(arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm))
         useful = (mask.g_d != 0) | (mask.g_q != 0)
+        mask = flagger.by_token(mask)
+
         if useful.any():
             labels = None if sources is None else [sources[row] for row in useful.nonzero().squeeze(1).tolist()]
             with detector.filtering(labels) if detector else nullcontext(stats) as stats, gr.route(model, mask[useful]):
@@ -146,8 +166,8 @@ def train(
                 detector.refresher.step()
         if step % recipe.curve_every == 0 or step == recipe.steps:
             point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
-            shown = flags if arm.flags != "none" else None
-            flagging = detection(environment, detector, shown, graded, prompts, completions)
+            shown = flags if arm.has_flags else None
+            flagging = flagger.figures() | detection(environment, detector, shown, graded, prompts, completions)
             drift = detector.drift() if detector is not None else {}
             curve.append(point | flagging | hackward(stats) | drift)
         if on_step is not None:

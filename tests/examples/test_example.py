@@ -176,8 +176,7 @@ def test_a_run_is_a_function_of_its_seed(home: Path) -> None:
 
 def flags_of(arm: str, prompts: torch.Tensor, hacked: list[bool], seed: int = 0, **noise: float) -> list[bool]:
     graded = Grade(solved=torch.zeros(len(prompts)).bool(), marker=torch.tensor(hacked))
-    settings = {"recall": 1.0, "false_positive_rate": 0.0, **noise}
-    flagger = Flagger(ARMS[arm], ENVIRONMENT, None, seed=seed, **settings)
+    flagger = Flagger(torch.nn.Identity(), ARMS[arm], ENVIRONMENT, None, Recipe(**noise), seed)
     return flagger(prompts, prompts, graded, torch.Generator()).tolist()
 
 
@@ -210,7 +209,7 @@ def test_permuted_flags_are_rate_matched() -> None:
 
     prompts, generator = torch.zeros(5, 8, dtype=torch.long), torch.Generator().manual_seed(0)
     graded = Grade(torch.zeros(5).bool(), torch.zeros(5).bool())
-    flagger = Flagger(ARMS["shuffle"], ENVIRONMENT, TwoOfFive(), 1.0, 0.0, seed=0)
+    flagger = Flagger(torch.nn.Identity(), ARMS["shuffle"], ENVIRONMENT, TwoOfFive(), Recipe(), seed=0)
     drawn = [flagger(prompts, prompts, graded, generator).tolist() for _ in range(20)]
     assert all(sum(flags) == 2 for flags in drawn)
     assert len({tuple(flags) for flags in drawn}) > 5

@@ -161,4 +161,4 @@ def _flags(
     if detector is None or scores is None:
         return torch.zeros_like(batch.hacked)
     flags = detector.gate.flags(scores)
-    return flags[torch.randperm(len(flags), generator=generator)] if arm.flags == "permuted" else flags
+    return flags[torch.randperm(len(flags), generator=generator)] if arm.shuffled else flags
