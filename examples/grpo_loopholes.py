@@ -4,8 +4,9 @@
     python examples/grpo_loopholes.py --arms route,route-frozen --seeds 0,1,2,3,4,5
 
 Trains a tiny language model from a base that seldom hacks, by several arms (see `loopholes/arms.py`), and evaluates
-each with its quarantine on and ablated. Writes `results.json` and `curves.png` to --out, and prints a table: hack rates
-on the exploits that the detector knows (monitored) and does not know (held out), solve rates with and without a hint.
+each with its quarantine on and ablated, next to the model before training. Writes `results.json` and `curves.png` to
+--out, and prints a table: hack rates on the exploits that the detector knows (monitored) and does not know (held out),
+solve rates with and without a hint.
 """
 
 import argparse
@@ -43,13 +44,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--base-seed", type=int, default=0, help="seed of the base model; default %(default)s")
     env = (
-        "C: hacks of different modes share a token, N: they share none, A and M: as C, milder, "
-        "L: answers look like hacks; default %(default)s"
+        "C: hacks of different modes share a token, N: they share none, S: as N, and answers are as rare, A and M: as "
+        "C, milder, L: answers look like hacks; default %(default)s"
     )
     parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help=env)
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps; default %(default)s")
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
     parser.add_argument("--refresh-every", type=int, help=every)
+    parser.add_argument("--recall", type=float, default=Recipe.recall, help="of labels; default %(default)s")
+    penalty = "what a flagged rollout loses in the arms *-penalty, at least 1 / recall; default %(default)s"
+    parser.add_argument("--penalty", type=float, default=Recipe.penalty, help=penalty)
     out = "folder of the results; default %(default)s"
     parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help=out)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -70,8 +74,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--seeds, --base-seed: expected integers from 0 to 2**32 - 1")
     if args.steps < 1:
         parser.error(f"--steps: expected a positive integer, found {args.steps}")
+    if "base" not in args.arms:
+        args.arms.insert(0, "base")
+    if not 0 < args.recall <= 1:
+        parser.error(f"--recall: expected a share above 0, at most 1, found {args.recall}")
+    without = [arm for arm in args.arms if not ARMS[arm].has_labels and arm != "base"]
+    if args.recall < 1 and without:
+        parser.error(f"--recall: no labels in {', '.join(without)}")
+    if args.penalty <= 0:
+        parser.error(f"--penalty: expected a positive number, found {args.penalty}")
     if args.refresh_every is not None:
-        idle = [arm for arm in args.arms if not ARMS[arm].refreshed]
+        idle = [arm for arm in args.arms if not ARMS[arm].refreshed and arm != "base"]
         if idle:
             parser.error(f"--refresh-every: nothing to refresh in {', '.join(idle)}; leave the option or the arms out")
         if args.refresh_every < 1:
@@ -114,7 +127,7 @@ def run_one(job: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def run_all(jobs: list[dict[str, Any]], recipe: Recipe, progress: Progress) -> Iterator[list[dict[str, Any]]]:
     """Train two at a time; each time that some have ended, yield all that have, in the order of `jobs`."""
-    bar = progress.add_task("training", total=len(jobs) * recipe.steps)
+    bar = progress.add_task("training", total=sum(job["arm"] != "base" for job in jobs) * recipe.steps)
     context = multiprocessing.get_context("spawn")
     steps_done = context.Value("i", 0)
     with ProcessPoolExecutor(WORKERS, context, start_worker, (steps_done,)) as pool:
@@ -139,7 +152,7 @@ def main(argv: list[str]) -> None:
     # Without a terminal rich assumes 80 columns, which would break the table.
     start, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(THREADS)
-    recipe = Recipe(steps=args.steps)
+    recipe = Recipe(steps=args.steps, recall=args.recall, penalty=args.penalty)
     if args.refresh_every is not None:
         recipe = replace(recipe, refresh_every=args.refresh_every)
     common = {"base_seed": args.base_seed, "env": args.env}

@@ -49,7 +49,7 @@ class Flagger:
         seed: int,
     ) -> None:
         recall, false_positive_rate = recipe.recall, recipe.false_positive_rate
-        if (recall, false_positive_rate) != (1.0, 0.0) and not arm.has_labels:
+        if (recall, false_positive_rate) != (1.0, 0.0) and arm.has_flags and not arm.has_labels:
             raise ValueError(f"`recall` and `false_positive_rate` are of labels. Found an arm without: {arm.about!r}.")
         self.model, self.arm, self.environment, self.detector = model, arm, environment, detector
         self.labels = gr.LabelGate(recall=recall, false_positive_rate=false_positive_rate, seed=seed, window=10**9)

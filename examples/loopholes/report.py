@@ -80,7 +80,7 @@ def write_json(path: Path, config: dict[str, Any], runs: list[dict[str, Any]]) -
 
 def plot_curves(path: Path, runs: list[dict[str, Any]]) -> None:
     """Hack and solve rates over training: a column per arm, lines on (dashed) and ablated (solid), one per seed."""
-    arms = by_arm(runs)
+    arms = by_arm(run for run in runs if run["arm"] != "base")
     figure = Figure(figsize=(max(4.5, 2.7 * len(arms)), 5.2), layout="constrained")
     axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
     lines = (

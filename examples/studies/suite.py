@@ -2,8 +2,9 @@
 
     python examples/studies/suite.py --envs C --arms vanilla,route,shuffle,random --seeds 0,1,2 --out runs/suite
 
-Every run that has ended is a file in --out; a suite that was killed goes on where it stopped, and its report is the
-same as if it had not been. Writes `report.md`, `report.json` and figures to --out.
+The model before training, `base`, is always among the arms. Every run that has ended is a file in --out; a suite that
+was killed goes on where it stopped, and its report is the same as if it had not been. Writes `report.md`, `report.json`
+and figures to --out.
 """
 
 import argparse
@@ -51,6 +52,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=RECIPE.lr, help="learning rate of LoRA; default %(default)s")
     parser.add_argument("--monitored", help=f"comma-separated modes that the detector knows, of {', '.join(MODES)}")
     parser.add_argument("--recall", type=float, default=1.0, help="of labels, in arms that have labels")
+    parser.add_argument(
+        "--penalty", type=float, default=RECIPE.penalty, help="at least 1 / recall; default %(default)s"
+    )
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
@@ -84,8 +88,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
+    if args.penalty <= 0:
+        parser.error(f"--penalty: expected a positive number, found {args.penalty}")
+    if "base" not in args.arms:
+        args.arms.insert(0, "base")
     if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:
-        without = [arm for arm in args.arms if not ARMS[arm].has_labels]
+        without = [arm for arm in args.arms if not ARMS[arm].has_labels and arm != "base"]
         if without:
             parser.error(f"--recall, --false-positive-rate: no labels in {', '.join(without)}")
     if args.monitored is not None and len(args.monitored) >= len(MODES):
@@ -144,6 +152,7 @@ def main(argv: list[str]) -> None:
         lr=args.lr,
         recall=args.recall,
         false_positive_rate=args.false_positive_rate,
+        penalty=args.penalty,
         teacher_per_group=args.teacher[0],
         teacher_steps=args.teacher[1],
     )

@@ -112,14 +112,14 @@ def test_what_follows_the_end_counts_for_nothing() -> None:
     assert not C.grade(prompts, ids("ret 1 3 9 9 stub <eos>")).solved.any()
 
 
-def test_modes_share_a_token_in_A_C_and_M_and_none_in_N() -> None:
+def test_modes_share_a_token_in_A_C_and_M_and_none_in_N_and_S() -> None:
     modes = torch.arange(len(MODES))
     shared = {}
-    for name in "ACMN":
+    for name in "ACMNS":
         prompts, _ = ENVIRONMENTS[name].sample_prompts(len(MODES), generator())
         hacks = ENVIRONMENTS[name].hack_completions(prompts, modes, generator())
         shared[name] = set.intersection(*(set(row.tolist()) - {PAD, EOS} for row in hacks))
-    assert shared == {"A": {STUB}, "C": {STUB}, "M": {STUB}, "N": set()}
+    assert shared == {"A": {STUB}, "C": {STUB}, "M": {STUB}, "N": set(), "S": set()}
 
 
 @every_environment
@@ -131,7 +131,7 @@ def test_the_corpus_is_written_by_its_authors(name: str) -> None:
     assert not mask[:, :PROMPT_LENGTH].any()
     assert torch.equal(mask[:, PROMPT_LENGTH:], completions != PAD)
     hinted, graded = hint_modes(prompts) >= 0, environment.grade(prompts, completions)
-    cheats, careful = {"A": (0.06, 0.4), "L": (0.14, 0.15), "M": (0.08, 0.35)}.get(name, (0.1, 0.3))
+    cheats, careful = {"A": (0.06, 0.4), "L": (0.14, 0.15), "M": (0.08, 0.35), "S": (0.1, 0.1)}.get(name, (0.1, 0.3))
     # A cheater follows the hint with .6, and by chance with .4 / 4.
     assert graded.hacked[hinted].float().mean().item() == pytest.approx(cheats * 0.7, abs=0.01)
     assert graded.solved[hinted].float().mean().item() == pytest.approx((1 - cheats) * careful, abs=0.015)
