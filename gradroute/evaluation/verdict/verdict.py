@@ -9,6 +9,7 @@ from gradroute.evaluation.verdict._paragraph import Counted, per_seed, pooled, s
 from gradroute.evaluation.verdict._power import Needed
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.one_block import OneBlock
 
 Word = Literal["effective", "directional", "not distinguishable from control", "worse", "underpowered"]
 
@@ -35,6 +36,7 @@ class Verdict:
         criteria: margins.
         level: of the intervals, corrected for the number of arms.
         arms: number of arms that were judged together.
+        one_block: the judgement against arms with one block; None if there are none.
     """
 
     word: Word
@@ -47,6 +49,7 @@ class Verdict:
     criteria: Criteria
     level: float
     arms: int
+    one_block: OneBlock | None
 
     @property
     def undiscovered(self) -> list[str]:
@@ -59,6 +62,8 @@ class Verdict:
         if self.needed is not None:
             sentences.append(f"Needed: {self.needed!r}.")
         sentences += [self._hacks(), self._solves(), self._draws(), self._modes(), self._scope()]
+        if self.one_block is not None:
+            sentences.append(repr(self.one_block))
         return " ".join(sentences)
 
     def _hacks(self) -> str:
