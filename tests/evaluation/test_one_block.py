@@ -8,7 +8,7 @@ from scipy.stats import t
 from support.compared_arms import ABLE, BASE, DROPPED, PENALISED, ROUTE, SHUFFLE
 from support.evaluated_arms import exact, one_block, report
 
-from gradroute.evaluation import ArmRuns, Controls, Criteria, OneBlock, Rate, compare, compare_all
+from gradroute.evaluation import ArmRuns, Controls, Criteria, ModeOutcomes, OneBlock, Rate, compare, compare_all
 
 # A mean over three modes, of which one is solved at all.
 THIRD = 1 / 3
@@ -127,19 +127,16 @@ def test_a_rival_that_hacks_nothing_and_solves_nothing_is_not_the_best() -> None
     silent = one_block(exact("silent", [0.0] * 5, solve=0.0))
     found = against(ABLE, silent, PENALISED, base=capable)
     assert (found.word, found.rival, list(found.found.hacks)) == ("better than one block", "penalised", ["penalised"])
+    assert "of silent (solves 0.00, not eligible), penalised (solves 0.27, eligible)" in repr(found)
     # It is the best where the margin lets it be.
     found = against(ABLE, silent, PENALISED, base=capable, solve_margin=0.25)
     assert (found.word, found.rival) == ("no better than one block", "silent")
 
 
 def test_a_rival_that_solves_less_by_exactly_the_margin_is_eligible() -> None:
-    def alone(name: str, solve: int) -> ArmRuns:
-        outcomes = {
-            "file": replace(
-                ROUTE.runs[0]["file"], hack_ablated=Rate(len(name), 1000), solve_ablated=Rate(solve * 10, 1000)
-            )
-        }
-        return one_block(ArmRuns(name, dict.fromkeys(range(3), outcomes)))
+    def alone(name: str, solve: int, hacked: int) -> ArmRuns:
+        rates = [Rate(k * 10, 1000) for k in (hacked, hacked, solve)]
+        return ArmRuns(name, {s: {"file": ModeOutcomes(False, *rates)} for s in range(3)})
 
     treatment, control = (
         ArmRuns(arm.name, {s: {"file": arm.runs[s]["file"]} for s in range(3)}) for arm in (ROUTE, SHUFFLE)
@@ -155,7 +152,7 @@ def test_without_an_eligible_rival_the_one_that_hacks_least_is_the_best() -> Non
     rivals = [one_block(exact(name, [rate] * 5, solve=0.2)) for name, rate in (("more", 0.3), ("less", 0.2))]
     found = against(ABLE, *rivals, base=capable)
     assert (found.rival, list(found.found.hacks), found.found.any_eligible) == ("less", ["more", "less"], False)
-    assert "Best rival: less, not eligible, but none is." in repr(found)
+    assert "Best rival: less, of more (solves 0.07, not eligible), less (solves 0.07, not eligible). " in repr(found)
 
 
 def test_of_rivals_that_hack_alike_the_best_solves_most() -> None:
@@ -236,7 +233,7 @@ def test_the_paragraph_of_a_verdict_gives_every_figure_of_the_judgement() -> Non
     assert text == f"{compare(ABLE, Controls(SHUFFLE))!r} {found!r}"
     assert "\n" not in text
     assert "route against one block: better than one block (as deployed it hacks less than every eligible " in text
-    assert "It beats dropped, penalised. Best rival: penalised, eligible. " in text
+    assert "Best rival: penalised, of dropped (solves 0.12, eligible), penalised (solves 0.27, eligible). Hack" in text
     rates = (Rate(540, 10_000), Rate(2080, 10_000), Rate(600, 10_000))
     own, best, base = map(repr, rates)
     assert f"Hack rate ablated, on run_tests, file: route {own}, penalised {best}, base {base}; per seed: " in text

@@ -34,7 +34,10 @@ def test_rivals_and_draws_that_are_not_lists_of_arms_raise() -> None:
 
 def test_a_rival_with_a_second_block_raises() -> None:
     two = exact("two", [0.2, 0.24, 0.17, 0.22, 0.21])
-    with pytest.raises(gr.GradRouteError, match="two should be of one block.*'run_tests' of seed 0: 1.00.*Fix"):
+    with pytest.raises(
+        gr.GradRouteError,
+        match="two should be of one block.*rates of 1.00 on and 0.20 ablated in the mode 'run_tests' of seed 0. Fix",
+    ):
         compare(ABLE, Controls(SHUFFLE, rivals=[PENALISED, two], base=BASE))
     runs = dict(PENALISED.runs)
     runs[4] = {**runs[4], "file": replace(runs[4]["file"], hack_on=Rate(211, 1000))}
@@ -54,7 +57,7 @@ def test_a_rival_whose_views_hack_at_the_same_rate_on_other_prompts_raises() -> 
 
     treatment, control, base = arm("route", 0, 9), arm("shuffle", 0, 1), arm("base", 9, 9)
     compare(treatment, Controls(control, rivals=[arm("rival", 1, 1)], base=base))
-    with pytest.raises(gr.GradRouteError, match="rival should be of one block"):
+    with pytest.raises(gr.GradRouteError, match="rival should be of one block.*other prompts hacked on than ablated"):
         compare(treatment, Controls(control, rivals=[arm("rival", 1, 2)], base=base))
 
 

@@ -46,8 +46,8 @@ def stratum_of(own: ModeOutcomes, rivals: Sequence[ModeOutcomes], outcome: Outco
 
 def _by_prompt(outcomes: ModeOutcomes, ids: Sequence[int | str], outcome: Outcome) -> Float[np.ndarray, " prompts"]:
     assert outcomes.prompts is not None
-    on, ablated, solved = np.array([outcomes.prompts[prompt] for prompt in ids]).T
-    return {"drop": on - ablated, "ablated": ablated, "solve": solved}[outcome]
+    shares = np.array([outcomes.prompts[prompt] for prompt in ids])
+    return np.asarray({"drop": shares[:, 0] - shares[:, 1], "ablated": shares[:, 1], "solve": shares[:, 2]}[outcome])
 
 
 def _deployed(outcomes: ModeOutcomes, outcome: Literal["ablated", "solve"]) -> Rate:

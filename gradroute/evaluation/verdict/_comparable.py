@@ -50,12 +50,16 @@ def _check_same_seeds(treatment: ArmRuns, control: ArmRuns) -> None:
 def _check_one_block(arm: ArmRuns) -> None:
     for seed, run in arm.runs.items():
         for mode, outcomes in run.items():
-            prompts = outcomes.prompts or {}
-            if outcomes.hack_on != outcomes.hack_ablated or any(on != ablated for on, ablated, _ in prompts.values()):
+            found = None
+            if outcomes.hack_on != outcomes.hack_ablated:
+                found = f"hack rates of {outcomes.hack_on.value:.2f} on and {outcomes.hack_ablated.value:.2f} ablated"
+            elif any(on != ablated for on, ablated, _ in (outcomes.prompts or {}).values()):
+                found = "other prompts hacked on than ablated"
+            if found is not None:
                 raise GradRouteError(
-                    f"{arm.name} should be of one block, whose two views are one. Found other hacks on than ablated in "
-                    f"the mode {mode!r} of seed {seed!r}: {outcomes.hack_on!r} and {outcomes.hack_ablated!r}. Fix: "
-                    "leave out arms with a second block; evaluate one block once, and give both views its outcomes."
+                    f"{arm.name} should be of one block, whose two views are one. Found {found} in the mode {mode!r} "
+                    f"of seed {seed!r}. Fix: leave out arms with a second block; evaluate one block once, and give its "
+                    "outcomes to both views."
                 )
 
 

@@ -35,6 +35,7 @@ class RivalDifferences:
         hacks: eligible rival -> hack_r.
         solve: solve_r of the best rival.
         gain: over the base.
+        solves: rival, eligible or not -> its mean ablated solve rate.
         any_eligible: whether a rival keeps the base's solve rate; if not, `hacks` holds all of them.
     """
 
@@ -45,6 +46,7 @@ class RivalDifferences:
     hacks: Mapping[str, Difference]
     solve: Difference
     gain: Difference
+    solves: Mapping[str, float]
     any_eligible: bool
 
     @property
@@ -128,6 +130,7 @@ def rival_differences(
         hacks={arm.name: differ(arm, modes, "ablated") for arm in eligible},
         solve=differ(best, everywhere, "solve"),
         gain=differ(base, everywhere, "solve"),
+        solves={arm.name: solves[arm.name] for arm in rivals},
         any_eligible=bool(able),
     )
 

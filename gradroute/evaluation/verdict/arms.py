@@ -172,7 +172,7 @@ class Controls:
         for name, several in (("random", self.random), ("rivals", self.rivals)):
             if isinstance(several, ArmRuns):
                 raise GradRouteError(
-                    f"`controls.{name}` should be a list of ArmRuns. Found one. Fix: [{several.name}]."
+                    f"`controls.{name}` should be a list of ArmRuns. Found {several.name} alone. Fix: put it in a list."
                 )
         for arm in (self.shuffled, *self.random, *self.rivals, *([] if self.base is None else [self.base])):
             if not isinstance(arm, ArmRuns):

@@ -78,11 +78,10 @@ class OneBlock:
 
     def __repr__(self) -> str:
         found = self.found
-        scope = "eligible" if found.any_eligible else "not eligible, but none is"
         hacks = [f"to {name} {self._interval(hack)}" for name, hack in found.hacks.items()]
         sentences = [
             f"{found.treatment.name} against one block: {self.word} ({ONE_BLOCK_MEANING[self.word]}). {self.because}",
-            f"Best rival: {self.rival}, {scope}.",
+            f"Best rival: {self.rival}, of {', '.join(self._eligibility(name) for name in found.solves)}.",
             f"Hack rate ablated, on {', '.join(found.modes)}: {self._rates(found.modes, 'hack_ablated')}.",
             f"Difference {'; '.join(hacks)}.",
             f"Solve rate ablated, on all modes: {self._rates(list(found.treatment.monitored), 'solve_ablated')}.",
@@ -91,6 +90,10 @@ class OneBlock:
             stated_level(self.level, self.criteria, self.arms),
         ]
         return " ".join(sentences)
+
+    def _eligibility(self, name: str) -> str:
+        eligible = self.found.any_eligible and name in self.found.hacks
+        return f"{name} (solves {self.found.solves[name]:.2f}, {'' if eligible else 'not '}eligible)"
 
     def _rates(self, modes: Sequence[str], which: Which) -> str:
         arms = (self.found.treatment, self.found.best, self.found.base)
