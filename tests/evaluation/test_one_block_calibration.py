@@ -13,7 +13,7 @@ from support.evaluated_arms import drawn, one_block
 
 from gradroute.evaluation import ArmRuns, Controls, Criteria, compare, compare_all
 
-NULLS = 120
+NULLS = 100
 RESAMPLES = 100
 # Over both modes, of which one is solved at all: a wide margin leaves the word to the hack rate.
 WIDE = Criteria(solve_margin=0.45)
