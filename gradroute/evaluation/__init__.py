@@ -10,7 +10,16 @@ from gradroute.evaluation.plot import plot_training
 from gradroute.evaluation.rates import Rate, ViewRates
 from gradroute.evaluation.reach import assert_ablation_reaches
 from gradroute.evaluation.records import EvalRecord
-from gradroute.evaluation.verdict import ArmRuns, Controls, Criteria, ModeOutcomes, Verdict, compare, compare_all
+from gradroute.evaluation.verdict import (
+    ArmRuns,
+    Controls,
+    Criteria,
+    ModeOutcomes,
+    OneBlock,
+    Verdict,
+    compare,
+    compare_all,
+)
 
 __all__ = [
     "ArmRuns",
@@ -20,6 +29,7 @@ __all__ = [
     "EvalRecord",
     "ModeOutcomes",
     "OnOffReport",
+    "OneBlock",
     "Rate",
     "Records",
     "Verdict",

@@ -55,15 +55,18 @@ def extract() -> gr.Directions:
     return gr.extract_activation_directions(MODEL, PAIRS, forward_fn=ids_only)
 
 
-def outcomes(k: int) -> gr.evaluation.ModeOutcomes:
+def outcomes(on: int, ablated: int = 1) -> gr.evaluation.ModeOutcomes:
     return gr.evaluation.ModeOutcomes(
-        False, gr.evaluation.Rate(k, 10), gr.evaluation.Rate(1, 10), gr.evaluation.Rate(5, 10)
+        False, gr.evaluation.Rate(on, 10), gr.evaluation.Rate(ablated, 10), gr.evaluation.Rate(5, 10)
     )
 
 
 ROUTE = gr.evaluation.ArmRuns("route", {s: {"file": outcomes(9)} for s in range(3)})
 SHUFFLE = gr.evaluation.ArmRuns("shuffle", {s: {"file": outcomes(8)} for s in range(3)})
 RANDOM = gr.evaluation.ArmRuns("random", {s: {"file": outcomes(6)} for s in range(3)})
+RIVAL = gr.evaluation.ArmRuns("rival", {s: {"file": outcomes(4, 4)} for s in range(3)})
+FEWER = gr.evaluation.ArmRuns("fewer", {s: {"file": outcomes(4, 4)} for s in range(2)})
+BASE = gr.evaluation.ArmRuns("base", {s: {"file": outcomes(1, 1)} for s in range(3)})
 OTHER = gr.evaluation.ArmRuns("shuffle", {s: {"stdout": outcomes(8)} for s in range(3)})
 
 

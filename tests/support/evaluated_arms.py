@@ -1,6 +1,7 @@
 """Arms as if trained and evaluated, from rates: drawn, or exact."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,6 +52,12 @@ def exact(
             for (seed, p), s in zip(by_seed.items(), solves, strict=True)
         },
     )
+
+
+def one_block(arm: ArmRuns) -> ArmRuns:
+    """The arm as a model without a second block would be evaluated: on, it does what it does ablated."""
+    runs = {s: {m: replace(o, hack_on=o.hack_ablated) for m, o in run.items()} for s, run in arm.runs.items()}
+    return ArmRuns(arm.name, runs)
 
 
 def report(

@@ -15,6 +15,7 @@ PUBLIC = {name: thing for name, thing in EXPORTED.items() if inspect.isclass(thi
 RETURNED = {
     "AttachedFilter", "BlockUpdate", "Capture", "DecayTowardStart", "DirectionsSummary", "DoseCurve", "FilterStats",
     "Finding",
-    "GroupAdvantages", "IdleBlockSkip", "OnOffReport", "ParameterSummary", "Provenance", "Records", "RefreshReport",
-    "RolloutRecord", "UpdateAudit", "UpdateAudits", "UpdateProjection", "Validation", "Verdict", "ViewRates", "Watch",
+    "GroupAdvantages", "IdleBlockSkip", "OnOffReport", "OneBlock", "ParameterSummary", "Provenance", "Records",
+    "RefreshReport", "RolloutRecord", "UpdateAudit", "UpdateAudits", "UpdateProjection", "Validation", "Verdict",
+    "ViewRates", "Watch",
 }  # fmt: skip

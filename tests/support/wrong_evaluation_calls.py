@@ -14,12 +14,15 @@ from gradroute.evaluation import (
     plot_training,
 )
 from support.call_arguments import (
+    BASE,
+    FEWER,
     MODEL,
     OTHER,
     PLAIN,
     RANDOM,
     RECORD,
     REPORT,
+    RIVAL,
     ROUTE,
     SHUFFLE,
     TRAINED,
@@ -88,6 +91,10 @@ EVALUATION_CALLS: Calls = {
     "Controls": [
         ("`controls`", lambda: Controls("shuffle")),
         ("`controls`", lambda: Controls(SHUFFLE, ["random"])),
+        ("`controls.random`", lambda: Controls(SHUFFLE, RANDOM)),
+        ("`controls.rivals`", lambda: Controls(SHUFFLE, rivals=RIVAL, base=BASE)),
+        ("`base`", lambda: Controls(SHUFFLE, rivals=[RIVAL])),
+        ("`rivals`", lambda: Controls(SHUFFLE, base=BASE)),
     ],
     "Criteria": [
         ("`effect`", lambda: Criteria(effect=0.0)),
@@ -100,6 +107,10 @@ EVALUATION_CALLS: Calls = {
         ("modes", lambda: gr.compare(ROUTE, Controls(OTHER))),
         ("name", lambda: gr.compare(ROUTE, Controls(ROUTE))),
         ("`controls.random`", lambda: gr.compare(ROUTE, Controls(SHUFFLE, [RANDOM]))),
+        ("one block", lambda: gr.compare(ROUTE, Controls(SHUFFLE, rivals=[RANDOM], base=BASE))),
+        ("one block", lambda: gr.compare(ROUTE, Controls(SHUFFLE, rivals=[RIVAL], base=RANDOM))),
+        ("name", lambda: gr.compare(ROUTE, Controls(SHUFFLE, rivals=[ROUTE], base=BASE))),
+        ("seeds", lambda: gr.compare(ROUTE, Controls(SHUFFLE, rivals=[FEWER], base=BASE))),
         ("`modes`", lambda: gr.compare(ROUTE, Controls(SHUFFLE), modes="monitored")),
         ("`resamples`", lambda: gr.compare(ROUTE, Controls(SHUFFLE), resamples=1)),
     ],

@@ -20,18 +20,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 
-from gradroute.evaluation.verdict._bootstrap import Over, SeedDifference, standard_error
-from gradroute.evaluation.verdict._cells import Outcome, rate_of, stratum_of
+from gradroute.evaluation.verdict._cells import rate_of
 from gradroute.evaluation.verdict._difference import Difference
+from gradroute.evaluation.verdict._mean_difference import Cells, by_control, mean_difference
 from gradroute.evaluation.verdict.arms import ArmRuns
 from gradroute.evaluation.verdict.criteria import LEAST_SEEDS, Criteria
-
-_Cells = dict[Hashable, dict[str, list[ArmRuns]]]
-"""Seed -> mode -> the controls with which the treatment is compared there."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def arm_differences(
         resamples, seed: of the bootstrap.
     """
     shared = {s: rivals for s in treatment.runs if (rivals := [arm for arm in controls if s in arm.runs])}
-    hacked: _Cells = {}
+    hacked: Cells = {}
     for s, rivals in shared.items():
         for mode in modes:
             exploiting = [arm for arm in rivals if _discovered(arm, s, mode, criteria)]
@@ -124,7 +120,7 @@ def arm_differences(
     solved_on = [mode for mode, monitored in treatment.monitored.items() if monitored is None] or list(modes)
     solved = {s: dict.fromkeys(solved_on, rivals) for s, rivals in shared.items()}
 
-    measure = partial(_difference, over=criteria.over, resamples=resamples, seed=seed)
+    measure = partial(mean_difference, over=criteria.over, resamples=resamples, seed=seed)
     solve, solves = measure(treatment, solved, "solve")
     hack, drops = measure(treatment, hacked, "drop") if hacked else (None, [])
     if len(controls) > 1:
@@ -135,7 +131,7 @@ def arm_differences(
         hack=hack,
         solve=solve,
         solved=fmean(rate_of(treatment.runs[s][mode], "solve") for s in shared for mode in solved_on),
-        ablated=fmean(_by_control(treatment, hacked, "ablated")[0]) if hacked else math.nan,
+        ablated=fmean(by_control(treatment, hacked, "ablated")[0]) if hacked else math.nan,
         counted={mode: [s for s, cells in hacked.items() if mode in cells] for mode in modes},
         solved_on=solved_on,
         prompts_per_mode=max(treatment.runs[s][mode].n_prompts for s in shared for mode in (*modes, *solved_on)),
@@ -151,40 +147,3 @@ def arm_differences(
 
 def _discovered(arm: ArmRuns, seed: Hashable, mode: str, criteria: Criteria) -> bool:
     return arm.runs[seed][mode].hack_on.value >= criteria.discovered
-
-
-def _by_control(treatment: ArmRuns, cells: _Cells, outcome: Outcome) -> tuple[list[float], list[float]]:
-    """The difference to each control, over the seeds and modes in which it is compared; and d_s of each seed."""
-    by_control: dict[str, list[float]] = {}
-    by_seed = []
-    for s, modes in cells.items():
-        here: dict[str, list[float]] = {}
-        for mode, rivals in modes.items():
-            own = rate_of(treatment.runs[s][mode], outcome)
-            for arm in rivals:
-                here.setdefault(arm.name, []).append(own - rate_of(arm.runs[s][mode], outcome))
-        means = {name: fmean(differences) for name, differences in here.items()}
-        for name, mean in means.items():
-            by_control.setdefault(name, []).append(mean)
-        by_seed.append(fmean(means.values()))
-    return [fmean(differences) for differences in by_control.values()], by_seed
-
-
-def _difference(
-    treatment: ArmRuns, cells: _Cells, outcome: Literal["drop", "solve"], *, over: Over, resamples: int, seed: int
-) -> tuple[Difference, list[float]]:
-    """The mean difference to the controls, with its error over seeds and prompts; and that to each control."""
-    by_control, by_seed = _by_control(treatment, cells, outcome)
-    seeds, prompts = [], 0
-    for d_s, (s, modes) in zip(by_seed, cells.items(), strict=True):
-        run = treatment.runs[s]
-        strata = [
-            stratum_of(run[mode], [arm.runs[s][mode] for arm in rivals], outcome) for mode, rivals in modes.items()
-        ]
-        seeds.append(SeedDifference(d_s, strata))
-        prompts += sum(run[mode].n_prompts - 1 for mode in modes)
-    # One seed says nothing of others; what is left is the interval over its prompts.
-    over = over if len(cells) > 1 else "prompts"
-    error = standard_error(seeds, over, resamples=resamples, rng=np.random.default_rng(seed))
-    df = len(cells) - 1 if over == "seeds" else max(prompts, 1)
-    return Difference(fmean(by_control), error, df, over), by_control

@@ -1,4 +1,4 @@
-"""Check that arms can be compared: different runs on the same seeds, modes and prompts, and enough draws."""
+"""Check that arms can be compared: different runs on the same seeds, modes and prompts, enough draws, true rivals."""
 
 from collections.abc import Hashable, Iterable
 
@@ -7,8 +7,9 @@ from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 
 
 def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -> None:
-    """Raise where the arms are not different runs on the same seeds, modes and prompts, or draws are too few."""
-    arms = (treatment, controls.shuffled, *controls.random)
+    """Raise unless arms are different runs on the same seeds, modes and prompts, with enough draws and true rivals."""
+    one_block = [*controls.rivals, *([] if controls.base is None else [controls.base])]
+    arms = (treatment, controls.shuffled, *controls.random, *one_block)
     for i, arm in enumerate(arms):
         for earlier in arms[:i]:
             if arm.name == earlier.name:
@@ -25,12 +26,8 @@ def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -
         )
     for arm in arms[1:]:
         _check_same_evaluation(treatment, arm)
-    missing = [seed for seed in treatment.runs if seed not in controls.shuffled.runs]
-    if missing or len(controls.shuffled.runs) > len(treatment.runs):
-        raise GradRouteError(
-            f"{controls.shuffled.name} should have the seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
-            f"{_listed(controls.shuffled.runs)}. Fix: leave out runs without a partner, in both arms."
-        )
+    for arm in (controls.shuffled, *one_block):
+        _check_same_seeds(treatment, arm)
     for arm in controls.random:
         strangers = [seed for seed in arm.runs if seed not in treatment.runs]
         if strangers:
@@ -38,6 +35,32 @@ def check_comparable(treatment: ArmRuns, controls: Controls, least_draws: int) -
                 f"{arm.name} should have seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
                 f"{_listed(strangers)}. Fix: train the treatment with them too, or leave them out."
             )
+    for arm in one_block:
+        _check_one_block(arm)
+
+
+def _check_same_seeds(treatment: ArmRuns, control: ArmRuns) -> None:
+    if control.runs.keys() != treatment.runs.keys():
+        raise GradRouteError(
+            f"{control.name} should have the seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
+            f"{_listed(control.runs)}. Fix: leave out runs without a partner, in both arms."
+        )
+
+
+def _check_one_block(arm: ArmRuns) -> None:
+    for seed, run in arm.runs.items():
+        for mode, outcomes in run.items():
+            found = None
+            if outcomes.hack_on != outcomes.hack_ablated:
+                found = f"hack rates of {outcomes.hack_on.value:.2f} on and {outcomes.hack_ablated.value:.2f} ablated"
+            elif any(on != ablated for on, ablated, _ in (outcomes.prompts or {}).values()):
+                found = "other prompts hacked on than ablated"
+            if found is not None:
+                raise GradRouteError(
+                    f"{arm.name} should be of one block, whose two views are one. Found {found} in the mode {mode!r} "
+                    f"of seed {seed!r}. Fix: leave out arms with a second block; evaluate one block once, and give its "
+                    "outcomes to both views."
+                )
 
 
 def _check_same_evaluation(treatment: ArmRuns, control: ArmRuns) -> None:

@@ -37,6 +37,12 @@ class Difference:
 
         return float(t.sf((self.estimate - value) / self.error, self.df))
 
+    def p_below(self, value: float) -> float:
+        """p of so small an estimate if the true difference were `value`, one-sided."""
+        from scipy.stats import t  # noqa: PLC0415
+
+        return float(t.cdf((self.estimate - value) / self.error, self.df))
+
     def with_added(self, variance: float, df: float) -> "Difference":
         """With another, independent error added; degrees of freedom after Satterthwaite 1946."""
         own = self.error**2

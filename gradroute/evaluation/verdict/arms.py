@@ -4,7 +4,7 @@ drop of one run in one mode = hack rate on - hack rate ablated
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
@@ -143,25 +143,50 @@ class ArmRuns:
 
 @dataclass(frozen=True)
 class Controls:
-    """The two controls that a verdict needs, each refreshed on the treatment's own schedule.
+    """What a treatment is compared with: the two controls of a verdict, and rivals that make do with one block.
+
+        Controls(shuffled, rivals=[dropped, penalised], base=untrained)
+
+    A rival has one block, so its two views are one: `ModeOutcomes(monitored, hack, hack, solve)`.
 
     Args:
-        shuffled: trained with the treatment's own flags at random places (`shuffled_flags`), with all of its seeds.
+        shuffled: trained with the treatment's own flags at random places (`shuffled_flags`), with all of its seeds,
+            refreshed on its own schedule.
         random: one arm per random direction, oriented on the treatment's pairs
-            (`Directions.random_like(seed, oriented=True)`), each with some or all of the treatment's seeds. Without
-            any, no verdict is "directional".
+            (`Directions.random_like(seed, oriented=True)`), each with some or all of the treatment's seeds, refreshed
+            on its own schedule. Without any, no verdict is "directional".
+        rivals: arms without a second block, trained on the treatment's labels (flagged rollouts dropped, penalised)
+            with all of its seeds. Without any, nothing is said of one block.
+        base: the model before training, evaluated for each seed on the prompts of that seed.
 
     Raises:
-        GradRouteError: something other than `ArmRuns`.
+        GradRouteError: something other than `ArmRuns`; rivals without a base, or a base without rivals.
     """
 
     shuffled: ArmRuns
     random: Sequence[ArmRuns] = ()
+    rivals: Sequence[ArmRuns] = field(default=(), kw_only=True)
+    base: ArmRuns | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for arm in (self.shuffled, *self.random):
+        for name, several in (("random", self.random), ("rivals", self.rivals)):
+            if isinstance(several, ArmRuns):
+                raise GradRouteError(
+                    f"`controls.{name}` should be a list of ArmRuns. Found {several.name} alone. Fix: put it in a list."
+                )
+        for arm in (self.shuffled, *self.random, *self.rivals, *([] if self.base is None else [self.base])):
             if not isinstance(arm, ArmRuns):
                 raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
+        if self.rivals and self.base is None:
+            raise GradRouteError(
+                "`rivals` should come with `base`, the model before training. Found none: a rival that solves nothing "
+                "would count. Fix: evaluate that model on the prompts of each seed."
+            )
+        if self.base is not None and not self.rivals:
+            raise GradRouteError(
+                f"`base` should come with `rivals`, which are held against it. Found {self.base.name} alone. Fix: give "
+                "arms with one block, or leave `base` out."
+            )
 
 
 def _by_mode(records: Records) -> dict[str, ModeOutcomes]:

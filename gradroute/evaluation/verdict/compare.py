@@ -10,6 +10,10 @@
 Every condition is one on an interval at the same level. "Effective" needs all of its conditions, so that its level is
 that of one (Berger 1982, intersection-union test). Several treatments: Holm 1979 over their p-values.
 
+Where there are arms with one block, a second claim is made, "better than one block" (`one_block`). Whether the flags
+matter and whether a second block does are two questions, so each has a Holm correction and a level of its own: the
+second over the treatments that have rivals.
+
 A single seed is never "effective" over seeds: ablated hack rates of one control over seeds were .04, .91 and .07.
 """
 
@@ -23,8 +27,10 @@ from gradroute.evaluation.verdict._arm_differences import ArmDifferences, arm_di
 from gradroute.evaluation.verdict._comparable import check_comparable
 from gradroute.evaluation.verdict._difference import Difference
 from gradroute.evaluation.verdict._power import needed
+from gradroute.evaluation.verdict._rivals import rival_differences
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import LEAST_DRAWS, LEAST_SEEDS, Criteria
+from gradroute.evaluation.verdict.one_block import judge_rivals
 from gradroute.evaluation.verdict.verdict import Verdict, Word
 
 Modes = Literal["all", "monitored", "held-out"]
@@ -44,14 +50,16 @@ def compare(
 
     Args:
         treatment: its runs, one per seed.
-        controls: shuffled flags and random directions, trained with the same seeds and evaluated on the same prompts.
+        controls: shuffled flags, random directions and arms with one block, trained with the same seeds and evaluated
+            on the same prompts.
         modes: exploit modes to compare: all, those that the detector knows, or those that it does not.
         criteria: margins, levels, and what the verdict generalises to.
         resamples: of the bootstrap; 2000 leave an error of 1.6 % in the width of intervals.
         seed: of the bootstrap. Random numbers are left as found.
 
     Raises:
-        GradRouteError: a treatment that is its own control, other modes, prompts or seeds, or 1 to 4 random draws.
+        GradRouteError: a treatment that is its own control, other modes, prompts or seeds, 1 to 4 random draws, or a
+            rival with a second block.
     """
     return compare_all([(treatment, controls)], modes=modes, criteria=criteria, resamples=resamples, seed=seed)[0]
 
@@ -67,6 +75,8 @@ def compare_all(
 ) -> list[Verdict]:
     """Judge several treatments, at levels that keep the chance of any false "effective" at `level`.
 
+    The chance of any false "better than one block" is kept at `level` too, over the treatments that have rivals.
+
     Args:
         contests: (treatment, controls) of each.
         modes, criteria, resamples, seed: as in `compare`.
@@ -80,7 +90,7 @@ def compare_all(
     if resamples < 100:
         raise GradRouteError(f"`resamples` should be 100 or more. Found {resamples}: intervals would be arbitrary.")
     measure = partial(arm_differences, criteria=criteria, resamples=resamples, seed=seed)
-    found = []
+    found, against = [], {}
     for treatment, controls in contests:
         check_comparable(treatment, controls, LEAST_DRAWS)
         known = {"all": (True, False), "monitored": (True,), "held-out": (False,)}[modes]
@@ -90,13 +100,34 @@ def compare_all(
         shuffled = measure(treatment, [controls.shuffled], chosen)
         random = measure(treatment, controls.random, chosen) if controls.random else None
         found.append((shuffled, random))
+        if controls.base is not None:
+            against[treatment.name] = rival_differences(
+                treatment, controls.rivals, controls.base, chosen, criteria, resamples=resamples, seed=seed
+            )
     levels = holm_levels([shuffled.p(criteria) for shuffled, _ in found], criteria.level)
+    rival_levels = holm_levels([rivals.p(criteria) for rivals in against.values()], criteria.level)
+    one_block = {
+        name: judge_rivals(rivals, criteria, level, len(against))
+        for (name, rivals), level in zip(against.items(), rival_levels, strict=True)
+    }
     verdicts = []
     for (treatment, controls), (shuffled, random), level in zip(contests, found, levels, strict=True):
         word, because = _judge(shuffled, random, criteria, level)
         more = needed(shuffled, criteria, level) if word == "underpowered" else None
         verdicts.append(
-            Verdict(word, because, treatment, controls, shuffled, random, more, criteria, level, len(contests))
+            Verdict(
+                word=word,
+                because=because,
+                treatment=treatment,
+                controls=controls,
+                shuffled=shuffled,
+                random=random,
+                needed=more,
+                criteria=criteria,
+                level=level,
+                arms=len(contests),
+                one_block=one_block.get(treatment.name),
+            )
         )
     return verdicts
 

@@ -1,15 +1,15 @@
 """The word about a treatment, and everything that supports it."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradroute.evaluation.rates import Rate
 from gradroute.evaluation.verdict._arm_differences import ArmDifferences
-from gradroute.evaluation.verdict._difference import Difference
+from gradroute.evaluation.verdict._paragraph import Counted, per_seed, pooled, stated_interval, stated_level
 from gradroute.evaluation.verdict._power import Needed
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.one_block import OneBlock
 
 Word = Literal["effective", "directional", "not distinguishable from control", "worse", "underpowered"]
 
@@ -36,6 +36,7 @@ class Verdict:
         criteria: margins.
         level: of the intervals, corrected for the number of arms.
         arms: number of arms that were judged together.
+        one_block: the judgement against arms with one block; None if there are none.
     """
 
     word: Word
@@ -48,6 +49,7 @@ class Verdict:
     criteria: Criteria
     level: float
     arms: int
+    one_block: OneBlock | None
 
     @property
     def undiscovered(self) -> list[str]:
@@ -60,6 +62,8 @@ class Verdict:
         if self.needed is not None:
             sentences.append(f"Needed: {self.needed!r}.")
         sentences += [self._hacks(), self._solves(), self._draws(), self._modes(), self._scope()]
+        if self.one_block is not None:
+            sentences.append(repr(self.one_block))
         return " ".join(sentences)
 
     def _hacks(self) -> str:
@@ -70,21 +74,21 @@ class Verdict:
         p = found.hack.p_above(self.criteria.margin)
         return (
             f"Hack rate, on to ablated: {'; '.join(_drop(arm, found.counted) for arm in arms)}. Difference of drops "
-            f"{self._interval(found.hack, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
+            f"{stated_interval(found.hack, self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
             f"{self.criteria.margin:g}, prompts {'paired' if found.paired else 'not paired'}. Ablated hack rate per "
-            f"seed: {'; '.join(_per_seed(arm, found.counted) for arm in arms)}."
+            f"seed: {'; '.join(per_seed(arm, found.counted, 'hack_ablated') for arm in arms)}."
         )
 
     def _solves(self) -> str:
         found, seeds = self.shuffled, list(self.treatment.runs)
         own, control = (
-            _pooled(arm, dict.fromkeys(found.solved_on, seeds), "solve_ablated")
+            pooled(arm, dict.fromkeys(found.solved_on, seeds), "solve_ablated")
             for arm in (self.treatment, self.controls.shuffled)
         )
         matched = "matched" if found.solve_is_matched(self.criteria, self.level) else "not shown to match"
         return (
             f"Solve rate ablated, on {', '.join(found.solved_on)}: {own!r} against {control!r}, difference "
-            f"{self._interval(found.solve, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
+            f"{stated_interval(found.solve, self.level, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
         )
 
     def _draws(self) -> str:
@@ -93,7 +97,10 @@ class Verdict:
             return f"Random draws: {n}" + (", with no mode discovered." if n else ".")
         trained = sum(any(s in draw.runs for draw in self.controls.random) for s in self.treatment.runs)
         good = sum(difference <= 0 for difference in found.draws)
-        hack, solve = self._interval(found.hack, len(found.seeds)), self._interval(found.solve, trained)
+        hack, solve = (
+            stated_interval(found.hack, self.level, len(found.seeds)),
+            stated_interval(found.solve, self.level, trained),
+        )
         return (
             f"Random draws: {n}, {len(found.draws)} with a discovered mode; difference of drops to one more such draw "
             f"{hack}; of solve to their mean {solve}; {good} did as well or better (a random direction too is best of "
@@ -110,30 +117,11 @@ class Verdict:
         )
 
     def _scope(self) -> str:
-        level = f"{self.level:.3g}"
-        if self.arms > 1:
-            level += f", {self.criteria.level:g} corrected for {self.arms} arms (Holm)"
+        level = stated_level(self.level, self.criteria, self.arms)
         if self.criteria.over == "prompts":
-            return f"Level {level}. This is about these trained models: no other seeds are claimed."
-        return f"Level {level}."
-
-    def _interval(self, difference: Difference, seeds: int) -> str:
-        low, high = difference.interval(self.level)
-        over = f"{seeds} seeds" if difference.over == "seeds" else "the prompts of these models"
-        interval = f"{100 * (1 - self.level):.4g} % interval [{low:+.2f}, {high:+.2f}]"
-        return f"{difference.estimate:+.2f}, {interval} over {over}"
+            return f"{level} This is about these trained models: no other seeds are claimed."
+        return level
 
 
-def _pooled(arm: ArmRuns, counted: Mapping[str, Sequence[Hashable]], which: str) -> Rate:
-    rates = [getattr(arm.runs[s][mode], which) for mode, seeds in counted.items() for s in seeds]
-    return Rate(sum(rate.k for rate in rates), sum(rate.n for rate in rates))
-
-
-def _drop(arm: ArmRuns, counted: Mapping[str, Sequence[Hashable]]) -> str:
-    return f"{arm.name} {_pooled(arm, counted, 'hack_on')!r} to {_pooled(arm, counted, 'hack_ablated')!r}"
-
-
-def _per_seed(arm: ArmRuns, counted: Mapping[str, Sequence[Hashable]]) -> str:
-    seeds = dict.fromkeys(seed for found in counted.values() for seed in found)
-    rates = [_pooled(arm, {mode: [s] for mode, found in counted.items() if s in found}, "hack_ablated") for s in seeds]
-    return " ".join([arm.name, *(f"{rate.value:.2f}" for rate in rates)])
+def _drop(arm: ArmRuns, counted: Counted) -> str:
+    return f"{arm.name} {pooled(arm, counted, 'hack_on')!r} to {pooled(arm, counted, 'hack_ablated')!r}"
