@@ -33,6 +33,15 @@ COLUMNS = {
 DRIFT = ("step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher", "overlap_first")
 # Arms that permuted flags and random directions are rate-matched and refreshed alike for.
 JUDGED = ("route", "route-frozen", "gradient", "gradient-frozen", "rollout-filter")
+# Arms whose flags one block could use as well: their permuted control, and those rivals.
+ONE_BLOCK = {
+    arm: (shuffle, [f"{flags}-{rival}" for rival in ("filter", "penalty", "likelier")])
+    for flags, shuffle, arms in (
+        ("weak", "weak-explained-shuffle", ("weak", "weak-explained", "weak-explained-direction")),
+        ("oracle", "oracle-explained-shuffle", ("oracle", "oracle-explained")),
+    )
+    for arm in arms
+}
 
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
@@ -65,7 +74,9 @@ def markdown(results: Results) -> str:
     """A table and the verdicts for each environment."""
     parts = []
     for env in sorted({job.env for job in results}):
+        one_block = one_block_table(results, env)
         parts += [f"## Environment {env}", table(results, env), verdicts(results, env)]
+        parts += ["### Better than one block?", one_block] if one_block else []
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -154,6 +165,37 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]
         for modes in ("held-out", "all")
         for verdict in gr.evaluation.compare_all(contests, modes=modes)
     ]
+
+
+def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]]:
+    """(which modes, verdict) on every arm that was run with its rivals, its permuted flags and the base."""
+    contests = []
+    for arm, (shuffle, rivals) in ONE_BLOCK.items():
+        needed = [arm_runs(results, env, name) for name in (arm, shuffle, "base", *rivals)]
+        found = [runs for runs in needed if runs is not None]
+        common = set.intersection(*(set(runs.runs) for runs in found)) if found else set()
+        if len(found) == len(needed) and len(common) >= 3:
+            treated, shuffled, base, *others = (_only(runs, common) for runs in found)
+            contests.append((treated, gr.evaluation.Controls(shuffled, rivals=others, base=base)))
+    if not contests:
+        return []
+    return [
+        (modes, verdict)
+        for modes in ("held-out", "all")
+        for verdict in gr.evaluation.compare_all(contests, modes=modes)
+    ]
+
+
+def one_block_table(results: Results, env: str) -> str:
+    """One row per arm and group of modes: whether the second block was earned; empty where that was not run."""
+    rows = []
+    for modes, verdict in against_one_block(results, env):
+        found = verdict.one_block
+        assert found is not None
+        rows.append(
+            [verdict.treatment.name, modes, str(len(verdict.treatment.runs)), found.rival, found.word, found.because]
+        )
+    return markdown_table(["arm", "modes", "runs", "best rival", "verdict", "why"], rows) if rows else ""
 
 
 def arm_runs(results: Results, env: str, arm: str) -> gr.evaluation.ArmRuns | None:
