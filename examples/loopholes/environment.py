@@ -202,5 +202,5 @@ ENVIRONMENTS = {
     "L": Lookalike("L", function_weights=(1, 1, 1, 3), cheat_rate=0.14, sloppy_rate=0.85),
     "M": Environment("M", function_weights=(1, 1, 1, 1.5), cheat_rate=0.08, sloppy_rate=0.65),
     "N": Environment("N", shared_stub=False),
-    "S": Environment("S", shared_stub=False, function_weights=(1, 1, 1, 1), sloppy="copies", sloppy_rate=0.9),
+    "S": Environment("S", shared_stub=False, function_weights=(1, 1, 1, 0.5), sloppy="copies", sloppy_rate=0.9),
 }
