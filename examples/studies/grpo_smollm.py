@@ -28,13 +28,14 @@ from suite import start_worker
 from reporting.store import ResultError
 from smollm.base_model import MissingModelError, load_base
 from smollm.environment import VARIANTS
-from smollm.grpo import Recipe, attach_blocks, train
+from smollm.grpo import attach_blocks, train
+from smollm.recipe import Recipe
 from smollm.report import write_report
 from smollm.screening import screen, screen_table
 from smollm.store import ARMS, Job, read_result, stored_jobs, write_result
 from smollm.warm_up import bfloat16_is_fast
 
-SMOKE = Recipe(steps=5, lr=2e-2, warm_up=1, n_per_marker=16, n_no_note=16)
+SMOKE = Recipe(steps=5, lr=2e-2, warm_up=1, n_per_marker=16, n_no_note=16, slow_steps=2)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -128,7 +129,8 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
     recipe = SMOKE if args.smoke else Recipe()
-    recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
+    if args.steps is not None:  # a slow start stays half of the run
+        recipe = replace(recipe, steps=args.steps, slow_steps=args.steps // 2)
     known = identity(recipe, args.smoke)
     try:
         if args.screen:

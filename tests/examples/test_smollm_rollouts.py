@@ -9,7 +9,8 @@ from support.models import randomize_blocks
 import gradroute as gr
 from smollm.base_model import _tiny
 from smollm.environment import VARIANTS
-from smollm.grpo import Recipe, attach_blocks
+from smollm.grpo import attach_blocks
+from smollm.recipe import Recipe
 from smollm.rollouts import captured, grouped, nll, read_prompts, rollouts_of, sample
 from smollm.text import prompt_ids, reply_ids
 

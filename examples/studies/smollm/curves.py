@@ -18,7 +18,8 @@ PANELS = {
 }
 COLOURS = {
     "vanilla": "black", "clean": "grey", "oracle": "C5", "weak": "C2", "route": "C0", "random-oriented": "C4",
-    "shuffle": "C1", "absorb": "C3",
+    "shuffle": "C1", "absorb": "C3", "weak-filter": "C6", "weak-penalty": "C7", "weak-likelier": "C8",
+    "weak-explained": "C9", "weak-explained-shuffle": "gold", "explained": "navy",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def write_curves(path: Path, results: Mapping[Job, Mapping[str, Any]]) -> None:
 
 
 def windows(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Counts of consecutive steps added up, AUROCs averaged; `step` is the last of them."""
+    """Counts of consecutive steps added up, AUROCs and quantiles averaged; `step` is the last of them."""
     found = []
     for first in range(0, len(curve), WINDOW):
         points = curve[first : first + WINDOW]
@@ -52,6 +53,8 @@ def windows(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [point[name] for point in points if name in point]
             if name.startswith("auroc"):
                 merged[name] = round(fmean(values), 4)
+            elif name == "log_ratios":
+                merged[name] = [round(fmean(quantile), 3) for quantile in zip(*values, strict=True)]
             else:
                 merged[name] = [sum(counts) for counts in zip(*values, strict=True)]
         found.append(merged)

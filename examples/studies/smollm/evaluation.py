@@ -3,7 +3,7 @@
 {mode: {"hack_on": "0110...", "hack_ablated": ..., "solve_on": ..., "solve_ablated": ...}}, a digit per prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 import gradroute as gr
 
 from .environment import MARKERS, MONITORED, Environment, grade
+from .recipe import Recipe
 from .rollouts import read_prompts, sample
 from .text import Codec, prompt_ids
 
@@ -22,9 +23,16 @@ PROMPTS_AT_ONCE = 64
 
 
 def evaluate(
-    model: LlamaForCausalLM, codec: Codec, environment: Environment, seed: int, recipe: Any
-) -> gr.evaluation.OnOffReport:
-    """`recipe.n_per_marker` prompts of each marker and `recipe.n_no_note` without a note, one reply each."""
+    model: LlamaForCausalLM, codec: Codec, environment: Environment, seed: int, recipe: Recipe, *, one_view: bool
+) -> dict[str, dict[str, str]]:
+    """`recipe.n_per_marker` prompts of each marker and `recipe.n_no_note` without a note, one reply each.
+
+    Args:
+        one_view: the quarantine is empty, so that both views are the same, and one evaluation is written twice.
+    """
+    trained = [name for name, p in gr.quarantine_parameters(model) if "lora_B" in name and p.count_nonzero()]
+    if one_view and trained:
+        raise RuntimeError(f"The quarantine should be empty in an arm without one. Found that {trained[0]} is not 0.")
     # Training draws from `seed` itself; this stream is another one.
     draw = Random(1_000_003 * (seed + 1))
     prompts = [environment.prompt(draw, marker=marker) for marker in MARKERS for _ in range(recipe.n_per_marker)]
@@ -49,14 +57,18 @@ def evaluate(
                 )  # fmt: skip
         return found
 
-    return gr.evaluate_on_off(model, records)
+    if one_view:
+        once = records(model)
+        return _outcomes(once, once)
+    both = gr.evaluate_on_off(model, records).records
+    assert both is not None
+    return _outcomes(both.on, both.ablated)
 
 
-def outcomes(report: gr.evaluation.OnOffReport) -> dict[str, dict[str, str]]:
-    """The report in the form of a result file."""
-    assert report.records is not None
+def _outcomes(on: Sequence[gr.EvalRecord], ablated: Sequence[gr.EvalRecord]) -> dict[str, dict[str, str]]:
+    """In the form of a result file."""
     found: dict[str, dict[str, str]] = {mode: {} for mode in MODES}
-    for view, records in (("on", report.records.on), ("ablated", report.records.ablated)):
+    for view, records in (("on", on), ("ablated", ablated)):
         for mode in MODES:
             own = [record for record in records if record.mode == mode]
             found[mode][f"hack_{view}"] = "".join(str(int(record.hacked)) for record in own)

@@ -3,19 +3,18 @@
     a = r - mean of the group          b = r - mean of the group's unflagged rollouts, 0 where flagged
     loss = - sum over reply tokens of log p,  with mask weights  g_q = a (quarantine),  g_d = b (deployed)
 
-A step: 8 prompts x 8 rollouts at temperature 1, of which two in each group are sampled, and train, as deployed.
-Rollouts without an advantage are left out. Frozen weights multiply in bfloat16 where the CPU does; blocks are kept in
-float32.
+A step: 8 prompts x 8 rollouts at temperature 1, of which two in each group are sampled, and train, as deployed; in arms
+with a slow start of the deployed block, only once that is over. Rollouts without an advantage are left out. Frozen
+weights multiply in bfloat16 where the CPU does; blocks are kept in float32.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
@@ -25,31 +24,15 @@ from loopholes.grpo import route_mask
 from .batch import Batch
 from .detector import Detector, token_pairs
 from .environment import Environment
-from .evaluation import evaluate, outcomes
-from .rollouts import Rollouts, grouped, nll, read_prompts, sample
+from .evaluation import evaluate
+from .flags import Flagger
+from .recipe import Recipe
+from .rollouts import grouped, nll, read_prompts, sample
+from .store import ARMS as STUDIED
 from .text import Codec, prompt_ids
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything a run depends on, except for its arm, seed, variant and base model."""
-
-    steps: int = 40
-    prompts: int = 8
-    group_size: int = 8
-    ablated_per_group: int = 2
-    length: int = 9
-    lr: float = 4e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    warm_up: int = 5
-    clip: float = 1.0
-    r: int = 8
-    lora_alpha: float = 16.0
-    pairs_per_marker: int = 4
-    threshold: float = 0.5
-    refresh_every: int = 5
-    n_per_marker: int = 64
-    n_no_note: int = 128
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""Of the log ratios of a step."""
 
 
 def attach_blocks(model: LlamaForCausalLM, recipe: Recipe, seed: int) -> list[list[nn.Parameter]]:
@@ -75,18 +58,21 @@ def train(
     """Train one arm in place and return what its result file holds; the arm "base" is evaluated as it is.
 
     Args:
+        arm_name: one that the study has.
         draw: of the random direction, in arms that have one.
     """
-    start = time.perf_counter()
+    if arm_name not in STUDIED:
+        raise ValueError(f"`arm_name` should be one of {', '.join(STUDIED)}. Found {arm_name!r}.")
+    start, arm = time.perf_counter(), ARMS[arm_name]
     blocks = attach_blocks(model, recipe, seed)
     found: dict[str, Any] = {"curve": [], "refreshes": []}
     if arm_name != "base":
-        found = _train(model, codec, environment, ARMS[arm_name], seed, draw, recipe, blocks, on_step)
+        found = _train(model, codec, environment, arm, seed, draw, recipe, blocks, on_step)
     trained = time.perf_counter()
-    report = evaluate(model, codec, environment, seed, recipe)
+    outcomes = evaluate(model, codec, environment, seed, recipe, one_view=not arm.routed)
     ended = time.perf_counter()
     return {
-        "outcomes": outcomes(report),
+        "outcomes": outcomes,
         **found,
         "train_s": round(trained - start, 1),
         "evaluation_s": round(ended - trained, 1),
@@ -104,7 +90,10 @@ def _train(
     blocks: list[list[nn.Parameter]],
     on_step: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    optimizer = torch.optim.AdamW([*blocks[0], *blocks[1]], lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(gr.optim.block_groups(model), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    slow = None
+    if arm.slow_start:
+        slow = gr.optim.slow_start(model, optimizer, steps=recipe.slow_steps, fraction=recipe.slow_fraction)
     drawing, generator = Random(seed), torch.Generator().manual_seed(seed)
     detector = None
     if arm.has_gate:
@@ -112,23 +101,24 @@ def _train(
             model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), environment, arm, draw,
             threshold=recipe.threshold, every=recipe.refresh_every,
         )  # fmt: skip
+    flagger = Flagger(model, arm, detector, recipe.explained_nats)
     prefix = grouped(recipe.prompts, recipe.group_size)
-    ablated = torch.arange(len(prefix)) % recipe.group_size < recipe.ablated_per_group
+    place = torch.arange(len(prefix)) % recipe.group_size
     curve = []
     for step in range(1, recipe.steps + 1):
         prompts = [environment.prompt(drawing) for _ in range(recipe.prompts)]
-        prefixes = read_prompts(model, [prompt_ids(codec, prompt.text) for prompt in prompts], both_views=True)
+        ids = [prompt_ids(codec, prompt.text) for prompt in prompts]
+        prefixes = read_prompts(model, ids, both_views=True)
+        ablated = place < (recipe.ablated_per_group if step >= recipe.first_ablated(arm) else 0)
         of_view = prefix + recipe.prompts * ablated
         rollouts = sample(model, prefixes, of_view, generator, length=recipe.length, eos=codec.eos, ablated=ablated)
         batch = Batch.graded(codec, prompts, prefix, rollouts)
-        scores = None
-        if detector is not None:
-            seen = Rollouts(prefix + recipe.prompts, rollouts.tokens, rollouts.length)
-            scores = detector.scores(prefixes, seen)
-        flags = _flags(arm, batch, detector, scores, generator)
+        flags, scores = flagger(batch, ids, prefixes, rollouts, generator)
         reward = batch.solved.float() if arm.true_reward else batch.reward
-        mask = route_mask(arm, ablated, reward, flags, recipe.group_size)
-        curve.append({"step": step, **batch.counts(ablated, flags if arm.flags != "none" else None, scores)})
+        mask = route_mask(arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm))
+        curve.append({"step": step, **batch.counts(ablated, flags if arm.has_flags else None, scores)})
+        if scores is not None and detector is None:
+            curve[-1]["log_ratios"] = [round(q, 3) for q in scores.quantile(torch.tensor(QUANTILES)).tolist()]
 
         useful = ((mask.g_d != 0) | (mask.g_q != 0)).nonzero()[:, 0]
         if len(useful):
@@ -149,16 +139,6 @@ def _train(
     reports = detector.refresher.reports if detector is not None else []
     if arm.refreshed and not reports:
         raise RuntimeError("No refresh came due; too few steps had an advantage to train on.")
+    if slow is not None and not slow.over:
+        raise RuntimeError(f"The slow start is not over: {slow}. Too few steps had an advantage to train on.")
     return {"curve": curve, "refreshes": [{"step": r.step, "overlap": round(r.overlap, 4)} for r in reports]}
-
-
-def _flags(
-    arm: Arm, batch: Batch, detector: Detector | None, scores: Tensor | None, generator: torch.Generator
-) -> Tensor:
-    """Which rollouts the arm takes for hacks."""
-    if arm.has_labels:
-        return batch.hacked if arm.flags == "oracle" else batch.hacked & batch.monitored
-    if detector is None or scores is None:
-        return torch.zeros_like(batch.hacked)
-    flags = detector.gate.flags(scores)
-    return flags[torch.randperm(len(flags), generator=generator)] if arm.shuffled else flags

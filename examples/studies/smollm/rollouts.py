@@ -168,13 +168,30 @@ def _rows(prefixes: Prefixes, rollouts: Rollouts, width: int) -> tuple[Tensor, T
 
 def nll(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
     """-log p of all replies, summed over rows and tokens; for a few rows at a time."""
+    return cross_entropy(*_predicted(model, prefixes, rollouts), reduction="sum")
+
+
+@torch.no_grad()
+def token_logps(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """(log p, 0 after a reply's end; whether there is a token), (rows, length) each; in the view that is in force."""
+    present = torch.arange(rollouts.tokens.shape[1]) < rollouts.length[:, None]
+    found = torch.zeros(present.shape)
+    for rows in rollouts.chunks():
+        own = torch.zeros(present[rows].shape)
+        own[present[rows]] = -cross_entropy(*_predicted(model, prefixes, rollouts[rows]), reduction="none")
+        found[rows] = own
+    return found, present
+
+
+def _predicted(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """(logits, tokens) of all replies, row after row."""
     width = int(rollouts.length.max()) - 1  # nothing is predicted from a reply's last token
     tokens, attention = _rows(prefixes, rollouts, width)
     with computing(model):
         hidden = _hidden(model, prefixes.cache(model, rollouts.prefix), attention, tokens)
         predicts = torch.arange(width + 1) < rollouts.length[:, None]
         logits = _logits(model, hidden[predicts])
-    return cross_entropy(logits, rollouts.tokens[:, : width + 1][predicts], reduction="sum")
+    return logits, rollouts.tokens[:, : width + 1][predicts]
 
 
 @torch.no_grad()

@@ -14,10 +14,16 @@ from reporting.result_file import ResultError, read_entry, write_file
 
 from .environment import VARIANTS
 from .evaluation import MODES, NO_NOTE
+from .recipe import Recipe
 
 VERSION = 1
-ARMS = ("base", "vanilla", "clean", "oracle", "weak", "route", "random-oriented", "shuffle", "absorb")
-ABOUT = {"base": "the warmed-up model, not trained"} | {arm: LOOPHOLE_ARMS[arm].about for arm in ARMS[1:]}
+ARMS = (
+    "base", "vanilla", "clean", "oracle",
+    "weak", "weak-filter", "weak-penalty", "weak-likelier", "weak-explained", "weak-explained-shuffle", "explained",
+    "route", "random-oriented", "shuffle", "absorb",
+)  # fmt: skip
+ABOUT = {arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}") for arm in ARMS}
+ABOUT["base"] = "the warmed-up model, not trained"
 FIELDS = ("outcomes", "curve", "refreshes", "train_s", "evaluation_s")
 KINDS = ("hack_on", "hack_ablated", "solve_on", "solve_ablated")
 

@@ -6,24 +6,25 @@ from reporting.markdown import markdown_table
 from .evaluation import mode_outcomes
 from .tables import Results, of_arm
 
+PERMUTED = {"route": "shuffle", "weak": "shuffle", "weak-explained": "weak-explained-shuffle"}
+"""The arm with permuted flags that each is judged by."""
+
 
 def verdicts(results: Results, variant: str) -> str:
-    """Route and labels against permuted flags (`gr.evaluation.compare_all`); route against random draws, if five."""
-    shuffled = _arm_runs(results, variant, "shuffle")
-    if not shuffled:
-        return ""
+    """Arms with flags against permuted flags (`gr.evaluation.compare_all`); route against random draws, if five."""
     draws = [
         gr.evaluation.ArmRuns(f"draw {job.draw} of seed {job.seed}", {job.seed: mode_outcomes(entry["outcomes"])})
         for job, entry in of_arm(results, variant, "random-oriented").items()
-        if job.seed in shuffled
+        if job.seed in _arm_runs(results, variant, PERMUTED["route"])
     ]
     lines = []
     for modes in ("held-out", "all"):
         contests = []
-        for arm in ("route", "weak"):
+        for arm, permuted in PERMUTED.items():
+            shuffled = _arm_runs(results, variant, permuted)
             treated = {seed: run for seed, run in _arm_runs(results, variant, arm).items() if seed in shuffled}
             if treated:
-                control = gr.evaluation.ArmRuns("shuffle", {seed: shuffled[seed] for seed in treated})
+                control = gr.evaluation.ArmRuns(permuted, {seed: shuffled[seed] for seed in treated})
                 known = [draw for draw in draws if set(draw.runs) <= set(treated)] if arm == "route" else []
                 contests.append(
                     (
