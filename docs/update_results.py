@@ -24,10 +24,11 @@ from loopholes.environment import MODES
 from published.seeds import interval
 from reporting.markdown import markdown_table
 from reporting.staleness import difference_table, share_table, staleness_table
-from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, read_report, table, verdict_table
+from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
 from smollm.screening import screen_table
 
+DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
 STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -50,13 +51,35 @@ def draws(file: str, env: str) -> str:
 def summary(file: str, env: str) -> str:
     """The deployed view of the arms that the question takes."""
     results = read_report(DOCS / "results" / file)
-    columns = {rate: title for (view, rate), title in COLUMNS.items() if view == "ablated" and rate != "solve_no_hint"}
     rows = []
     for arm in SUMMARISED:
         runs = of_arm(results, env, arm).values()
-        cells = [cell([entry["ablated"][rate] for entry in runs]) for rate in columns]
+        cells = [cell([entry[view][rate] for entry in runs]) for view, rate in DEPLOYED]
         rows.append([f"{arm}: {ARMS[arm].about}", str(len(runs)), *cells])
-    return markdown_table(["arm", "runs", *columns.values()], rows)
+    return markdown_table(["arm", "runs", *(COLUMNS[column] for column in DEPLOYED)], rows)
+
+
+def rivals(env: str, *files: str) -> str:
+    """The deployed view of every arm in these reports that was asked about missed hacks, and the on view's hacks."""
+    columns = [*DEPLOYED, ("on", "hack_held_out")]
+    rows = []
+    for path in (DOCS / "results" / file for file in files):
+        results = read_report(path)
+        for arm in ARMS:
+            runs = of_arm(results, env, arm).values()
+            if runs:
+                rows.append(
+                    [arm, str(len(runs)), *(cell([entry[view][rate] for entry in runs]) for view, rate in columns)]
+                )
+                if len(files) > 1:
+                    rows[-1].insert(0, setting(path))
+    header = ["arm", "runs", *(COLUMNS[column] for column in columns)]
+    return markdown_table(["setting", *header] if len(files) > 1 else header, rows)
+
+
+def one_block(file: str, env: str) -> str:
+    """Whether a second block was earned in an environment."""
+    return one_block_table(read_report(DOCS / "results" / file), env)
 
 
 def stale(file: str, env: str, part: str) -> str:
@@ -135,6 +158,7 @@ def smollm_screening() -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
+    "rivals": rivals, "one-block": one_block,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening,
 }  # fmt: skip
