@@ -59,18 +59,17 @@ def summary(file: str, env: str) -> str:
     return markdown_table(["arm", "runs", *(COLUMNS[column] for column in DEPLOYED)], rows)
 
 
-def rivals(env: str, *files: str) -> str:
-    """The deployed view of every arm in these reports that was asked about missed hacks, and the on view's hacks."""
+def rivals(env: str, arms: str, *files: str) -> str:
+    """The deployed view of `arms` in these reports, and the on view's held-out hacks."""
     columns = [*DEPLOYED, ("on", "hack_held_out")]
     rows = []
     for path in (DOCS / "results" / file for file in files):
         results = read_report(path)
-        for arm in ARMS:
+        for arm in arms.split(","):
             runs = of_arm(results, env, arm).values()
             if runs:
-                rows.append(
-                    [arm, str(len(runs)), *(cell([entry[view][rate] for entry in runs]) for view, rate in columns)]
-                )
+                cells = [cell([entry[view][rate] for entry in runs]) for view, rate in columns]
+                rows.append([arm, str(len(runs)), *cells])
                 if len(files) > 1:
                     rows[-1].insert(0, setting(path))
     header = ["arm", "runs", *(COLUMNS[column] for column in columns)]
