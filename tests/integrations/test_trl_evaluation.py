@@ -74,8 +74,8 @@ def test_each_view_generates_in_itself_and_training_is_as_before(tmp_path: Path)
 
 def test_evaluation_in_the_middle_of_a_run_and_a_table_of_completions(tmp_path: Path) -> None:
     made = trainer(
-        tmp_path, detector=flags, ablated_fraction=0.5, evaluated=SETS["easy"], args_eval_strategy="steps",
-        args_eval_steps=1, args_log_completions=True, args_num_completions_to_print=1,
+        tmp_path, detector=flags, detector_recall=1.0, ablated_fraction=0.5, evaluated=SETS["easy"],
+        args_eval_strategy="steps", args_eval_steps=1, args_log_completions=True, args_num_completions_to_print=1,
     )  # fmt: skip
     made.train()
     names = [name for entry in made.state.log_history for name in entry]

@@ -28,8 +28,9 @@ def best(*per_rank: int) -> Callable[..., list[bool]]:
 CASES: dict[str, dict[str, Any]] = {
     # A group of four on two processes.
     "shared group": {
-        "detector": flags, "directions": extract, "refresher": 1, "ablated_fraction": 0.25, "args_beta": 0.2,
-        "args_max_steps": 1, "args_per_device_train_batch_size": 2, "args_gradient_accumulation_steps": 1,
+        "detector": flags, "detector_recall": 1.0, "directions": extract, "refresher": 1, "ablated_fraction": 0.25,
+        "args_beta": 0.2, "args_max_steps": 1, "args_per_device_train_batch_size": 2,
+        "args_gradient_accumulation_steps": 1,
     },
     # Three rows of one process and two of the other train on two advantages.
     "three and two": {
