@@ -87,7 +87,9 @@ def test_evaluation_in_the_middle_of_a_run_and_a_table_of_completions(tmp_path: 
     assert tables.keys() == {f"{step}{view}" for step in steps for view in ("", "_eval_on", "_eval_ablated")}
     assert sorted(tables[steps[0]]["view"]) == ["ablated"] * 4 + ["on"] * 4
     assert set(tables[f"{steps[0]}_eval_ablated"]["view"]) == {"ablated"}
-    assert all({"zone", "score", "completion", "reward"} <= set(table.columns) for table in tables.values())
+    assert all(
+        {"zone", "score", "log_ratio", "completion", "reward"} <= set(table.columns) for table in tables.values()
+    )
 
 
 def test_views_without_a_quarantine_would_not_differ(tmp_path: Path) -> None:

@@ -65,11 +65,9 @@ class LogRatios:
         """
         known = loss_mask(rollouts).bool()
         rows = known.any(1).nonzero().squeeze(1)
-        scores = torch.full((len(known),), torch.nan, device=known.device)
-        routed = torch.zeros(len(known), dtype=torch.bool, device=known.device)
+        scores = torch.full((len(known),), torch.nan, dtype=torch.float32, device=known.device)
         zones = torch.ones(len(known), dtype=torch.long, device=known.device)
-        empty = is_empty(self._trainer.model)
-        sampled = None
+        sampled, empty = None, is_empty(self._trainer.model)
         if empty:
             self._count_empty()
             scores[rows] = 0.0
@@ -77,13 +75,12 @@ class LogRatios:
         else:
             self._empty = 0
             on, off, sampled = self._both_views(rollouts, ablated)
-        if not empty and len(rows):
-            given = on[rows], off[rows], known[rows]
-            scores[rows] = self._gate.scores(*given).to(scores)
-            mask = self._gate(*given)
-            routed[rows] = mask.routed
-            zones[rows] = torch.where(mask.routed, 2, mask.m.long())
-        return Explained(RouteMask.zones(zones), scores, sampled, self._figures(scores, routed, empty=empty))
+            if len(rows):
+                given = on[rows], off[rows], known[rows]
+                scores[rows] = self._gate.scores(*given).to(scores)
+                mask = self._gate(*given)
+                zones[rows] = torch.where(mask.routed, 2, mask.m.long())
+        return Explained(RouteMask.zones(zones), scores, sampled, self._figures(scores, zones == 2, empty=empty))
 
     def state_dict(self) -> State:
         """How many batches in a row found the quarantine empty."""

@@ -42,7 +42,7 @@ def rollout_table(
     if mask is None or ablated is None:
         return {"view": [view] * rows, "zone": [""] * rows, "score": [None] * rows, "log_ratio": [None] * rows}
     zones = ["route" if r else "keep" if m == 0 else "absorb" for r, m in zip(mask.routed, mask.m, strict=True)]
-    columns = {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones}
+    columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones}
     for column, values in (("score", scores), ("log_ratio", log_ratios)):
         columns[column] = [None] * rows if values is None else values.tolist()
     return columns

@@ -8,7 +8,7 @@ A rollout that was sampled ablated trains the deployed block alone, a missed hac
 
 from typing import Any
 
-from gradroute._checks import integer_from_zero
+from gradroute._checks import integer_from_zero, share
 from gradroute._state_dict import State
 from gradroute.errors import GradRouteError
 from gradroute.optim.slow_start import SlowStart, slow_start
@@ -39,13 +39,15 @@ class Schedule:
                 f"`slow_start_fraction` is read with `slow_start_steps`. Found {slow_start_fraction!r} and no steps. "
                 "Fix: slow_start_steps=75, say."
             )
+        self._fraction = FRACTION if slow_start_fraction is None else share("slow_start_fraction", slow_start_fraction)
+        if self._fraction == 1:
+            raise GradRouteError("`slow_start_fraction` should be in [0, 1). Found 1: nothing would start slowly.")
         if ablated_from is not None and not ablates:
             raise GradRouteError(
                 f"`ablated_from` is read with `ablated_fraction`. Found {ablated_from!r}, and no rollout that is "
                 "sampled ablated. Fix: ablated_fraction=0.25, say, or leave `ablated_from` out."
             )
         self.ablated_from = None if ablated_from is None else integer_from_zero("ablated_from", ablated_from)
-        self._fraction = FRACTION if slow_start_fraction is None else slow_start_fraction
         self._slow_start: SlowStart | None = None
         self._saved: State | None = None
         if self.steps and trainer.optimizer is not None:
@@ -99,7 +101,7 @@ class Schedule:
         if self.steps > max_steps:
             raise GradRouteError(
                 f"`slow_start_steps` should be at most the optimizer steps of the run. Found {self.steps} and "
-                f"{max_steps} steps. Fix: half of the run is usual."
+                f"{max_steps} steps. Fix: half of the run, say."
             )
         first = self.steps if self.ablated_from is None else self.ablated_from
         last = last_generation(self._trainer.args, self._trainer.num_iterations, max_steps)
