@@ -123,7 +123,9 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", BESIDE)
 def test_a_rollout_is_routed_if_either_gate_says_so(case: str, tmp_path: Path) -> None:
-    made = trained(tmp_path, cls=Watched, log_ratio_gate=gr.LogRatioGate(1.0), **STILL, **BESIDE[case])
+    made = trained(
+        tmp_path, cls=Watched, log_ratio_gate=gr.LogRatioGate(16.0), clean_baseline=False, **STILL, **BESIDE[case]
+    )
     words, other, explained, routed = tokenizer(), [], [], []
     for batch in made.micro_batches[0]:
         texts = words.batch_decode([completion for _, completion in rows_of(batch)], skip_special_tokens=True)
@@ -131,7 +133,7 @@ def test_a_rollout_is_routed_if_either_gate_says_so(case: str, tmp_path: Path) -
         if "gate" in BESIDE[case]:
             answers |= made.routing.gate.flags(batch["route_score"])
         other += answers.tolist()
-        explained += (batch["route_log_ratio"] > 1.0).tolist()
+        explained += (batch["route_log_ratio"] > 16.0).tolist()
         routed += (batch["route_g_d"] == 0).tolist()
     assert routed == [a or b for a, b in zip(other, explained, strict=True)]
     assert other != routed

@@ -25,7 +25,7 @@ def blocks(model: Any) -> dict[str, dict[str, Tensor]]:
     }
 
 
-class Path_(TrainerCallback):
+class Points(TrainerCallback):
     """The parameters at the beginning, and after each step."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Path_(TrainerCallback):
 @pytest.mark.parametrize("fraction", [None, 0.5])
 def test_the_first_steps_of_the_deployed_block_are_a_fraction(fraction: float | None, tmp_path: Path) -> None:
     """Plain gradient descent, so that a step is the learning rate times the gradient that was there."""
-    look = Path_()
+    look = Points()
     made = trained(
         tmp_path, cls=Watched, **FLAGGED, slow_start_steps=2, slow_start_fraction=fraction, callbacks=[look],
         args_max_steps=3, args_optim="sgd", args_max_grad_norm=0.0, args_learning_rate=0.05,
