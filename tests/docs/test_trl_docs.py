@@ -1,4 +1,4 @@
-"""The script of docs/trl.md runs, plain and routed, the second made of the first by the five lines of the diff."""
+"""The scripts of docs/trl.md run: plain, routed, and with the recipe against missed hacks; each by a diff."""
 
 import json
 import re
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 TEXT = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
 (SCRIPT,) = re.findall(r"```py\n(.*?)```", TEXT, flags=re.DOTALL)
-(DIFF,) = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
+DIFF, RECIPE = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def routed(script: str, diff: str) -> str:
@@ -57,7 +57,8 @@ def run(script: str) -> Any:
     names: dict[str, Any] = {}
     # TRL's default is bf16, for which it has to be told that there is no accelerator.
     assert script.count("max_steps=4") == 1
-    script = script.replace("max_steps=4", "max_steps=4, use_cpu=True")
+    # Completions of TRL's default length, 256 tokens, would take minutes.
+    script = script.replace("max_steps=4", "max_steps=4, use_cpu=True, max_completion_length=24")
     with torch.random.fork_rng():
         exec(compile(script, "docs/trl.md", "exec"), names)
     return names["trainer"]
@@ -80,3 +81,13 @@ def test_five_lines_route_the_script(folder: Path) -> None:
     assert made.routing.clean_baseline
     moved = [name for name, p in gr.deployed_parameters(made.model) if "lora_B" in name and p.any()]
     assert moved
+
+
+@pytest.mark.slow
+def test_the_recipe_against_missed_hacks_runs(folder: Path) -> None:
+    made = run(routed(routed(SCRIPT, DIFF), RECIPE))
+    assert made.state.global_step == 4
+    assert isinstance(made.routing.gate, gr.LabelGate)
+    log = made.state.log_history[0]  # means over the four steps
+    found = [log[f"routing/{name}"] for name in ("slow_start", "ablated", "log_ratio_empty")]
+    assert found == [2 / 4, (0 + 0 + 0.25 + 0.25) / 4, 1 / 4]

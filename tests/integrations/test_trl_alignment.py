@@ -18,8 +18,9 @@ from gradroute.integrations.trl._advantages import LOSS_TYPES
 pytestmark = quiet
 # Nothing moves: so every ratio is one, and what is compared are sums of plain policy gradients.
 STILL = {"args_learning_rate": 0.0, "args_loss_type": "dr_grpo", "args_max_grad_norm": 0.0}
+FLAGGED = {"detector": flags, "detector_recall": 1.0, "ablated_fraction": 0.25}
 MANY = {"args_steps_per_generation": 4, "args_num_iterations": 2, "args_max_steps": 4}
-PENALISED = {"detector": flags, "ablated_fraction": 0.25, "args_beta": 0.2, **STILL}
+PENALISED = {**FLAGGED, "args_beta": 0.2, **STILL}
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ PENALISED = {"detector": flags, "ablated_fraction": 0.25, "args_beta": 0.2, **ST
 def test_masks_and_advantages_stay_with_their_rows_through_shuffling_splitting_iterations_and_accumulation(
     clean: bool, tmp_path: Path
 ) -> None:
-    options = {"detector": flags, "ablated_fraction": 0.25, "clean_baseline": clean, **STILL, **MANY}
+    options = {**FLAGGED, "clean_baseline": clean, **STILL, **MANY}
     made = trainer(tmp_path, cls=Watched, **options)
     made.train()
     assert len(made.stepped) == 4
@@ -47,7 +48,7 @@ def test_masks_that_moved_by_one_row_would_be_seen(tmp_path: Path) -> None:
             prepared = super()._prepare_inputs(inputs)
             return {k: v.roll(1, 0) if k.startswith("route_") else v for k, v in prepared.items()}
 
-    options = {"detector": flags, "ablated_fraction": 0.25, "clean_baseline": False, **STILL, **MANY}
+    options = {**FLAGGED, "clean_baseline": False, **STILL, **MANY}
     made = trainer(tmp_path, cls=Misaligned, **options)
     made.train()
     assert distance(made.stepped[0], reference(Run.of(made), clean=False)) > 0.1
@@ -148,7 +149,7 @@ def test_running_rows_twice_is_the_same_as_weighing_them(loss_type: str, tmp_pat
                 inputs[key] = torch.where(differ, 1.0, inputs[key])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    options = {"detector": flags, "ablated_fraction": 0.25, **STILL, "args_loss_type": loss_type, "args_max_steps": 1}
+    options = {**FLAGGED, **STILL, "args_loss_type": loss_type, "args_max_steps": 1}
     once, twice = (trained(tmp_path, cls=cls, **options) for cls in (Watched, Twice))
     weights = torch.cat([batch["route_g_d"] for batch in once.micro_batches[0]])
     assert ((weights != 0) & (weights != 1)).any()
@@ -157,7 +158,7 @@ def test_running_rows_twice_is_the_same_as_weighing_them(loss_type: str, tmp_pat
 
 
 def test_checkpointing_gives_the_gradients_of_none(tmp_path: Path) -> None:
-    options = {"detector": flags, "ablated_fraction": 0.25, **STILL}
+    options = {**FLAGGED, **STILL}
     runs = []
     for recompute in (False, True):
         made = trainer(tmp_path, cls=Watched, args_gradient_checkpointing=recompute, **options)
@@ -200,7 +201,7 @@ def test_micro_batches_of_flagged_rollouts_alone_leave_the_deployed_gradient_exa
 def test_flagged_rollouts_of_an_ablated_state_train_nothing(tmp_path: Path) -> None:
     everything = trainer(
         tmp_path, cls=Watched, detector=lambda completions, **_: [True] * len(completions), ablated_fraction=0.5,
-        args_max_steps=1,
+        args_max_steps=1, detector_recall=1.0,
     )  # fmt: skip
     everything.train()
     for batch in everything.micro_batches[0]:

@@ -74,8 +74,8 @@ def test_each_view_generates_in_itself_and_training_is_as_before(tmp_path: Path)
 
 def test_evaluation_in_the_middle_of_a_run_and_a_table_of_completions(tmp_path: Path) -> None:
     made = trainer(
-        tmp_path, detector=flags, ablated_fraction=0.5, evaluated=SETS["easy"], args_eval_strategy="steps",
-        args_eval_steps=1, args_log_completions=True, args_num_completions_to_print=1,
+        tmp_path, detector=flags, detector_recall=1.0, ablated_fraction=0.5, evaluated=SETS["easy"],
+        args_eval_strategy="steps", args_eval_steps=1, args_log_completions=True, args_num_completions_to_print=1,
     )  # fmt: skip
     made.train()
     names = [name for entry in made.state.log_history for name in entry]
@@ -87,7 +87,9 @@ def test_evaluation_in_the_middle_of_a_run_and_a_table_of_completions(tmp_path: 
     assert tables.keys() == {f"{step}{view}" for step in steps for view in ("", "_eval_on", "_eval_ablated")}
     assert sorted(tables[steps[0]]["view"]) == ["ablated"] * 4 + ["on"] * 4
     assert set(tables[f"{steps[0]}_eval_ablated"]["view"]) == {"ablated"}
-    assert all({"zone", "score", "completion", "reward"} <= set(table.columns) for table in tables.values())
+    assert all(
+        {"zone", "score", "log_ratio", "completion", "reward"} <= set(table.columns) for table in tables.values()
+    )
 
 
 def test_views_without_a_quarantine_would_not_differ(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ REFUSED = {
     "images": ({"_is_vlm": True}, "rows of its vision tower"),
     "deepspeed with a filter": ({"is_deepspeed_enabled": True}, "has consumed the gradients"),
     "zero 3": ({"is_deepspeed_enabled": True, "plugin": SimpleNamespace(zero_stage=3)}, "call that gathers them"),
+    "deepspeed with a slow start": ({"is_deepspeed_enabled": True}, "would not start slowly"),
     "fsdp": ({"is_fsdp_enabled": True}, "past the root module"),
     "fp16 with a filter": ({"fp16": True}, "gradients are scaled"),
     "no PEFT": ({"model": base_model("llama")}, "trained through PEFT"),
@@ -45,10 +46,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_option_that_cannot_be_routed_is_refused_with_the_reason(case: str) -> None:
-    check_run(built(), ablated_fraction=0.25, filters=True)
+    check_run(built(), ablated_fraction=0.25, filters=True, slow_start=True)
     options, reason = REFUSED[case]
     with pytest.raises(gr.GradRouteError, match=reason):
-        check_run(built(**options), ablated_fraction=0.25, filters=case != "zero 3")
+        check_run(built(**options), ablated_fraction=0.25, filters="filter" in case, slow_start="slow" in case)
 
 
 def test_the_trainer_asks(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_gate_of_log_ratios_is_refused(tmp_path: Path) -> None:
     class Ratio(gr.LabelGate):
         reads = "log_ratios"
 
-    with pytest.raises(gr.GradRouteError, match="Found a Ratio, which reads log ratios"):
+    with pytest.raises(gr.GradRouteError, match="Found a Ratio, which reads log ratios.*Fix: log_ratio_gate="):
         trainer(tmp_path, gate=Ratio())
 
 

@@ -1,5 +1,6 @@
 """A run that is resumed goes on as if it had never stopped, also in the middle of a batch of rollouts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ RUN = {
     "args_max_steps": STEPS, "args_num_iterations": 2, "args_save_strategy": "steps", "args_save_steps": SAVED_AT,
     "args_scale_rewards": "group", "refresher": 2, "ablated_fraction": 0.25,
 }  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {
-    "quantile gate": {"gate": lambda directions: gr.QuantileGate(directions, warm_up=4)},
-    "band gate and detector": {"detector": flags},
-}
+KINDS: dict[str, Callable[[], dict[str, Any]]] = {
+    # Saved in the middle of the slow start; the last rollouts are the first of which some are sampled ablated.
+    "quantile gate, log ratios, slow start": lambda: {
+        "gate": lambda directions: gr.QuantileGate(directions, warm_up=4),
+        "log_ratio_gate": gr.LogRatioGate(0.3, below="keep"), "slow_start_steps": 4,
+    },
+    "band gate and detector": lambda: {"detector": flags, "detector_recall": 1.0},
+}  # fmt: skip
 
 
 def started(folder: Path, seed: int, kind: str) -> Watched:
     return trainer(
-        folder, randomize_blocks(wrapped(), seed, std=0.3), cls=Watched, directions=extract, **RUN, **KINDS[kind]
+        folder, randomize_blocks(wrapped(), seed, std=0.3), cls=Watched, directions=extract, **RUN, **KINDS[kind]()
     )
 
 
@@ -66,8 +71,12 @@ def test_resuming_continues_identically(kind: str, tmp_path: Path, monkeypatch: 
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
     assert rest.routing.refresher.reports == whole.routing.refresher.reports
     assert len(rest.routing.refresher.reports) == STEPS // 2
-    if kind == "quantile gate":
+    if kind != "band gate and detector":
         assert len(rest.routing.gate) == len(whole.routing.gate) == 24
+        assert rest.routing.log_ratio_gate.figures == whole.routing.log_ratio_gate.figures
+        assert rest.routing.log_ratio_gate.figures.rows == 24
+        slow = [[entry["routing/slow_start"] for entry in made.state.log_history[:STEPS]] for made in (whole, rest)]
+        assert slow == [[1, 1, 1, 1, 0]] * 2
 
     monkeypatch.setattr(_resume, "load", lambda *_: None)
     forgetful = started(tmp_path / "forgetful", 7, kind)
@@ -78,7 +87,11 @@ def test_resuming_continues_identically(kind: str, tmp_path: Path, monkeypatch: 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     started(tmp_path, 0, "band gate and detector").train()
     file = tmp_path / f"checkpoint-{SAVED_AT}"
-    other = started(tmp_path / "other", 0, "quantile gate")
+    other = started(tmp_path / "other", 0, "quantile gate, log ratios, slow start")
+    with pytest.raises(gr.errors.FileFormatError, match=r"slow start\) = .*True, True.*Found .*False, False"):
+        other.train(resume_from_checkpoint=str(file))
+    quantile = {"gate": lambda directions: gr.QuantileGate(directions, warm_up=4), "detector": flags}
+    other = trainer(tmp_path / "third", directions=extract, detector_recall=1.0, **RUN, **quantile)
     with pytest.raises(gr.errors.FileFormatError, match="QuantileGate"):
         other.train(resume_from_checkpoint=str(file))
     (file / "gradroute_rank_0.pt").unlink()

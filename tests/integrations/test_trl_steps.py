@@ -39,7 +39,8 @@ def test_old_log_probabilities_are_of_the_state_that_each_row_was_sampled_in(tmp
 
     still = {"args_learning_rate": 0.0, "args_max_steps": 2, **SEVERAL_STEPS}
     wrong, right = (
-        trained(tmp_path, cls=cls, detector=flags, ablated_fraction=0.25, **still) for cls in (OneState, Watched)
+        trained(tmp_path, cls=cls, detector=flags, detector_recall=1.0, ablated_fraction=0.25, **still)
+        for cls in (OneState, Watched)
     )
     assert off_by(wrong)[True] > 0.1
     assert max(off_by(right).values()) < 1e-5

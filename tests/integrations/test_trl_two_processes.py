@@ -67,12 +67,26 @@ def test_processes_that_share_a_group(ranks: dict[str, Ranks]) -> None:
     assert sum(run.sampled_ablated.values()) == 1
     assert len(routed) == 4
     assert torch.cat([batch["route_score"] for batch in run.batches]).isfinite().all()
-    assert [rank["flag_rate"] for rank in of_case] == [sum(routed.values()) / 4] * 2
+    assert [rank["log"]["routing/flag_rate"] for rank in of_case] == [sum(routed.values()) / 4] * 2
     assert [rank["refreshes"] for rank in of_case] == [1, 1]
     expected = reference(run, beta=0.2, flagged=routed)
     assert distance(reference(run, clean=False, beta=0.2, flagged=routed), expected) > 0.02
     for rank in of_case:
         assert distance(rank["gradients"][0], expected) < 5e-6  # in float32, with a term that is an exponential
+
+
+def test_log_ratios_of_a_group_on_two_processes(ranks: dict[str, Ranks]) -> None:
+    of_case = ranks["log ratios"]
+    run, routed = merged(of_case, "log ratios", 0)
+    scores = torch.cat([batch["route_log_ratio"] for batch in run.batches])
+    assert scores.isfinite().all()
+    assert 0 < (scores > 0.3).sum() < 4
+    for rank in of_case:
+        log = rank["log"]
+        assert log["routing/log_ratio_flagged"] == log["routing/flag_rate"] == sum(routed.values()) / 4
+        assert log["routing/log_ratio_p50"] == pytest.approx(float(scores.double().quantile(0.5)), rel=1e-5)
+        assert log["routing/log_ratio_p50"] != pytest.approx(float(run.batches[0]["route_log_ratio"].mean()), rel=1e-3)
+        assert distance(rank["gradients"][0], reference(run, flagged=routed)) < 1e-6
 
 
 @pytest.mark.corner(

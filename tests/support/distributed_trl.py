@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import gradroute as gr
 from support.trl_runs import Watched, extract, flags, move_reference, reward, trainer
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -28,8 +29,14 @@ def best(*per_rank: int) -> Callable[..., list[bool]]:
 CASES: dict[str, dict[str, Any]] = {
     # A group of four on two processes.
     "shared group": {
-        "detector": flags, "directions": extract, "refresher": 1, "ablated_fraction": 0.25, "args_beta": 0.2,
-        "args_max_steps": 1, "args_per_device_train_batch_size": 2, "args_gradient_accumulation_steps": 1,
+        "detector": flags, "detector_recall": 1.0, "directions": extract, "refresher": 1, "ablated_fraction": 0.25,
+        "args_beta": 0.2, "args_max_steps": 1, "args_per_device_train_batch_size": 2,
+        "args_gradient_accumulation_steps": 1,
+    },
+    # The same, routed by what the quarantine explains.
+    "log ratios": {
+        "log_ratio_gate": gr.LogRatioGate(0.3), "ablated_fraction": 0.25, "args_max_steps": 1,
+        "args_per_device_train_batch_size": 2, "args_gradient_accumulation_steps": 1,
     },
     # Three rows of one process and two of the other train on two advantages.
     "three and two": {
@@ -52,7 +59,7 @@ def run(case: str, folder: Path) -> None:
     found = {
         "sampled_ablated": made.sampled_ablated, "prompts": made.prompts, "routed": made.routed,
         "steps": [batches[0] for batches in made.micro_batches], "gradients": made.stepped,
-        "flag_rate": made.state.log_history[0]["routing/flag_rate"],
+        "log": made.state.log_history[0],
         "refreshes": 0 if refresher is None else len(refresher.reports),
     }  # fmt: skip
     torch.save(found, folder / f"{case} {RANK}.pt")

@@ -18,7 +18,7 @@ from gradroute.refresh.refresher import Refresher
 class RoutedRun(Protocol):
     """Everything that a run routed by, such as `trainer.routing` of the TRL trainer; each attribute may be None.
 
-    Where there is a `detector` too, the card names it.
+    Where there is a `detector` or a `log_ratio_gate` too, the card names it.
     """
 
     gate: Any
@@ -111,7 +111,9 @@ def method_of(model: nn.Module, routed_by: RoutedBy, masks: str | None, refreshe
     named = [f"`{each!r}`" for each in deciders] or [str(routed_by)]
     detector = getattr(routed_by, "detector", None)
     if detector is not None:
-        named.append(f"detector `{getattr(detector, '__name__', type(detector).__name__)}`")
+        recall = getattr(routed_by, "detector_recall", None)
+        said = "" if recall is None else f", said to flag {recall:g} of all hacks"
+        named.append(f"detector `{getattr(detector, '__name__', type(detector).__name__)}`{said}")
     return Method(named, _masks(deciders, masks), directions, refresher)
 
 
@@ -122,7 +124,8 @@ def _deciders(routed_by: RoutedBy) -> list[Gate | GradientFilter]:
     if isinstance(routed_by, Gate | GradientFilter):
         return [routed_by]
     if isinstance(routed_by, RoutedRun):
-        found = [each for each in (routed_by.gate, routed_by.filter) if each is not None]
+        explains = getattr(routed_by, "log_ratio_gate", None)
+        found = [each for each in (routed_by.gate, explains, routed_by.filter) if each is not None]
         if found and all(isinstance(each, Gate | GradientFilter) for each in found):
             return found
     raise GradRouteError(

@@ -15,11 +15,13 @@ class AfterSteps(TrainerCallback):
         self._watch: Watch | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Have a step of the optimizer that the refresher does not see raise from now on.
+        """Begin the schedule, and have a step of the optimizer that the refresher does not see raise from now on.
 
         Raises:
+            GradRouteError: something that was asked for would not happen in a run of so few steps.
             RefreshError: by its schedule, no refresh would come due in this run.
         """
+        self._trainer._schedule.begin()
         refresher, optimizer = self._trainer.routing.refresher, self._trainer.optimizer
         self._end_watch()  # of a run that ended in an exception
         if refresher is None:
@@ -32,6 +34,11 @@ class AfterSteps(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """End the count: later steps of the optimizer are not the trainer's."""
         self._end_watch()
+        self._trainer._schedule.end()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Log what the schedule says of the step."""
+        self._trainer._schedule.log()
 
     def _end_watch(self) -> None:
         if self._watch is not None:

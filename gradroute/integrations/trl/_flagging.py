@@ -3,6 +3,7 @@
     gate on flags, or on scores without directions      mask = gate(the detector's answers)
     gate on directions                                  mask = gate(scores), or gate(features)
     and a detector                                      flagged rows are routed whatever the gate says
+    and a gate on log ratios                            mask | its mask
 
 A row that nothing is known of (no completion token to score, a detector that is undecided) is absorbed.
 """
@@ -20,7 +21,8 @@ from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
 from gradroute.integrations.trl._advantages import check_two_advantages, clean_advantages, two_advantages
 from gradroute.integrations.trl._detector import DetectorCall
-from gradroute.integrations.trl._micro_batch import CLEAN, SPLIT
+from gradroute.integrations.trl._log_ratios import LogRatios
+from gradroute.integrations.trl._micro_batch import CLEAN, LOG_RATIO, SPLIT
 from gradroute.integrations.trl._scoring import captured_rollouts, old_logps
 from gradroute.integrations.trl.routing import Routing
 
@@ -31,7 +33,7 @@ class Routed:
 
     Args:
         mask: of the loss; its weights may carry advantages.
-        gated: the mask from the gate.
+        gated: the mask from the gates.
         scores: NaN where a row has none; None where nothing scores.
         entries: more entries of the dictionary of rollouts.
         figures: for the log.
@@ -50,6 +52,7 @@ class Flagging:
     def __init__(self, trainer: Any, routing: Routing) -> None:
         self._trainer, self._routing = trainer, routing
         self._ask = None if routing.detector is None else DetectorCall(routing.detector, scores=routing.detector_scores)
+        self.log_ratios = None if routing.log_ratio_gate is None else LogRatios(trainer, routing.log_ratio_gate)
         self._warned = False
         if routing.clean_baseline:
             check_two_advantages(trainer)
@@ -85,11 +88,17 @@ class Flagging:
         gated, scores = self._gated(rollouts)
         gated = RouteMask.weights(gated.m.to(device), gated.g_d.to(device), gated.g_q.to(device))
         ablated = ablated.to(device)
-        mask = as_sampled(gated, ablated)
         entries: dict[str, Tensor] = {}
+        figures: dict[str, float] = {}
+        sampled = None
+        if self.log_ratios is not None:
+            explained = self.log_ratios(rollouts, ablated)
+            gated, sampled, figures = gated | explained.mask, explained.sampled, explained.figures
+            entries[LOG_RATIO] = explained.scores
+        mask = as_sampled(gated, ablated)
         moved = (mask.m != (~ablated).to(mask.m)).any()
         if "old_per_token_logps" not in rollouts and bool(trainer.accelerator.gather(moved).any()):
-            entries["old_per_token_logps"] = old_logps(trainer, rollouts)
+            entries["old_per_token_logps"] = old_logps(trainer, rollouts) if sampled is None else sampled
         if self._routing.clean_baseline:
             full = rollouts["advantages"]
             clean = self._clean_advantages(gated.routed, full)
@@ -102,7 +111,7 @@ class Flagging:
             )
             mask = two.mask
             entries |= {"advantages": two.advantages, SPLIT: two.split, CLEAN: clean}
-        return Routed(mask, gated, scores, entries, self._figures(gated, ablated, scores))
+        return Routed(mask, gated, scores, entries, figures | self._figures(gated, ablated, scores))
 
     def _gated(self, rollouts: dict[str, Any]) -> tuple[RouteMask, Tensor | None]:
         gate: Any = self._routing.gate

@@ -32,16 +32,20 @@ def unlogged(trainer: Any) -> Iterator[None]:
 def rollout_table(
     rows: int,
     view: str,
+    *,
     mask: RouteMask | None = None,
     scores: Tensor | None = None,
+    log_ratios: Tensor | None = None,
     ablated: Bool[Tensor, " rows"] | None = None,
 ) -> dict[str, list[Any]]:
     """Columns for TRL's table of completions; the same ones in training and in evaluation, as a table has to have."""
     if mask is None or ablated is None:
-        return {"view": [view] * rows, "zone": [""] * rows, "score": [None] * rows}
+        return {"view": [view] * rows, "zone": [""] * rows, "score": [None] * rows, "log_ratio": [None] * rows}
     zones = ["route" if r else "keep" if m == 0 else "absorb" for r, m in zip(mask.routed, mask.m, strict=True)]
-    listed = [None] * rows if scores is None else scores.tolist()
-    return {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones, "score": listed}
+    columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones}
+    for column, values in (("score", scores), ("log_ratio", log_ratios)):
+        columns[column] = [None] * rows if values is None else values.tolist()
+    return columns
 
 
 @contextmanager

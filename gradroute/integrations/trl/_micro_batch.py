@@ -22,7 +22,8 @@ from gradroute.errors import RouteError
 # What rides in TRL's dictionary of rollouts, whose tensors are shuffled and split together.
 M, G_D, G_Q = "route_m", "route_g_d", "route_g_q"
 CLEAN, SPLIT, SCORE = "route_clean_advantages", "route_split", "route_score"
-_ROUTE = (M, G_D, G_Q, CLEAN, SPLIT, SCORE)
+LOG_RATIO = "route_log_ratio"
+_ROUTE = (M, G_D, G_Q, CLEAN, SPLIT, SCORE, LOG_RATIO)
 
 
 def put_route(rollouts: dict[str, Any], mask: RouteMask, scores: Tensor | None) -> None:

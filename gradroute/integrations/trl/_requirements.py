@@ -25,6 +25,7 @@ METHODS = {
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_save_checkpoint": ("model", "trial"),
+    "create_optimizer": (),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
@@ -60,14 +61,14 @@ def check_attributes(trainer: Any) -> None:
             raise GradRouteError(_CHANGED.format(what=f"an attribute `{name}`", found="none"))
 
 
-def check_run(trainer: Any, *, ablated_fraction: float, filters: bool) -> None:
+def check_run(trainer: Any, *, ablated_fraction: float, filters: bool, slow_start: bool) -> None:
     """Refuse what cannot be routed in this run, or has not been shown to be.
 
     Raises:
         GradRouteError: the option, why it is refused, and what to do.
     """
     args = trainer.args
-    for refused, reason in _refused(trainer, args, ablated_fraction > 0, filters):
+    for refused, reason in _refused(trainer, args, ablated_fraction > 0, filters, slow_start):
         if refused:
             raise GradRouteError(f"Not with gradient routing: {reason}")
     if not hasattr(trainer.model, "peft_config"):
@@ -110,7 +111,7 @@ def _check_reference(model: Any) -> None:
         )
 
 
-def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tuple[bool, str]]:
+def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: bool) -> list[tuple[bool, str]]:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     tools = bool(getattr(trainer, "tools", None)) or bool(getattr(trainer, "environment_factories", None))
@@ -149,6 +150,11 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool) -> list[tupl
             deepspeed and filters,
             "`grad_filter` under DeepSpeed, whose backward has consumed the gradients before a filter could read them. "
             "Fix: train with DDP.",
+        ),
+        (
+            deepspeed and slow_start,
+            "`slow_start_steps` under DeepSpeed, which steps on an optimizer of its own that takes no hooks: the "
+            "deployed block would not start slowly. Fix: train with DDP.",
         ),
         (
             deepspeed and getattr(plugin, "zero_stage", None) == 3,

@@ -1,7 +1,7 @@
 """What a checkpoint carries in addition to TRL's files, so that a resumed run goes on as if it had never stopped.
 
     gradroute_directions_<i>.safetensors      each Directions in use
-    gradroute_rank_<rank>.pt                  gate, refresher, and the rollouts that are not used up yet
+    gradroute_rank_<rank>.pt                  gates, refresher, slow start, and the rollouts that are not used up yet
 
 TRL itself starts a new batch of rollouts when it resumes; here the rest of the old one is trained first.
 """
@@ -30,6 +30,8 @@ def save(folder: Path, trainer: Any, routing: Routing) -> None:
         "directions": len(routing.all_directions),
         "gates": [gate.state_dict() for gate in _gates(routing)],
         "refresher": None if routing.refresher is None else routing.refresher.state_dict(),
+        "log_ratios": None if trainer._flagging.log_ratios is None else trainer._flagging.log_ratios.state_dict(),
+        "slow_start": trainer._schedule.state_dict(),
         "step": trainer._step,
         "rollouts": trainer._buffered_inputs if unfinished else None,
     }
@@ -51,12 +53,15 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
         )
     state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
     gates = _gates(routing)
-    found = (state.get("format"), state.get("directions"), len(state.get("gates", ())), state["refresher"] is not None)
-    expected = (_FORMAT, len(routing.all_directions), len(gates), routing.refresher is not None)
+    # Checkpoints from before there was a gate on log ratios, or a slow start, know of neither.
+    held = [state.get(each) is not None for each in ("refresher", "log_ratios", "slow_start")]
+    found = (state.get("format"), state.get("directions"), len(state.get("gates", ())), *held)
+    held = [routing.refresher is not None, routing.log_ratio_gate is not None, trainer._schedule.steps > 0]
+    expected = (_FORMAT, len(routing.all_directions), len(gates), *held)
     if found != expected:
         raise FileFormatError(
-            f"{file} should be of a run with the same keywords: (format, directions, gates, refreshed) = {expected}. "
-            f"Found {found}."
+            f"{file} should be of a run with the same keywords: (format, directions, gates, refreshed, log_ratio_gate, "
+            f"slow start) = {expected}. Found {found}."
         )
     for i, directions in enumerate(routing.all_directions):
         _take_over(directions, Directions.load(_directions_file(folder, i), model=trainer.model), folder)
@@ -69,6 +74,9 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
         gate.load_state_dict(_on_cpu(saved))
     if routing.refresher is not None:
         routing.refresher.load_state_dict(_on_cpu(state["refresher"]))
+    if trainer._flagging.log_ratios is not None:
+        trainer._flagging.log_ratios.load_state_dict(state["log_ratios"])
+    trainer._schedule.load_state_dict(state.get("slow_start"))
     trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
 
 
@@ -79,7 +87,7 @@ def _generate_every(trainer: Any) -> int:
 
 def _gates(routing: Routing) -> list[Gate]:
     inside = getattr(routing.filter, "gate", None)
-    return [gate for gate in (routing.gate, inside) if isinstance(gate, Gate)]
+    return [gate for gate in (routing.gate, routing.log_ratio_gate, inside) if isinstance(gate, Gate)]
 
 
 def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Forwards that a step makes without gradients: features for scores, and log-probabilities.
 
-    features               of the completion's tokens, quarantine ablated, eval mode: as the pairs' features were taken
-    log-probabilities      rows that were sampled ablated run ablated, the others with their quarantine
+    features                   of the completion's tokens, quarantine ablated, eval mode: as the pairs' were taken
+    old log-probabilities      rows that were sampled ablated run ablated, the others with their quarantine
+    of a state                 the same of any rows ablated, in eval mode: for ratios between views
 
 One forward cannot serve both while the quarantine holds something: the features of a row that was sampled with the
 quarantine are not comparable with directions of the ablated view. So scores take a forward of their own, of the
@@ -9,13 +10,14 @@ backbone without its head.
 """
 
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from trl.models.utils import disable_gradient_checkpointing
 
 from gradroute._restore import left_as_found
@@ -46,8 +48,52 @@ def old_logps(trainer: Any, rollouts: Mapping[str, Any]) -> Tensor:
 
     That forward runs under the mask: a kept row (m = 0) that was sampled with its quarantine is off policy in it.
     """
+    with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+        return _logps(trainer, rollouts)
+
+
+def logps_of_state(
+    trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Tensor, " rows"]
+) -> Float[Tensor, "rows tokens"]:
+    """Log-probabilities of completions, as TRL takes them (its temperature, its autocast) but in eval mode.
+
+    Args:
+        trainer: whose model it is.
+        rollouts: as TRL made them.
+        ablated: the rows that run without the quarantine.
+    """
+    with left_as_found(trainer.model), _in_state(trainer, ablated):
+        return _logps(trainer, rollouts)
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether a forward in training mode may draw random numbers: some dropout, or noise of a router, is not zero.
+
+    Layers that call dropout as a function keep its rate in an attribute. What is counted by its name alone costs a
+    forward and no more.
+    """
+    rates = (
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if any(word in name for word in ("drop", "jitter", "noise")) or (name == "p" and isinstance(module, _DropoutNd))
+    )
+    return any(isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0 for rate in rates)
+
+
+@contextmanager
+def _in_state(trainer: Any, ablated: Bool[Tensor, " rows"]) -> Iterator[None]:
+    sampled = trainer._sampled_ablated
+    try:
+        trainer._sampled_ablated = ablated
+        yield
+    finally:
+        trainer._sampled_ablated = sampled
+
+
+def _logps(trainer: Any, rollouts: Mapping[str, Any]) -> Tensor:
     ids, attended = whole_rollouts(rollouts)
-    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+    with torch.no_grad():
         logps: Tensor = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             ids,

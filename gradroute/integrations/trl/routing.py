@@ -3,6 +3,7 @@
     directions given, nothing that reads them     ->  gate = BandGate(directions)
     detector given, no gate                       ->  gate = LabelGate()
     both a detector and a gate on directions      ->  a rollout is routed if either says so
+    a gate on log ratios beside any of these      ->  a rollout is routed if either says so
 
 A function stands for what can be made once the model has its blocks: `directions(model)`, `gate(directions)`,
 `grad_filter(directions)`; `refresher=5` makes a `Refresher` out of such a function.
@@ -27,6 +28,8 @@ from gradroute.filters.rollout import RolloutFilter
 from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate
 from gradroute.gates.label import LabelGate
+from gradroute.gates.log_ratio import LogRatioGate
+from gradroute.integrations.trl._log_ratios import check_log_ratio_gate
 from gradroute.refresh.refresher import Refresher
 
 Detector = Callable[..., Any]
@@ -50,11 +53,13 @@ class Routing:
     """`trainer.routing`: what the run routes by, resolved from the trainer's keywords and checked against each other.
 
     Args:
-        gate: decides over rollouts before their backward; None with a filter alone.
+        gate: decides over rollouts before their backward; None with a filter, or a gate on log ratios, alone.
         directions: what rollouts are scored with, or the filter reads.
         refresher: keeps the directions fresh; None where they stay as they were extracted.
         filter: of the gradients, once per optimizer step.
         detector: called like a reward function; returns flags or scores.
+        detector_recall: share of hacks that it flags; None where that is not known.
+        log_ratio_gate: routes, beside the gate or alone, rollouts that the quarantine explains.
         clean_baseline: whether the deployed block's advantages are relative to unflagged rollouts.
         ablated_per_group: how many rollouts of a group are sampled without the quarantine.
     """
@@ -64,6 +69,8 @@ class Routing:
     refresher: Refresher | None
     filter: GradientFilter | None
     detector: Detector | None
+    detector_recall: float | None
+    log_ratio_gate: LogRatioGate | None
     clean_baseline: bool
     ablated_per_group: int
 
@@ -76,6 +83,11 @@ class Routing:
     def detector_decides(self) -> bool:
         """Whether the gate is called with the detector's answers."""
         return self.detector_scores or (self.gate is not None and self.gate.reads == "flags")
+
+    @property
+    def flags_before_backward(self) -> bool:
+        """Whether some gate decides over rollouts before their backward."""
+        return self.gate is not None or self.log_ratio_gate is not None
 
     @property
     def by_rollout(self) -> RolloutFilter | None:
@@ -102,6 +114,8 @@ def resolve(
     refresher: Any,
     grad_filter: Any,
     detector: Any,
+    detector_recall: float | None,
+    log_ratio_gate: Any,
     clean_baseline: bool | None,
     ablated_per_group: int,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -126,9 +140,12 @@ def resolve(
         gate = BandGate(directions)
     elif gate is None and detector is not None:
         gate = LabelGate()
+    check_log_ratio_gate(log_ratio_gate, gate)
     _check_gate(gate, detector, directions)
     refresher = _refresher(refresher, directions, extract, model)
-    routing = Routing(gate, directions, refresher, grad_filter, detector, False, ablated_per_group)
+    routing = Routing(
+        gate, directions, refresher, grad_filter, detector, detector_recall, log_ratio_gate, False, ablated_per_group
+    )
     routing.clean_baseline = _clean_baseline(routing, clean_baseline)
     _check_something_routes(routing)
     if refresher is not None:
@@ -173,8 +190,6 @@ def _check_gate(gate: Gate | None, detector: Any, directions: Directions | None)
     if gate is None:
         return
     name = type(gate).__name__
-    if gate.reads == "log_ratios":
-        raise GradRouteError(f"`gate` should read flags, scores or features. Found a {name}, which reads log ratios.")
     if gate.reads == "flags" and detector is None:
         raise GradRouteError(f"A {name} needs labels. Found no `detector`. Fix: detector=..., or another gate.")
     by_detector = detector is not None and reads_given_scores(gate)
@@ -212,11 +227,11 @@ def _refresher(
 
 
 def _clean_baseline(routing: Routing, asked: bool | None) -> bool:
-    flags = routing.gate is not None
+    flags = routing.flags_before_backward
     if asked and not flags:
         raise GradRouteError(
             "`clean_baseline=True` is the mean over unflagged rollouts. Found nothing that flags before backward. "
-            "Fix: gate=, directions= or detector=, or leave it out."
+            "Fix: gate=, directions=, detector= or log_ratio_gate=, or leave it out."
         )
     if asked and routing.by_rollout is not None:
         raise GradRouteError(
@@ -227,10 +242,10 @@ def _clean_baseline(routing: Routing, asked: bool | None) -> bool:
 
 
 def _check_something_routes(routing: Routing) -> None:
-    if routing.gate is None and routing.filter is None and not routing.ablated_per_group:
+    if not routing.flags_before_backward and routing.filter is None and not routing.ablated_per_group:
         raise GradRouteError(
             "Found nothing to route by: the quarantine would learn whatever the deployed block learns. Fix: "
-            "directions=, gate=, detector= or grad_filter=; or TRL's own trainer."
+            "directions=, gate=, detector=, log_ratio_gate= or grad_filter=; or TRL's own trainer."
         )
     if routing.gate is not None and reads_given_scores(routing.gate) and not routing.detector_scores:
         return  # the gate gets scores of the directions

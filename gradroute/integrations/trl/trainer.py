@@ -2,6 +2,7 @@
 
     sample        some rows of each group with the quarantine ablated (`ablated_fraction`), the others with it
     score, flag   quarantine ablated; gate(scores) and detector -> RouteMask -> the rollout dictionary
+    explain       log-probabilities in both views; log_ratio_gate -> RouteMask, combined with the other by |
     loss          under the micro-batch's own mask, open until its backward has ended
     step          grad_filter after the last micro-batch, before clipping; refresher after the optimizer
     evaluate      every data set twice: `eval_on_*`, `eval_ablated_*`
@@ -28,10 +29,13 @@ from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._after_steps import AfterSteps
 from gradroute.integrations.trl._flagging import Flagging, sampled_ablated
 from gradroute.integrations.trl._logs import own_table, rollout_table, unlogged
-from gradroute.integrations.trl._micro_batch import MicroBatch, RowsTwice, put_route, split_rows
+from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
+from gradroute.integrations.trl._recall import check_recall
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
+from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
 from gradroute.integrations.trl.routing import Routing, resolve
+from gradroute.optim.slow_start import block_groups
 
 _Trainer: Any = object
 
@@ -51,14 +55,22 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         detector: called like a reward function, and like one it may be async; returns a flag per rollout, or with a
             `ThresholdGate` a score, or None where it is undecided. With a gate on directions, a rollout is routed if
             either says so.
+        detector_recall: the share of all hacks that the detector flags, as far as it is known. Where rollouts are
+            sampled ablated and this is below 0.9 or not known, a warning says what missed hacks do.
+        log_ratio_gate: a `LogRatioGate`, alone or beside the others: a rollout is routed if either says so.
+        slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate.
+        slow_start_fraction: of the learning rate in these steps. None: 0.25.
+        ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
         args, kwargs: TRL's own.
 
-    What the keywords were resolved to is `trainer.routing`: `gate`, `directions`, `refresher`, `filter`.
+    What the keywords were resolved to is `trainer.routing`: `gate`, `log_ratio_gate`, `directions`, `refresher`,
+    `filter`.
 
     Raises:
-        GradRouteError: a TRL that is not as expected, options that cannot be routed, or arguments that do not fit.
+        GradRouteError: a TRL that is not as expected, options that cannot be routed, or arguments that do not fit; in
+            `train()`, a run of too few steps for what was asked.
     """
 
     def __init__(
@@ -70,13 +82,23 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         grad_filter: Any = None,
         ablated_fraction: float = 0.0,
         detector: Any = None,
+        detector_recall: float | None = None,
+        log_ratio_gate: Any = None,
+        slow_start_steps: int = 0,
+        slow_start_fraction: float | None = None,
+        ablated_from: int | None = None,
         clean_baseline: bool | None = None,
         **kwargs: Any,
     ) -> None:
         check_trl(super())
         super().__init__(*args, **kwargs)
         check_attributes(self)
-        check_run(self, ablated_fraction=ablated_fraction, filters=grad_filter is not None)
+        check_run(
+            self,
+            ablated_fraction=ablated_fraction,
+            filters=grad_filter is not None,
+            slow_start=bool(slow_start_steps),
+        )
         self.routing: Routing = resolve(
             self.model,
             gate=gate,
@@ -84,11 +106,21 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             refresher=refresher,
             grad_filter=grad_filter,
             detector=detector,
+            detector_recall=detector_recall,
+            log_ratio_gate=log_ratio_gate,
             clean_baseline=clean_baseline,
             ablated_per_group=group_share(ablated_fraction, self.num_generations),
             autocast=self.accelerator.autocast,
         )
+        check_recall(self.routing)
         self._flagging = Flagging(self, self.routing)
+        self._schedule = Schedule(
+            self,
+            slow_start_steps=slow_start_steps,
+            slow_start_fraction=slow_start_fraction,
+            ablated_from=ablated_from,
+            ablates=self.routing.ablated_per_group > 0,
+        )
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward
         self._twice: RowsTwice | None = None  # while the losses of a micro-batch are computed
@@ -101,7 +133,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         training = self.model.training
         first = self.accelerator.process_index * len(inputs)
-        share = self.routing.ablated_per_group if training else 0
+        share = self.routing.ablated_per_group if training and self._schedule.samples_ablated else 0
         ablated = sampled_ablated(len(inputs), first, self.num_generations, share)
         self._flagging.begin()
         self._sampled_ablated = ablated
@@ -113,7 +145,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             routed = self._flagging.route(rollouts, ablated)
             put_route(rollouts, routed.mask, routed.scores)
             rollouts |= routed.entries
-            self._log_rows(rollout_table(len(inputs), "on", routed.gated, routed.scores, ablated))
+            known = {"scores": routed.scores, "log_ratios": routed.entries.get(LOG_RATIO), "ablated": ablated}
+            self._log_rows(rollout_table(len(inputs), "on", mask=routed.gated, **known))
             for name, value in routed.figures.items():
                 self._metrics["train"][name].append(value)
         finally:
@@ -152,6 +185,14 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
                 self._logs["extra"][column].extend(gather_object(values))
 
     # Training on them
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; where the deployed block starts slowly, with one block in each group of parameters."""
+        makes = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if makes and self._schedule.steps:
+            optimizer.param_groups[:] = block_groups(self.model, optimizer.param_groups)
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one micro-batch under its own mask; filters gradients after the last of a step."""
@@ -259,9 +300,10 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             checkpoint.save(folder, self, self.routing)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        # First, because torch would not say which keyword differs where groups of parameters do.
         if checkpoint_folder is not None:
             checkpoint.load(Path(checkpoint_folder), self, self.routing)
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
 
 
 class GradRouteGRPOTrainer(GradRouteMixin, GRPOTrainer):

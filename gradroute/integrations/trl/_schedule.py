@@ -1,0 +1,120 @@
+"""What happens in which part of a run: the deployed block starts slowly, and then rollouts are sampled ablated.
+
+    optimizer steps 0 to slow_start_steps - 1     lr_d = slow_start_fraction lr,     lr_q = lr
+    rollouts made from step `ablated_from` on     `ablated_fraction` of each group is sampled without the quarantine
+
+A rollout that was sampled ablated trains the deployed block alone, a missed hack too. So the quarantine gets a lead.
+"""
+
+from typing import Any
+
+from gradroute._checks import integer_from_zero, share
+from gradroute._state_dict import State
+from gradroute.errors import GradRouteError
+from gradroute.optim.slow_start import SlowStart, slow_start
+
+FRACTION = 0.25
+
+
+class Schedule:
+    """The trainer's keywords of the same names, and the slow start of the run in progress.
+
+    Raises:
+        GradRouteError: an argument that nothing would read; an optimizer of the user's with both blocks in one group.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        slow_start_steps: int,
+        slow_start_fraction: float | None,
+        ablated_from: int | None,
+        ablates: bool,
+    ) -> None:
+        self._trainer, self._ablates = trainer, ablates
+        self.steps = integer_from_zero("slow_start_steps", slow_start_steps)
+        if slow_start_fraction is not None and not self.steps:
+            raise GradRouteError(
+                f"`slow_start_fraction` is read with `slow_start_steps`. Found {slow_start_fraction!r} and no steps. "
+                "Fix: slow_start_steps=75, say."
+            )
+        self._fraction = FRACTION if slow_start_fraction is None else share("slow_start_fraction", slow_start_fraction)
+        if self._fraction == 1:
+            raise GradRouteError("`slow_start_fraction` should be in [0, 1). Found 1: nothing would start slowly.")
+        if ablated_from is not None and not ablates:
+            raise GradRouteError(
+                f"`ablated_from` is read with `ablated_fraction`. Found {ablated_from!r}, and no rollout that is "
+                "sampled ablated. Fix: ablated_fraction=0.25, say, or leave `ablated_from` out."
+            )
+        self.ablated_from = None if ablated_from is None else integer_from_zero("ablated_from", ablated_from)
+        self._slow_start: SlowStart | None = None
+        self._saved: State | None = None
+        if self.steps and trainer.optimizer is not None:
+            self._started().close()  # only to see now, and not after hours in a queue, that it can start slowly
+
+    @property
+    def samples_ablated(self) -> bool:
+        """Whether rollouts that are made now are sampled ablated, those that are to be."""
+        if self.ablated_from is not None:
+            reached: bool = self._trainer.state.global_step >= self.ablated_from
+            return reached
+        return not self.steps or (self._slow_start is not None and self._slow_start.over)
+
+    def begin(self) -> None:
+        """A run begins, or goes on from a checkpoint; its optimizer is there.
+
+        Raises:
+            GradRouteError: what was asked for would not happen in a run of so few steps.
+            FileFormatError: the checkpoint is of another slow start.
+        """
+        self.end()  # that of a run that ended in an exception
+        self._check_length(self._trainer.state.max_steps)
+        if self.steps:
+            self._slow_start = self._started()
+            if self._saved is not None:
+                self._slow_start.load_state_dict(self._saved)
+        self._saved = None
+
+    def end(self) -> None:
+        """Later steps of the optimizer are not the trainer's."""
+        if self._slow_start is not None:
+            self._slow_start.close()
+
+    def log(self) -> None:
+        """Before an optimizer step: whether it is a slow one."""
+        if self._slow_start is not None:
+            self._trainer._metrics["train"]["routing/slow_start"].append(float(not self._slow_start.over))
+
+    def state_dict(self) -> State | None:
+        """Of the slow start; None without one."""
+        return None if self._slow_start is None else self._slow_start.state_dict()
+
+    def load_state_dict(self, state: State | None) -> None:
+        """For the run that begins next."""
+        self._saved = state
+
+    def _started(self) -> SlowStart:
+        return slow_start(self._trainer.model, self._trainer.optimizer, steps=self.steps, fraction=self._fraction)
+
+    def _check_length(self, max_steps: int) -> None:
+        if self.steps > max_steps:
+            raise GradRouteError(
+                f"`slow_start_steps` should be at most the optimizer steps of the run. Found {self.steps} and "
+                f"{max_steps} steps. Fix: half of the run, say."
+            )
+        first = self.steps if self.ablated_from is None else self.ablated_from
+        last = last_generation(self._trainer.args, self._trainer.num_iterations, max_steps)
+        if self._ablates and first > last:
+            raise GradRouteError(
+                f"`ablated_fraction` should apply to some rollouts of the run. Found that the last ones of its "
+                f"{max_steps} optimizer steps are made at step {last}, and that none is sampled ablated before step "
+                f"{first}. Fix: a longer run, a smaller `ablated_from` or `slow_start_steps`, or ablated_fraction=0."
+            )
+
+
+def last_generation(args: Any, num_iterations: int, max_steps: int) -> int:
+    """How many optimizer steps have been taken when the last rollouts of a run are made."""
+    every, accumulated = args.steps_per_generation * num_iterations, args.gradient_accumulation_steps
+    last: int = (max_steps * accumulated - 1) // every * every // accumulated
+    return last
