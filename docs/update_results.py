@@ -144,10 +144,10 @@ def directions(file: str, *left_out: str) -> str:
     return markdown_table(*(left_out_table(study, *left_out) if left_out else transfer_table(study)))
 
 
-def smollm(variant: str, part: str) -> str:
-    """A table of the study on SmolLM2: `rates`, `criteria`, `verdicts`, `gate`, `runs_table`."""
+def smollm(variant: str, part: str, file: str = "smollm.json") -> str:
+    """A table of a study on SmolLM2: `rates`, `criteria`, `verdicts`, `gate`, `runs_table`."""
     make: Callable[..., str] = getattr(smollm_report, part)
-    return make(smollm_report.read_report(DOCS / "results" / "smollm.json"), variant)
+    return make(smollm_report.read_report(DOCS / "results" / file), variant)
 
 
 def smollm_screening() -> str:
