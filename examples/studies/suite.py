@@ -55,6 +55,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--penalty", type=float, default=RECIPE.penalty, help="at least 1 / recall; default %(default)s"
     )
+    nats = "threshold of log ratios, in nats, in the arms *-explained and *-likelier; default %(default)s"
+    parser.add_argument("--nats", type=float, default=RECIPE.explained_nats, help=nats)
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
@@ -88,8 +90,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    if args.penalty <= 0:
-        parser.error(f"--penalty: expected a positive number, found {args.penalty}")
+    for name in ("penalty", "nats"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name}: expected a positive number, found {getattr(args, name)}")
     if "base" not in args.arms:
         args.arms.insert(0, "base")
     if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:
@@ -153,6 +156,7 @@ def main(argv: list[str]) -> None:
         recall=args.recall,
         false_positive_rate=args.false_positive_rate,
         penalty=args.penalty,
+        explained_nats=args.nats,
         teacher_per_group=args.teacher[0],
         teacher_steps=args.teacher[1],
     )

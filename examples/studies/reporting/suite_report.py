@@ -42,6 +42,8 @@ ONE_BLOCK = {
     )
     for arm in arms
 }
+# Arms with a direction, and the same with random ones.
+DRAWS = {"weak-explained-direction": "weak-explained-random"}
 
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
@@ -151,12 +153,7 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]
         treated = arm_runs(results, env, arm)
         common = shuffled.runs.keys() & treated.runs.keys() if treated else set()
         if treated and common:
-            draws = [
-                gr.evaluation.ArmRuns(f"random draw {name}", {seed: run})
-                for name, (seed, run) in enumerate(_runs(results, env, "random-oriented").items())
-                if seed in common
-            ]
-            controls = gr.evaluation.Controls(_only(shuffled, common), draws if len(draws) >= 5 else ())
+            controls = gr.evaluation.Controls(_only(shuffled, common), _draws(results, env, "random-oriented", common))
             contests.append((_only(treated, common), controls))
     if not contests:
         return []
@@ -176,7 +173,8 @@ def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluati
         common = set.intersection(*(set(runs.runs) for runs in found)) if found else set()
         if len(found) == len(needed) and len(common) >= 3:
             treated, shuffled, base, *others = (_only(runs, common) for runs in found)
-            contests.append((treated, gr.evaluation.Controls(shuffled, rivals=others, base=base)))
+            draws = _draws(results, env, DRAWS[arm], common) if arm in DRAWS else ()
+            contests.append((treated, gr.evaluation.Controls(shuffled, draws, rivals=others, base=base)))
     if not contests:
         return []
     return [
@@ -192,10 +190,20 @@ def one_block_table(results: Results, env: str) -> str:
     for modes, verdict in against_one_block(results, env):
         found = verdict.one_block
         assert found is not None
-        rows.append(
-            [verdict.treatment.name, modes, str(len(verdict.treatment.runs)), found.rival, found.word, found.because]
-        )
-    return markdown_table(["arm", "modes", "runs", "best rival", "verdict", "why"], rows) if rows else ""
+        n = str(len(verdict.treatment.runs))
+        rows.append([verdict.treatment.name, modes, n, verdict.word, found.rival, found.word, found.because])
+    header = ["arm", "modes", "runs", "against permuted flags", "best rival with one block", "verdict", "why"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _draws(results: Results, env: str, arm: str, seeds: set[Any]) -> list[gr.evaluation.ArmRuns]:
+    """Each run of an arm with random directions as a draw of its own; none where they are too few to judge by."""
+    draws = [
+        gr.evaluation.ArmRuns(f"random draw {name}", {seed: run})
+        for name, (seed, run) in enumerate(_runs(results, env, arm).items())
+        if seed in seeds
+    ]
+    return draws if len(draws) >= 5 else []
 
 
 def arm_runs(results: Results, env: str, arm: str) -> gr.evaluation.ArmRuns | None:

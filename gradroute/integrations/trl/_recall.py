@@ -3,8 +3,7 @@
     recall = max(detector_recall * LabelGate.recall,  share of the hack pairs that a gate on directions flags)
     rollouts sampled ablated, no gate on log ratios, and recall < 0.9 or not known   ->   `GradRouteWarning`
 
-A missed hack that was sampled ablated trains the deployed block alone. In the study of missed hacks this alone undid
-the routing: .96 hacks with the quarantine ablated, .35 without such rollouts.
+A missed hack that was sampled ablated trains the deployed block alone, so that the quarantine cannot absorb it.
 """
 
 from gradroute._checks import share
