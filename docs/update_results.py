@@ -76,6 +76,20 @@ def rivals(env: str, arms: str, *files: str) -> str:
     return markdown_table(["setting", *header] if len(files) > 1 else header, rows)
 
 
+def thresholds(arms: str, *files: str) -> str:
+    """The deployed view of `arms` by environment and threshold of log ratios; each file as ENV:FILE."""
+    rows = []
+    for env, file in (each.split(":") for each in files):
+        path = DOCS / "results" / file
+        nats = json.loads(path.read_text(encoding="utf-8"))["recipe"]["explained_nats"]
+        for arm in arms.split(","):
+            runs = of_arm(read_report(path), env, arm).values()
+            cells = [cell([entry[view][rate] for entry in runs]) for view, rate in DEPLOYED]
+            rows.append([env, f"{nats:g}", arm, str(len(runs)), *cells])
+    rows.sort(key=lambda row: (row[0], row[2], float(row[1])))
+    return markdown_table(["environment", "nats", "arm", "runs", *(COLUMNS[column] for column in DEPLOYED)], rows)
+
+
 def one_block(file: str, env: str) -> str:
     """Whether a second block was earned in an environment."""
     return one_block_table(read_report(DOCS / "results" / file), env)
@@ -157,7 +171,7 @@ def smollm_screening() -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
-    "rivals": rivals, "one-block": one_block,
+    "rivals": rivals, "one-block": one_block, "thresholds": thresholds,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening,
 }  # fmt: skip
