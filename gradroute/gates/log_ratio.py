@@ -13,6 +13,7 @@ whatever the quarantine learns faster than the deployed block, a skill included.
 from collections import deque
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -120,7 +121,9 @@ class LogRatioGate(Gate):
         if not self._recent:
             return None
         scores = torch.cat(list(self._recent)).double()
-        quantiles = dict(zip(QUANTILES, torch.quantile(scores, scores.new_tensor(QUANTILES)).tolist(), strict=True))
+        # torch.quantile takes 2^24 numbers at most; a window of tokens has more.
+        found = np.quantile(scores.numpy(), QUANTILES).tolist()
+        quantiles = dict(zip(QUANTILES, found, strict=True))
         return ScoreFigures(len(scores), float((scores > self.threshold).double().mean()), quantiles)
 
     def describe(self) -> str:
@@ -144,7 +147,8 @@ class LogRatioGate(Gate):
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         self._seen = state["seen"]
-        self._recent = deque((scores.clone() for scores in state["recent"]), maxlen=self.window)
+        # A state may have been loaded onto the device of the model.
+        self._recent = deque((scores.cpu().clone() for scores in state["recent"]), maxlen=self.window)
 
     def __repr__(self) -> str:
         return f"LogRatioGate({self.threshold:g} nat, per {self.per}, below={self.below!r})"

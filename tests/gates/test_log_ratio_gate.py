@@ -195,6 +195,16 @@ def test_figures_are_of_the_window() -> None:
     assert sorted(found.quantiles) == [0.1, 0.5, 0.9, 0.99]
 
 
+def test_a_window_of_many_tokens_has_figures() -> None:
+    """`torch.quantile` takes 2^24 numbers at most: 34 calls of 256 rows of 2048 tokens are more."""
+    gate = gr.LogRatioGate(1.0, per="token", window=2)
+    gate.load_state_dict({**gate.state_dict(), "recent": [torch.linspace(-2.0, 2.0, 2**24 + 1)]})
+    found = gate.figures
+    assert found.rows == 2**24 + 1
+    assert found.quantiles[0.9] == pytest.approx(1.6, abs=1e-3)
+    assert found.routed == pytest.approx(0.25, abs=1e-3)
+
+
 def test_a_gate_goes_on_from_its_state_bit_for_bit(tmp_path: object) -> None:
     calls = [batch(seed=seed) for seed in range(4)]
     whole = gr.LogRatioGate(window=3)
