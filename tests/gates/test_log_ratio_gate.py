@@ -76,6 +76,15 @@ def test_padding_may_hold_anything() -> None:
     assert torch.equal(gr.LogRatioGate().scores(*dirty, mask.long()), scores)
 
 
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_what_chance_alone_gives_grows_with_the_length(tokens: int) -> None:
+    """d sqrt(2 T / pi) is what the docs say; a little less, since a walk of few steps misses its peaks."""
+    ratios = 0.06 * torch.randn(2000, tokens, generator=torch.Generator().manual_seed(0))
+    scores = gr.LogRatioGate().scores(ratios - 3, torch.full_like(ratios, -3.0), torch.ones(2000, tokens))
+    expected = 0.06 * (2 * tokens / torch.pi) ** 0.5
+    assert 0.7 * expected < scores.mean() < expected
+
+
 @pytest.mark.parametrize("per", ["rollout", "token"])
 def test_half_precision_scores_are_computed_in_float32(per: str) -> None:
     on, ablated, mask = batch()
