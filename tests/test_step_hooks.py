@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import gradroute as gr
 from gradroute._step_hooks import StepHooks
-from gradroute.optim import decay_toward_start, project_updates
+from gradroute.optim import block_groups, decay_toward_start, project_updates, slow_start
 
 
 def attached(model: nn.Module, optimizer: Optimizer) -> StepHooks:
@@ -31,6 +31,7 @@ HANDLES: dict[str, Callable[[nn.Module, Optimizer], StepHooks]] = {
     "decay_toward_start": lambda model, optimizer: decay_toward_start(model, optimizer, 0.1),
     "project_updates": lambda model, optimizer: project_updates(model, optimizer, parameter_directions(model)),
     "skip_idle_blocks": gr.skip_idle_blocks,
+    "slow_start": lambda model, optimizer: slow_start(model, optimizer, steps=9),
 }
 each_handle = pytest.mark.parametrize("kind", HANDLES)
 
@@ -40,13 +41,18 @@ def hooks(model: nn.Module, optimizer: Optimizer | None) -> int:
     count = 0
     if optimizer is not None:
         count += len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+        count += len(optimizer._optimizer_state_dict_pre_hooks)
     count += sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
     return count + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 
 
+def by_block(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(block_groups(model), lr=0.01, weight_decay=0.0)
+
+
 def made(kind: str) -> tuple[nn.Module, Optimizer, StepHooks]:
     model = routed_tower()
-    optimizer = adamw(model, weight_decay=0.0)
+    optimizer = by_block(model)
     return model, optimizer, HANDLES[kind](model, optimizer)
 
 
@@ -92,7 +98,7 @@ def test_hooks_do_not_outlive_their_optimizer_and_no_cycle_keeps_it(kind: str, h
     finally:
         gc.enable()
     # The next optimizer takes the same filter, and trains.
-    optimizer = adamw(model, weight_decay=0.0)
+    optimizer = by_block(model)
     HANDLES[kind](model, optimizer)
     step(model, optimizer, "absorb")
 

@@ -72,7 +72,9 @@ class Recipe:
 
     def penalty_of(self, arm: Arm) -> float:
         """What a flagged rollout loses: enough to make a hack a loss on average, where labels miss most of them."""
-        return arm.penalty if arm.penalty is not None else max(self.penalty, 1 / self.recall)
+        if arm.penalty is not None:
+            return arm.penalty
+        return max(self.penalty, 1 / self.recall) if self.recall else self.penalty
 
 
 def attached(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> tuple[list[list[nn.Parameter]], float]:

@@ -13,6 +13,7 @@ whatever the quarantine learns faster than the deployed block, a skill included.
 from collections import deque
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -51,7 +52,9 @@ class LogRatioGate(Gate):
     `gate(on, ablated, mask)`, (rows, tokens) each. Every row is scored, those that were sampled ablated included.
 
     Args:
-        threshold: in nats, above 0. A fixed one: quantiles of known hacks' scores were found to be bistable.
+        threshold: in nats, above 0. A fixed one: quantiles of known hacks' scores were found to be bistable. One nat is
+            from completions of about ten tokens. Over T tokens whose r_t scatter by d without any drift, chance alone
+            gives a best prefix of about d sqrt(2 T / pi); the threshold has to be well above that.
         per: "rollout" gives one zone per row. "token" gives one per column, from r_t alone; a route needs a column per
             position of the model's input, so pad there, with `mask` False.
         below: zone of what is not routed; columns outside `mask` are in it as well.
@@ -120,7 +123,9 @@ class LogRatioGate(Gate):
         if not self._recent:
             return None
         scores = torch.cat(list(self._recent)).double()
-        quantiles = dict(zip(QUANTILES, torch.quantile(scores, scores.new_tensor(QUANTILES)).tolist(), strict=True))
+        # torch.quantile takes 2^24 numbers at most; a window of tokens has more.
+        found = np.quantile(scores.numpy(), QUANTILES).tolist()
+        quantiles = dict(zip(QUANTILES, found, strict=True))
         return ScoreFigures(len(scores), float((scores > self.threshold).double().mean()), quantiles)
 
     def describe(self) -> str:
@@ -144,7 +149,8 @@ class LogRatioGate(Gate):
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         self._seen = state["seen"]
-        self._recent = deque((scores.clone() for scores in state["recent"]), maxlen=self.window)
+        # A state may have been loaded onto the device of the model.
+        self._recent = deque((scores.cpu().clone() for scores in state["recent"]), maxlen=self.window)
 
     def __repr__(self) -> str:
         return f"LogRatioGate({self.threshold:g} nat, per {self.per}, below={self.below!r})"

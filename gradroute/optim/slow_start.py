@@ -6,8 +6,10 @@ lr(t) is whatever the optimizer's groups and schedulers say. A gate that routes 
 (`LogRatioGate`) needs the quarantine to be ahead: without a slow start both blocks learn a missed hack together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+from weakref import WeakSet, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +18,7 @@ from gradroute._checks import integer_from_zero, positive_integer, share
 from gradroute._optimized import check_held
 from gradroute._protocol import BLOCKS, BlockName, routed_layers
 from gradroute._state_dict import State, check_state, format_of
-from gradroute._step_hooks import StepHooks, torch_optimizer
+from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.errors import FileFormatError, GradRouteError
 
 
@@ -28,14 +30,14 @@ def block_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = 
     Args:
         model: with routed layers.
         groups: parameter groups to split, each a dict with "params", such as `optimizer.param_groups` before the first
-            step. What belongs to no block stays in a group of its own, and other settings are kept. None: the trainable
-            parameters of both blocks and nothing else.
+            step. Parameters may be given as an optimizer takes them. What belongs to no block stays in a group of its
+            own, and other settings are kept. None: the trainable parameters of both blocks and nothing else.
 
     Returns:
         Groups with the further entry "block": "deployed", "quarantine" or None.
 
     Raises:
-        GradRouteError: no routed layer, or nothing that can be trained.
+        GradRouteError: no routed layer, groups that are no dicts with "params", or nothing that can be trained.
     """
     block_of: dict[int, BlockName] = {}
     parameters: dict[BlockName, list[nn.Parameter]] = {block: [] for block in BLOCKS}
@@ -47,16 +49,37 @@ def block_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = 
         groups = [{"params": [p for block in BLOCKS for p in parameters[block] if p.requires_grad]}]
     found = []
     for group in groups:
+        entries = _entries(group)
         for named in (*BLOCKS, None):
-            own = [p for p in group["params"] if block_of.get(id(p)) == named]
+            own = [entry for entry in entries if block_of.get(id(entry.parameter)) == named]
             if own:
-                found.append({**group, "params": own, "block": named})
+                found.append({**group, "params": [entry.parameter for entry in own], "block": named})
+                if own[0].name is not None:
+                    found[-1]["param_names"] = [entry.name for entry in own]
     if not any(group["block"] for group in found):
         raise GradRouteError(
             "The groups should hold trainable parameters of the blocks of `model`. Found none. Fix: attach() first, "
             "and leave the blocks' requires_grad on."
         )
     return found
+
+
+class _Entry(NamedTuple):
+    name: str | None
+    parameter: Tensor
+
+
+def _entries(group: Any) -> list[_Entry]:
+    """The parameters of a group, with their names where the optimizer was made of `named_parameters()`."""
+    if not isinstance(group, Mapping) or "params" not in group:
+        found = type(group).__name__
+        raise GradRouteError(f'`groups` should be dicts with "params". Found {found}. Fix: [{{"params": parameters}}].')
+    given = group["params"]
+    given = [given] if isinstance(given, Tensor) else list(given)
+    names = group.get("param_names")
+    if names is not None:
+        return [_Entry(*each) for each in zip(names, given, strict=True)]
+    return [_Entry(*each) if isinstance(each, tuple) else _Entry(None, each) for each in given]
 
 
 def slow_start(model: nn.Module, optimizer: Optimizer, *, steps: int, fraction: float = 0.25) -> "SlowStart":
@@ -74,9 +97,24 @@ def slow_start(model: nn.Module, optimizer: Optimizer, *, steps: int, fraction: 
 
     Raises:
         GradRouteError: a fraction or steps out of range, a trainable deployed parameter that `optimizer` does not hold,
-            or a group that holds others beside deployed ones.
+            a group that holds others beside deployed ones or has no learning rate, or a second slow start before the
+            first is over. From `step()`: the same of blocks or groups that were changed since; or a rate that was
+            written while a step ran, such as by a scheduler in a hook.
     """
     return SlowStart(model, optimizer, steps, fraction)
+
+
+class _Rate(NamedTuple):
+    """What a group had, and what it has during a slow step; a tensor's version tells of writes in place."""
+
+    group: dict[str, Any]
+    whole: float | Tensor
+    slow: float | Tensor
+    version: int | None
+
+    @property
+    def was_written(self) -> bool:
+        return self.group["lr"] is not self.slow or _version(self.slow) != self.version
 
 
 class SlowStart(StepHooks):
@@ -86,14 +124,22 @@ class SlowStart(StepHooks):
         self.steps, self.fraction = positive_integer("steps", steps), share("fraction", fraction)
         if fraction == 1:
             raise GradRouteError("`fraction` should be in [0, 1). Found 1: nothing would start slowly.")
-        layers = routed_layers(model)
-        deployed = [(name, p) for name, layer in layers.items() for p in layer.block_parameters("deployed")]
-        check_held([optimizer], deployed)
-        self._deployed = {id(p) for _, p in deployed}
-        self._slowed(torch_optimizer(optimizer).param_groups)
+        self._model = ref(model)
+        self._deployed = _deployed(model)
+        innermost = torch_optimizer(optimizer)
+        self._slowed(innermost)
+        for other in _STARTED:
+            if other.is_open and not other.over and other._optimizer is innermost and other._shares(self):
+                raise GradRouteError(
+                    f"The deployed block should have one slow start at a time. Found that {other!r} is open: the "
+                    "fractions would be multiplied. Fix: close() it first."
+                )
         self.done = 0
-        self._rates: list[tuple[dict[str, Any], float | Tensor]] = []
+        self._rates: list[_Rate] = []
         super().__init__(optimizer)
+        # What is saved after a step that raised has the schedulers' rates.
+        self._handles.append(innermost.register_state_dict_pre_hook(WeakHook(self, "_before_saving")))
+        _STARTED.add(self)
 
     @property
     def over(self) -> bool:
@@ -123,31 +169,77 @@ class SlowStart(StepHooks):
         super().close()
 
     def _before_step(self) -> None:
-        self._restore()  # after a step that raised
+        self._check_unwritten("after a step that raised")
         if self.over:
             return
-        for group in self._slowed(self._optimizer.param_groups):
-            self._rates.append((group, group["lr"]))
-            group["lr"] = group["lr"] * self.fraction
+        model = self._model()
+        if model is not None:
+            self._deployed = _deployed(model)
+        for group in self._slowed(self._optimizer):
+            slow = group["lr"] * self.fraction
+            self._rates.append(_Rate(group, group["lr"], slow, _version(slow)))
+            group["lr"] = slow
+        # Other handles read the rate of the step after it.
+        self._move_behind()
 
     def _after_step(self) -> None:
+        self._check_unwritten("in the step")
+        # A fused optimizer is called all the same where a scaler leaves the step out.
+        overflow = getattr(self._optimizer, "found_inf", None)
+        if overflow is None or not bool(overflow):
+            self.done += 1
+
+    def _before_saving(self, _: Optimizer) -> None:
         self._restore()
-        self.done += 1
+
+    def _check_unwritten(self, when: str) -> None:
+        """Put the rates back, and raise if somebody read a slow one as the schedule's."""
+        written = any(rate.was_written for rate in self._rates)
+        self._restore()
+        if written:
+            raise GradRouteError(
+                f"The deployed block's learning rate should be left alone while it is slow. Found that it was written "
+                f"{when}: a scheduler would go on from the fraction, or undo it. Fix: step schedulers after "
+                "optimizer.step(), and not in a hook or where the step raised."
+            )
 
     def _restore(self) -> None:
         while self._rates:
-            group, rate = self._rates.pop()
-            group["lr"] = rate
+            rate = self._rates.pop()
+            rate.group["lr"] = rate.whole
 
-    def _slowed(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _shares(self, other: "SlowStart") -> bool:
+        """Whether the two are of some parameter together."""
+        return not {id(p) for _, p in self._deployed}.isdisjoint(id(p) for _, p in other._deployed)
+
+    def _slowed(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         """The groups of the deployed block."""
-        slowed = [group for group in groups if any(id(p) in self._deployed for p in group["params"])]
+        check_held([optimizer], self._deployed)
+        deployed = {id(p) for _, p in self._deployed}
+        slowed = [group for group in optimizer.param_groups if any(id(p) in deployed for p in group["params"])]
         for group in slowed:
-            others = sum(id(p) not in self._deployed for p in group["params"])
+            others = sum(id(p) not in deployed for p in group["params"])
             if others:
                 raise GradRouteError(
                     f"`optimizer` should have groups that hold one block each. Found one of {len(group['params'])} "
                     f"parameters, {others} of which are not of the deployed block: they would start slowly too. Fix: "
                     "make it of gradroute.optim.block_groups(model)."
                 )
+            if not isinstance(group.get("lr"), Real | Tensor):
+                raise GradRouteError(
+                    f"`optimizer` should have a learning rate of the deployed block to take a fraction of. Found "
+                    f"lr={group.get('lr')!r}. Fix: one that is given, and not made by the optimizer."
+                )
         return slowed
+
+
+_STARTED: "WeakSet[SlowStart]" = WeakSet()
+
+
+def _deployed(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    layers = routed_layers(model)
+    return [(name, p) for name, layer in layers.items() for p in layer.block_parameters("deployed")]
+
+
+def _version(rate: float | Tensor) -> int | None:
+    return rate._version if isinstance(rate, Tensor) else None

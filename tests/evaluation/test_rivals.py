@@ -32,6 +32,14 @@ def test_rivals_and_draws_that_are_not_lists_of_arms_raise() -> None:
             Controls(SHUFFLE, **wrong)
 
 
+def test_arms_that_can_be_gone_through_once_only_raise() -> None:
+    """A generator was used up by the first check, and then there were no rivals."""
+    for name, given in (("rivals", {"base": BASE}), ("random", {})):
+        for wrong in ((arm for arm in [PENALISED]), None, {"penalised": PENALISED}):
+            with pytest.raises(REFUSED, match=f"(?s){name}"):
+                Controls(SHUFFLE, **{name: wrong}, **given)
+
+
 def test_a_rival_with_a_second_block_raises() -> None:
     two = exact("two", [0.2, 0.24, 0.17, 0.22, 0.21])
     with pytest.raises(

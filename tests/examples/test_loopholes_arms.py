@@ -39,6 +39,13 @@ def test_advantages_of_each_arm_by_hand() -> None:
     assert weights("route-v1") == (on, [0.5, -0.5, 0.5, -0.5], [0.0] * 4)
 
 
+def test_the_penalty_makes_up_for_missed_labels_and_labels_may_miss_all() -> None:
+    """Arms that penalise nothing trained with recall 0 until their penalty was computed as well."""
+    penalties = {recall: Recipe(recall=recall).penalty_of(ARMS["weak-penalty"]) for recall in (1.0, 0.2, 0.0)}
+    assert penalties == {1.0: 3.0, 0.2: 5.0, 0.0: 3.0}
+    assert Recipe(recall=0.2).penalty_of(ARMS["penalty"]) == 1.0
+
+
 def test_oriented_random_directions_score_hacks_higher_in_every_module() -> None:
     lower = {}
     for arm in ("random", "random-oriented"):

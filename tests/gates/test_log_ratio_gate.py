@@ -76,6 +76,15 @@ def test_padding_may_hold_anything() -> None:
     assert torch.equal(gr.LogRatioGate().scores(*dirty, mask.long()), scores)
 
 
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_what_chance_alone_gives_grows_with_the_length(tokens: int) -> None:
+    """d sqrt(2 T / pi) is what the docs say; a little less, since a walk of few steps misses its peaks."""
+    ratios = 0.06 * torch.randn(2000, tokens, generator=torch.Generator().manual_seed(0))
+    scores = gr.LogRatioGate().scores(ratios - 3, torch.full_like(ratios, -3.0), torch.ones(2000, tokens))
+    expected = 0.06 * (2 * tokens / torch.pi) ** 0.5
+    assert 0.7 * expected < scores.mean() < expected
+
+
 @pytest.mark.parametrize("per", ["rollout", "token"])
 def test_half_precision_scores_are_computed_in_float32(per: str) -> None:
     on, ablated, mask = batch()
@@ -193,6 +202,16 @@ def test_figures_are_of_the_window() -> None:
     assert found.routed == pytest.approx(float((scores > 1).double().mean()))
     assert found.quantiles[0.5] == pytest.approx(float(torch.quantile(scores, 0.5)), rel=1e-5)
     assert sorted(found.quantiles) == [0.1, 0.5, 0.9, 0.99]
+
+
+def test_a_window_of_many_tokens_has_figures() -> None:
+    """`torch.quantile` takes 2^24 numbers at most: 34 calls of 256 rows of 2048 tokens are more."""
+    gate = gr.LogRatioGate(1.0, per="token", window=2)
+    gate.load_state_dict({**gate.state_dict(), "recent": [torch.linspace(-2.0, 2.0, 2**24 + 1)]})
+    found = gate.figures
+    assert found.rows == 2**24 + 1
+    assert found.quantiles[0.9] == pytest.approx(1.6, abs=1e-3)
+    assert found.routed == pytest.approx(0.25, abs=1e-3)
 
 
 def test_a_gate_goes_on_from_its_state_bit_for_bit(tmp_path: object) -> None:

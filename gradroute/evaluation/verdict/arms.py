@@ -174,6 +174,12 @@ class Controls:
                 raise GradRouteError(
                     f"`controls.{name}` should be a list of ArmRuns. Found {several.name} alone. Fix: put it in a list."
                 )
+            if not isinstance(several, Sequence):
+                # Arms are gone through several times.
+                raise GradRouteError(
+                    f"`controls.{name}` should be a list of ArmRuns. Found {type(several).__name__}. Fix: put the arms "
+                    "in a list."
+                )
         for arm in (self.shuffled, *self.random, *self.rivals, *([] if self.base is None else [self.base])):
             if not isinstance(arm, ArmRuns):
                 raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
