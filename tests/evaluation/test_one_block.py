@@ -169,6 +169,16 @@ def test_every_eligible_rival_has_to_be_beaten_and_not_only_the_best() -> None:
     assert "bistable" in found.because
 
 
+def test_the_best_of_several_equals_is_held_against_a_treatment_less_easily() -> None:
+    """Picking makes the best look better than it is: "worse" takes level / number of eligible rivals."""
+    rivals = [one_block(exact(f"rival {i}", [0.01 * i + 0.002 * j for j in range(5)], solve=0.8)) for i in range(4)]
+    treatment = exact("route", [0.02, 0.10, 0.03, 0.12, 0.05], solve=0.8)
+    alone, among = against(treatment, rivals[0]), against(treatment, *rivals)
+    assert alone.rival == among.rival
+    assert alone.hack.interval() == among.hack.interval()
+    assert (alone.word, among.word) == ("worse than one block", "no better than one block")
+
+
 def test_hacks_are_compared_in_the_chosen_modes_discovered_or_not_and_solving_in_all() -> None:
     treatment = exact("route", [0.05, 0.07, 0.04, 0.06, 0.05], on=0.2, solve=0.8)
     runs = {s: {**run, "file": SHUFFLE.runs[s]["file"]} for s, run in treatment.runs.items()}
@@ -216,8 +226,9 @@ def test_the_level_is_corrected_over_the_treatments_that_have_rivals() -> None:
     assert "Level 0.05, 0.05 corrected for 2 arms (Holm)." in repr(found[1].one_block)
 
 
-def test_p_and_interval_agree() -> None:
-    found = against(ABLE, PENALISED, DROPPED)
+@pytest.mark.parametrize("margin", [0.0, 0.12])
+def test_p_and_interval_agree(margin: float) -> None:
+    found = against(ABLE, PENALISED, DROPPED, margin=margin)
     p = found.found.p(found.criteria)
     assert 0 < p < 0.05
     assert found.found.wins(found.criteria, p * 1.001)

@@ -98,6 +98,20 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
+def test_two_models_of_one_optimizer_start_apart() -> None:
+    model, optimizer = model_and_optimizer()
+    other, _ = model_and_optimizer()
+    for group in gr.optim.block_groups(other):
+        optimizer.add_param_group(group)
+    for each, steps in ((model, 1), (other, 2)):
+        gr.optim.slow_start(each, optimizer, steps=steps)
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    assert step(model, optimizer) == pytest.approx((0.025, 0.1), rel=1e-4)
+    assert step(other, optimizer) == pytest.approx((0.025, 0.1), rel=1e-4)
+    assert rates(optimizer) == [0.1] * 4
+
+
 def test_what_is_saved_after_a_step_that_raised_has_the_schedulers_rates() -> None:
     model, optimizer = model_and_optimizer()
     gr.optim.slow_start(model, optimizer, steps=2)
@@ -142,6 +156,26 @@ def test_a_rate_that_is_written_during_the_step_is_told(kind: str, as_rate: Call
     hook.remove()
     start.close()
     assert rates(optimizer)[0] > 0.04
+
+
+def test_a_rate_that_is_written_after_a_step_that_raised_is_told_at_the_next() -> None:
+    model, optimizer = model_and_optimizer()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    gr.optim.slow_start(model, optimizer, steps=2)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError
+
+    hook = optimizer.register_step_pre_hook(breaks)
+    with pytest.raises(RuntimeError):
+        step(model, optimizer)
+    hook.remove()
+    optimizer.zero_grad()
+    optimizer._opt_called = True  # or torch warns that no step came before the scheduler's
+    scheduler.step()
+    with pytest.raises(gr.GradRouteError, match="written after a step that raised"):
+        step(model, optimizer)
+    step(model, optimizer)
 
 
 def test_other_handles_see_the_slow_rate() -> None:
