@@ -52,8 +52,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
     parser.add_argument("--refresh-every", type=int, help=every)
     parser.add_argument("--recall", type=float, default=Recipe.recall, help="of labels; default %(default)s")
-    penalty = "what a flagged rollout loses in the arms *-penalty, at least 1 / recall; default %(default)s"
-    parser.add_argument("--penalty", type=float, default=Recipe.penalty, help=penalty)
+    penalty = (
+        f"what a flagged rollout loses in the arms *-penalty, at least 1 / recall; {Recipe.penalty:g} if not given"
+    )
+    parser.add_argument("--penalty", type=float, help=penalty)
     out = "folder of the results; default %(default)s"
     parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help=out)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -81,7 +83,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     without = [arm for arm in args.arms if not ARMS[arm].has_labels and arm != "base"]
     if args.recall < 1 and without:
         parser.error(f"--recall: no labels in {', '.join(without)}")
-    if args.penalty <= 0:
+    if args.penalty is not None and not any(ARMS[arm].reads_penalty for arm in args.arms):
+        parser.error("--penalty: no arm of these takes it; add weak-penalty or oracle-penalty, or leave it out")
+    args.penalty = Recipe.penalty if args.penalty is None else args.penalty
+    if not args.penalty > 0:
         parser.error(f"--penalty: expected a positive number, found {args.penalty}")
     if args.refresh_every is not None:
         idle = [arm for arm in args.arms if not ARMS[arm].refreshed and arm != "base"]

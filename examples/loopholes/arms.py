@@ -65,9 +65,19 @@ class Arm:
         return self.flags in ("oracle", "monitored")
 
     @property
+    def reads_penalty(self) -> bool:
+        """Whether flagged rollouts lose what the recipe says."""
+        return self.flagged == "penalised" and self.penalty is None
+
+    @property
+    def reads_log_ratios(self) -> bool:
+        """Whether log-probability ratios decide, above the recipe's threshold."""
+        return self.explained != "no" or self.likelier
+
+    @property
     def has_flags(self) -> bool:
         """Whether anybody flags rollouts before the backward."""
-        return self.flags != "none" or self.explained != "no" or self.likelier
+        return self.flags != "none" or self.reads_log_ratios
 
 
 def _gate(about: str, directions: Literal["activation", "gradient"] = "activation", **differences: Any) -> Arm:

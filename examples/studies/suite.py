@@ -52,11 +52,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=RECIPE.lr, help="learning rate of LoRA; default %(default)s")
     parser.add_argument("--monitored", help=f"comma-separated modes that the detector knows, of {', '.join(MODES)}")
     parser.add_argument("--recall", type=float, default=1.0, help="of labels, in arms that have labels")
-    parser.add_argument(
-        "--penalty", type=float, default=RECIPE.penalty, help="at least 1 / recall; default %(default)s"
-    )
-    nats = "threshold of log ratios, in nats, in the arms *-explained and *-likelier; default %(default)s"
-    parser.add_argument("--nats", type=float, default=RECIPE.explained_nats, help=nats)
+    parser.add_argument("--penalty", type=float, help=f"at least 1 / recall; {RECIPE.penalty:g} if not given")
+    nats = f"threshold of the arms *-explained and *-likelier, in nats; {RECIPE.explained_nats:g} if not given"
+    parser.add_argument("--nats", type=float, help=nats)
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
@@ -90,9 +88,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    for name in ("penalty", "nats"):
+    readers = {"penalty": ("reads_penalty", RECIPE.penalty), "nats": ("reads_log_ratios", RECIPE.explained_nats)}
+    for name, (reads, default) in readers.items():
+        given = getattr(args, name)
+        if given is not None and not args.report and not any(getattr(ARMS[arm], reads) for arm in args.arms):
+            parser.error(f"--{name}: no arm of these takes it")
+        setattr(args, name, default if given is None else given)
         if not getattr(args, name) > 0:
-            parser.error(f"--{name}: expected a positive number, found {getattr(args, name)}")
+            parser.error(f"--{name}: expected a positive number, found {given}")
     if "base" not in args.arms:
         args.arms.insert(0, "base")
     if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:

@@ -56,6 +56,8 @@ def base(home: Path) -> LlamaForCausalLM:
         (["--seeds", "4294967296"], "integers from 0"),
         (["--env", "Z"], "--env: invalid choice: 'Z'"),
         (["--steps", "0"], "--steps: expected a positive integer, found 0"),
+        (["--arms", "vanilla", "--penalty", "2"], "--penalty: no arm of these takes it"),
+        (["--arms", "weak,vanilla", "--recall", ".5"], "--recall: no labels in vanilla"),
         (["--refresh-every", "5"], "--refresh-every: nothing to refresh in vanilla, clean"),
         (["--arms", "route-frozen", "--refresh-every", "5"], "--refresh-every: nothing to refresh in route-frozen"),
         (["--arms", "route", "--refresh-every", "0"], "--refresh-every: expected a positive integer, found 0"),
