@@ -35,4 +35,4 @@ def test_every_file_that_is_linked_is_there() -> None:
 def test_the_trl_diff_is_the_one_that_is_run() -> None:
     page = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
     assert len(fenced(README, "diff")) == 1
-    assert fenced(README, "diff") == fenced(page, "diff")
+    assert fenced(README, "diff") == fenced(page, "diff")[:1]

@@ -16,6 +16,6 @@ RETURNED = {
     "AttachedFilter", "BlockUpdate", "Capture", "DecayTowardStart", "DirectionsSummary", "DoseCurve", "FilterStats",
     "Finding",
     "GroupAdvantages", "IdleBlockSkip", "OnOffReport", "OneBlock", "ParameterSummary", "Provenance", "Records",
-    "RefreshReport", "RolloutRecord", "UpdateAudit", "UpdateAudits", "UpdateProjection", "Validation", "Verdict",
-    "ViewRates", "Watch",
+    "RefreshReport", "RolloutRecord", "ScoreFigures", "SlowStart", "UpdateAudit", "UpdateAudits", "UpdateProjection",
+    "Validation", "Verdict", "ViewRates", "Watch",
 }  # fmt: skip

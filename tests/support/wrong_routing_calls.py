@@ -161,6 +161,18 @@ ROUTING_CALLS: Calls = {
         ("`model`", lambda: gr.optim.decay_toward_start(PLAIN, OPTIMIZER, 0.1)),
         ("weight_decay", lambda: gr.optim.decay_toward_start(MODEL, OPTIMIZER, 0.1)),
     ],
+    "block_groups": [
+        ("`model`", lambda: gr.optim.block_groups(PLAIN)),
+        ("`groups`", lambda: gr.optim.block_groups(MODEL, list(MODEL.parameters()))),
+        ("of the blocks", lambda: gr.optim.block_groups(MODEL, [{"params": list(PLAIN.parameters())}])),
+    ],
+    "slow_start": [
+        ("`optimizer`", lambda: gr.optim.slow_start(MODEL, None, steps=5)),
+        ("`optimizer`", lambda: gr.optim.slow_start(MODEL, STRANGER, steps=5)),
+        ("`model`", lambda: gr.optim.slow_start(PLAIN, OPTIMIZER, steps=5)),
+        ("`steps`", lambda: gr.optim.slow_start(MODEL, OPTIMIZER, steps=0)),
+        ("`fraction`", lambda: gr.optim.slow_start(MODEL, OPTIMIZER, steps=5, fraction=25)),
+    ],
     "skip_idle_blocks": [
         ("`optimizer`", lambda: gr.skip_idle_blocks(MODEL, None)),
         ("`model`", lambda: gr.skip_idle_blocks(PLAIN, OPTIMIZER)),
