@@ -137,7 +137,11 @@ def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if not arm.routed])
+@pytest.mark.parametrize(
+    "arm",
+    # with true labels of all modes they differ from those with labels of two in nothing that is trained
+    [name for name, arm in ARMS.items() if not arm.routed and not name.startswith("oracle-")],
+)
 def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
     model = base(home)
     entry = train(model, ENVIRONMENT, arm, 0, SHORT)
