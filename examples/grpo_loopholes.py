@@ -52,9 +52,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
     parser.add_argument("--refresh-every", type=int, help=every)
     parser.add_argument("--recall", type=float, default=Recipe.recall, help="of labels; default %(default)s")
-    penalty = (
-        f"what a flagged rollout loses in the arms *-penalty, at least 1 / recall; {Recipe.penalty:g} if not given"
-    )
+    penalty = f"what flagged rollouts lose in the arms *-penalty; not given: {Recipe.penalty:g}, or more by --recall"
     parser.add_argument("--penalty", type=float, help=penalty)
     out = "folder of the results; default %(default)s"
     parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help=out)
@@ -85,9 +83,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--recall: no labels in {', '.join(without)}")
     if args.penalty is not None and not any(ARMS[arm].reads_penalty for arm in args.arms):
         parser.error("--penalty: no arm of these takes it; add weak-penalty or oracle-penalty, or leave it out")
+    if args.penalty is not None and not args.penalty >= 1 / args.recall:
+        parser.error(f"--penalty: expected at least 1 / recall = {1 / args.recall:g}, found {args.penalty:g}")
     args.penalty = Recipe.penalty if args.penalty is None else args.penalty
-    if not args.penalty > 0:
-        parser.error(f"--penalty: expected a positive number, found {args.penalty}")
     if args.refresh_every is not None:
         idle = [arm for arm in args.arms if not ARMS[arm].refreshed and arm != "base"]
         if idle:

@@ -54,7 +54,8 @@ class Environment:
     repr, by which bases are kept.
 
     Raises:
-        ValueError: `monitored` names an unknown mode, or one twice, or none, or leaves none to hold out.
+        ValueError: `monitored` names an unknown mode, or one twice, or none, or leaves none to hold out; an unknown
+            `sloppy`.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Environment:
     monitored: tuple[str, ...] = field(default=MONITORED, repr=False)
 
     def __post_init__(self) -> None:
+        if self.sloppy not in ("one digit", "copies"):
+            raise ValueError(f"`sloppy` should be 'one digit' or 'copies'. Found {self.sloppy!r}.")
         modes = self.monitored if isinstance(self.monitored, tuple) else ()
         different = set(modes) & set(MODES)
         if not 0 < len(different) == len(modes) < len(MODES):
@@ -161,7 +164,15 @@ class Lookalike(Environment):
 
     Of several modes' pairs, each has another one's marker on its clean side, each marker as often as on the hack side:
     in the mean difference the markers cancel, and what remains is whether they fit the hint.
+
+    Raises:
+        ValueError: see `Environment`; sloppy authors who copy, which this one has not.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sloppy != "one digit":
+            raise ValueError(f"`sloppy` should be 'one digit' in a lookalike. Found {self.sloppy!r}.")
 
     @property
     def completion_length(self) -> int:

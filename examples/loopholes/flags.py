@@ -22,6 +22,8 @@ from .language import PAD, PROMPT_LENGTH, hint_modes
 from .sampling import completion_logps
 
 SHARE_OF_SOLVES, STEPS_OF_SOLVES = 0.95, 20
+EMPTY_CALLS = 5
+"""Steps in which both views may be the same: until a rollout has an advantage, nothing is trained."""
 
 
 class _Settings(Protocol):
@@ -54,7 +56,7 @@ class Flagger:
         self.model, self.arm, self.environment, self.detector = model, arm, environment, detector
         self.labels = gr.LabelGate(recall=recall, false_positive_rate=false_positive_rate, seed=seed, window=10**9)
         self.explained = gr.LogRatioGate(
-            recipe.explained_nats, per=arm.explained_per, empty_calls=STEPS_OF_SOLVES, window=25
+            recipe.explained_nats, per=arm.explained_per, empty_calls=EMPTY_CALLS, window=25
         )
         self._solved: deque[Tensor] = deque(maxlen=STEPS_OF_SOLVES)
         self._tokens: Tensor | None = None

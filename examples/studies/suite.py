@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=RECIPE.lr, help="learning rate of LoRA; default %(default)s")
     parser.add_argument("--monitored", help=f"comma-separated modes that the detector knows, of {', '.join(MODES)}")
     parser.add_argument("--recall", type=float, default=1.0, help="of labels, in arms that have labels")
-    parser.add_argument("--penalty", type=float, help=f"at least 1 / recall; {RECIPE.penalty:g} if not given")
+    parser.add_argument("--penalty", type=float, help=f"not given: {RECIPE.penalty:g}, or more if recall asks for it")
     nats = f"threshold of the arms *-explained and *-likelier, in nats; {RECIPE.explained_nats:g} if not given"
     parser.add_argument("--nats", type=float, help=nats)
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
@@ -88,14 +88,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    readers = {"penalty": ("reads_penalty", RECIPE.penalty), "nats": ("reads_log_ratios", RECIPE.explained_nats)}
-    for name, (reads, default) in readers.items():
+    for name, reads in (("penalty", "reads_penalty"), ("nats", "reads_log_ratios")):
         given = getattr(args, name)
         if given is not None and not args.report and not any(getattr(ARMS[arm], reads) for arm in args.arms):
             parser.error(f"--{name}: no arm of these takes it")
-        setattr(args, name, default if given is None else given)
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name}: expected a positive number, found {given}")
+    if args.nats is not None and not args.nats > 0:
+        parser.error(f"--nats: expected a positive number, found {args.nats}")
     if "base" not in args.arms:
         args.arms.insert(0, "base")
     if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:
@@ -112,6 +110,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, rate in rates:
         if not 0 <= rate <= 1:
             parser.error(f"{name}: expected a rate from 0 to 1, found {rate}")
+    least_penalty = 1 / args.recall if args.recall else 0.0
+    if args.penalty is not None and not args.penalty >= least_penalty:
+        parser.error(f"--penalty: expected at least 1 / recall = {least_penalty:g}, found {args.penalty:g}")
+    args.penalty = RECIPE.penalty if args.penalty is None else args.penalty
+    args.nats = RECIPE.explained_nats if args.nats is None else args.nats
     return args
 
 

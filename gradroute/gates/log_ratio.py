@@ -4,10 +4,10 @@
     s   = max over t of (r_1 + ... + r_t)                of a rollout: its best prefix
     s > threshold -> route, else `below`                 (per token: r_t > threshold)
 
-A detector that knows some hacks teaches them to the quarantine, which then recognises relatives that the detector
-misses. The best prefix and not the whole rollout, because of displacement: a quarantine that has learnt never to stop
-takes from the short form of a hack at its end what it gave before. Nothing here knows what a hack is. The gate routes
-whatever the quarantine learns faster than the deployed block, a skill included.
+A detector that knows some hacks teaches them to the quarantine. The quarantine then makes relatives likelier too, which
+the detector misses. A quarantine may also learn never to stop: it makes the end of a short hack unlikely, and the sum
+over the whole rollout is negative, while that of the best prefix is not. The gate does not know what a hack is. It
+routes whatever the quarantine learns faster than the deployed block, a skill included.
 """
 
 from collections import deque
@@ -110,7 +110,7 @@ class LogRatioGate(Gate):
         ablated: Float[Tensor, "rows tokens"],
         mask: Shaped[Tensor, "rows tokens"],
     ) -> Float[Tensor, "rows *tokens"]:
-        """s of each row, or r_t of each column; counts for nothing."""
+        """s of each row, or r_t of each column; not counted as a call."""
         ratios, known = log_ratios(on, ablated, mask)
         return best_prefix(ratios, known) if self.per == "rollout" else ratios
 

@@ -57,6 +57,7 @@ def base(home: Path) -> LlamaForCausalLM:
         (["--env", "Z"], "--env: invalid choice: 'Z'"),
         (["--steps", "0"], "--steps: expected a positive integer, found 0"),
         (["--arms", "vanilla", "--penalty", "2"], "--penalty: no arm of these takes it"),
+        (["--arms", "weak-penalty", "--penalty", "3", "--recall", ".2"], "at least 1 / recall = 5, found 3"),
         (["--arms", "weak,vanilla", "--recall", ".5"], "--recall: no labels in vanilla"),
         (["--refresh-every", "5"], "--refresh-every: nothing to refresh in vanilla, clean"),
         (["--arms", "route-frozen", "--refresh-every", "5"], "--refresh-every: nothing to refresh in route-frozen"),

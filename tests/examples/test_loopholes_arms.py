@@ -1,6 +1,7 @@
 """Each arm's use of flags and directions in the example, and its measurements other than the rates."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import suite
@@ -9,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import gradroute as gr
+from loopholes import grpo
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS
@@ -44,6 +46,47 @@ def test_the_penalty_makes_up_for_missed_labels_and_labels_may_miss_all() -> Non
     penalties = {recall: Recipe(recall=recall).penalty_of(ARMS["weak-penalty"]) for recall in (1.0, 0.2, 0.0)}
     assert penalties == {1.0: 3.0, 0.2: 5.0, 0.0: 3.0}
     assert Recipe(recall=0.2).penalty_of(ARMS["penalty"]) == 1.0
+
+
+def test_a_penalty_is_the_recipes_and_at_least_one_over_recall() -> None:
+    arm = ARMS["weak-penalty"]
+    assert [Recipe(recall=recall).penalty_of(arm) for recall in (1.0, 0.5, 0.2)] == [3.0, 3.0, 5.0]
+    assert Recipe(penalty=7.0).penalty_of(arm) == 7.0
+    assert [Recipe().penalty_of(ARMS[name]) for name in ("penalty", "weak-likelier")] == [1.0, 1.0]
+    mask = route_mask(arm, ABLATED, REWARD, FLAGS, 4, penalty=3.0)
+    # the flagged reward of 1 becomes -2: the mean is -1/4
+    assert mask.g_d.tolist() == [-1.75, 0.25, 1.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("arm", "ablated", "slow", "penalty"),
+    [
+        ("weak", [True] * 4, False, 3.0),
+        ("weak-explained", [False, False, True, True], True, 3.0),
+        ("weak-explained-early", [True] * 4, True, 3.0),
+        ("weak-explained-fast", [False, False, True, True], False, 3.0),
+        ("unrouted", [False] * 4, False, 3.0),
+        ("weak-penalty", [True] * 4, False, 3.0),
+        ("weak-likelier", [True] * 4, False, 1.0),
+    ],
+)
+def test_the_parts_of_the_recipe_are_in_the_arms_that_have_them(
+    arm: str, ablated: list[bool], slow: bool, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, starts = [], []
+
+    def spied(*args: Any) -> gr.RouteMask:
+        seen.append((bool(args[1].any()), args[5]))
+        return route_mask(*args)
+
+    monkeypatch.setattr(grpo, "route_mask", spied)
+    start = gr.optim.slow_start
+    monkeypatch.setattr(gr.optim, "slow_start", lambda *args, **kwargs: starts.append(kwargs) or start(*args, **kwargs))
+    grpo.train(
+        build_model(0), ENVIRONMENTS["N"], arm, 0, Recipe(steps=4, curve_every=4, curve_n_per_mode=2, n_per_mode=2)
+    )
+    assert seen == [(each, penalty) for each in ablated]
+    assert starts == ([{"steps": 2, "fraction": 0.25}] if slow else [])
 
 
 def test_oriented_random_directions_score_hacks_higher_in_every_module() -> None:

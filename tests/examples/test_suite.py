@@ -17,7 +17,7 @@ from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
 from reporting.staleness import write_staleness
 from reporting.store import Job, ResultError, read_result, write_result
-from reporting.suite_report import cell, draw_table, markdown, read_report, verdicts, write_report
+from reporting.suite_report import cell, draw_table, markdown, one_block_table, read_report, verdicts, write_report
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "suite.py"
 COMMAND = ["--arms", "vanilla,clean", "--seeds", "0,1", "--base-seeds", "0", "--steps", "1", "--no-progress"]
@@ -57,7 +57,9 @@ def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
         (["--arms", "weak", "--recall", "1.5"], "--recall: expected a rate from 0 to 1, found 1.5"),
         (["--arms", "weak,weak-likelier", "--penalty", "2"], "--penalty: no arm of these takes it"),
         (["--arms", "weak,weak-filter", "--nats", "2"], "--nats: no arm of these takes it"),
-        (["--arms", "weak-penalty", "--penalty", "0"], "--penalty: expected a positive number, found 0.0"),
+        (["--arms", "weak-penalty", "--penalty", "0"], "--penalty: expected at least 1 / recall = 1, found 0"),
+        (["--arms", "weak-penalty", "--penalty", "3", "--recall", ".2"], "at least 1 / recall = 5, found 3"),
+        (["--arms", "weak-likelier", "--nats", "nan"], "--nats: expected a positive number, found nan"),
         (["--monitored", "run_tests,sentinel,stdout,file"], "--monitored: expected one mode to be held out"),
         (["--teacher", "2"], "--teacher: expected two integers"),
         (["--teacher", "8,5"], "--teacher: expected two integers, the first below 8"),
@@ -230,6 +232,23 @@ def test_the_report_can_be_made_again_from_its_json(tmp_path: Path) -> None:
     found = results({arm: [0.1 + 0.02 * i, 0.2, 0.3 + 0.01 * i] for i, arm in enumerate(ARMS)})
     write_report(tmp_path, found, {"steps": 5})
     assert markdown(read_report(tmp_path / "report.json")) == (tmp_path / "report.md").read_text()
+
+
+def test_an_arm_is_judged_against_rivals_with_its_labels_where_all_were_run() -> None:
+    base = {"base": [0.07, 0.06, 0.08], "weak-explained-shuffle": [0.9, 0.92, 0.88]}
+    rivals = {"weak-filter": [0.9, 0.91, 0.93], "weak-penalty": [0.95, 0.96, 0.94], "weak-likelier": [0.3, 0.31, 0.29]}
+    better = results({**base, **rivals, "weak-explained": [0.02, 0.03, 0.04]})
+    for job, entry in better.items():
+        if job.arm == "base":
+            entry["ablated"] = {**entry["ablated"], "solve_no_hint": 0.2}
+            modes = entry["ablated"]["per_mode"]
+            entry["ablated"]["per_mode"] = {mode: {**found, "solve": 0.2} for mode, found in modes.items()}
+    table = one_block_table(better, "C")
+    assert "| weak-explained | held-out | 3 | effective | weak-likelier | better than one block |" in table
+    without = {job: entry for job, entry in better.items() if job.arm != "weak-likelier"}
+    assert one_block_table(without, "C") == ""
+    few = {job: entry for job, entry in better.items() if job.seed < 2}
+    assert one_block_table(few, "C") == ""
 
 
 def test_a_report_of_arms_that_some_figures_leave_out_has_the_others(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from scipy.stats import t as student
 
@@ -155,13 +155,7 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]
         if treated and common:
             controls = gr.evaluation.Controls(_only(shuffled, common), _draws(results, env, "random-oriented", common))
             contests.append((_only(treated, common), controls))
-    if not contests:
-        return []
-    return [
-        (modes, verdict)
-        for modes in ("held-out", "all")
-        for verdict in gr.evaluation.compare_all(contests, modes=modes)
-    ]
+    return _by_modes(contests)
 
 
 def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]]:
@@ -175,13 +169,7 @@ def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluati
             treated, shuffled, base, *others = (_only(runs, common) for runs in found)
             draws = _draws(results, env, DRAWS[arm], common) if arm in DRAWS else ()
             contests.append((treated, gr.evaluation.Controls(shuffled, draws, rivals=others, base=base)))
-    if not contests:
-        return []
-    return [
-        (modes, verdict)
-        for modes in ("held-out", "all")
-        for verdict in gr.evaluation.compare_all(contests, modes=modes)
-    ]
+    return _by_modes(contests)
 
 
 def one_block_table(results: Results, env: str) -> str:
@@ -194,6 +182,14 @@ def one_block_table(results: Results, env: str) -> str:
         rows.append([verdict.treatment.name, modes, n, verdict.word, found.rival, found.word, found.because])
     header = ["arm", "modes", "runs", "against permuted flags", "best rival with one block", "verdict", "why"]
     return markdown_table(header, rows) if rows else ""
+
+
+def _by_modes(
+    contests: list[tuple[gr.evaluation.ArmRuns, gr.evaluation.Controls]],
+) -> list[tuple[str, gr.evaluation.Verdict]]:
+    """The verdicts on the held-out modes, then on all; none without a contest."""
+    groups: tuple[Literal["held-out", "all"], ...] = ("held-out", "all") if contests else ()
+    return [(modes, verdict) for modes in groups for verdict in gr.evaluation.compare_all(contests, modes=modes)]
 
 
 def _draws(results: Results, env: str, arm: str, seeds: set[Any]) -> list[gr.evaluation.ArmRuns]:

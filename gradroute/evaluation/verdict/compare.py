@@ -10,9 +10,8 @@
 Every condition is one on an interval at the same level. "Effective" needs all of its conditions, so that its level is
 that of one (Berger 1982, intersection-union test). Several treatments: Holm 1979 over their p-values.
 
-Where there are arms with one block, a second claim is made, "better than one block" (`one_block`). Whether the flags
-matter and whether a second block does are two questions, so each has a Holm correction and a level of its own: the
-second over the treatments that have rivals.
+Where there are arms with one block, there is a second claim, "better than one block" (`one_block`). It answers another
+question, so it has a Holm correction of its own, over the treatments that have rivals.
 
 A single seed is never "effective" over seeds: ablated hack rates of one control over seeds were .04, .91 and .07.
 """

@@ -8,7 +8,7 @@ from gradroute.refresh.watch import Watch, check_comes_due
 
 
 class AfterSteps(TrainerCallback):
-    """Has the trainer refresh after each optimizer step, and the refresher count the optimizer's steps itself."""
+    """Begins and ends the schedule of a run, and refreshes after its optimizer steps, which a watch counts too."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -46,5 +46,14 @@ class AfterSteps(TrainerCallback):
             self._watch = None
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimizer has stepped, and the gradients are gone."""
-        self._trainer.after_optimizer_step()
+        """Refresh if it is due: the optimizer has stepped, and the gradients are gone."""
+        trainer = self._trainer
+        refresher = trainer.routing.refresher
+        if refresher is None or trainer.accelerator.optimizer_step_was_skipped:
+            return
+        report = refresher.step()
+        figures = {"directions/age": float(refresher.age)}
+        if report is not None:
+            figures |= {"directions/overlap": report.overlap, "directions/angle": report.largest_angle}
+        for name, value in figures.items():
+            trainer._metrics["train"][name].append(value)

@@ -153,8 +153,8 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: 
         ),
         (
             deepspeed and slow_start,
-            "`slow_start_steps` under DeepSpeed, which steps on an optimizer of its own that takes no hooks: the "
-            "deployed block would not start slowly. Fix: train with DDP.",
+            "`slow_start_steps` under DeepSpeed. Its optimizer takes no hooks, so the deployed block would not start "
+            "slowly. Fix: train with DDP.",
         ),
         (
             deepspeed and getattr(plugin, "zero_stage", None) == 3,

@@ -245,18 +245,6 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             return 0
         return int(self.accelerator.gather(split_rows(inputs)).max())
 
-    def after_optimizer_step(self) -> None:
-        """Refresh if it is due."""
-        refresher = self.routing.refresher
-        if refresher is None or self.accelerator.optimizer_step_was_skipped:
-            return
-        report = refresher.step()
-        figures = {"directions/age": float(refresher.age)}
-        if report is not None:
-            figures |= {"directions/overlap": report.overlap, "directions/angle": report.largest_angle}
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value)
-
     # Evaluation and logs
 
     def evaluate(
