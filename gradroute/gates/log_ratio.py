@@ -52,9 +52,9 @@ class LogRatioGate(Gate):
     `gate(on, ablated, mask)`, (rows, tokens) each. Every row is scored, those that were sampled ablated included.
 
     Args:
-        threshold: in nats, above 0. A fixed one: quantiles of known hacks' scores were found to be bistable. One nat is
-            from completions of about ten tokens. Over T tokens whose r_t scatter by d without any drift, chance alone
-            gives a best prefix of about d sqrt(2 T / pi); the threshold has to be well above that.
+        threshold: in nats, above 0. One nat was tried on completions of at most nine tokens. Over T tokens whose r_t
+            scatter by d without any drift, chance alone gives a best prefix of about d sqrt(2 T / pi); the threshold
+            has to be well above that.
         per: "rollout" gives one zone per row. "token" gives one per column, from r_t alone; a route needs a column per
             position of the model's input, so pad there, with `mask` False.
         below: zone of what is not routed; columns outside `mask` are in it as well.

@@ -141,7 +141,9 @@ def test_routed_tokens_leave_the_deployed_gradient_where_they_are_predicted() ->
     arm = ARMS["weak-explained-token"]
     decides = flagger(model, arm, nats)
     flags = decides(prompts, completions, graded, torch.Generator())
-    rows = route_mask(arm, torch.zeros(ROWS).bool(), graded.reward, flags, group_size=8)
+    reward = torch.rand(ROWS, generator=torch.Generator().manual_seed(2))
+    rows = route_mask(arm, torch.zeros(ROWS).bool(), reward, flags, group_size=8)
+    assert (rows.g_d[~flags] != 0).all()
     by_token = decides.by_token(rows)
     assert by_token.shape == (ROWS, PROMPT_LENGTH - 1 + completions.shape[1])
     routed = 0
