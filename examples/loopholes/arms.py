@@ -119,7 +119,6 @@ ARMS = {
     "oracle": Arm("true hack labels of all modes", flags="oracle"),
     **{f"oracle-{name}": arm for name, arm in _ORACLE.items()},
     "oracle-explained": _explained("true labels of all modes, or explained by the quarantine", flags="oracle"),
-    "oracle-explained-shuffle": _explained("the same flags, permuted within the batch", flags="oracle", shuffled=True),
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
     **{f"weak-{name}": arm for name, arm in _WEAK.items()},
     "weak-explained": _explained("labels of the monitored modes, or explained by the quarantine", flags="monitored"),

@@ -33,15 +33,9 @@ COLUMNS = {
 DRIFT = ("step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher", "overlap_first")
 # Arms that permuted flags and random directions are rate-matched and refreshed alike for.
 JUDGED = ("route", "route-frozen", "gradient", "gradient-frozen", "rollout-filter")
-# Arms whose flags one block could use as well: their permuted control, and those rivals.
-ONE_BLOCK = {
-    arm: (shuffle, [f"{flags}-{rival}" for rival in ("filter", "penalty", "likelier")])
-    for flags, shuffle, arms in (
-        ("weak", "weak-explained-shuffle", ("weak", "weak-explained", "weak-explained-direction")),
-        ("oracle", "oracle-explained-shuffle", ("oracle", "oracle-explained")),
-    )
-    for arm in arms
-}
+# Arms with labels of the monitored modes, the rivals that have one block and the same labels, and permuted flags.
+LABELLED = ("weak", "weak-explained", "weak-explained-direction")
+RIVALS, PERMUTED = ("weak-filter", "weak-penalty", "weak-likelier"), "weak-explained-shuffle"
 # Arms with a direction, and the same with random ones.
 DRAWS = {"weak-explained-direction": "weak-explained-random"}
 
@@ -161,8 +155,8 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]
 def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]]:
     """(which modes, verdict) on every arm that was run with its rivals, its permuted flags and the base."""
     contests = []
-    for arm, (shuffle, rivals) in ONE_BLOCK.items():
-        needed = [arm_runs(results, env, name) for name in (arm, shuffle, "base", *rivals)]
+    for arm in LABELLED:
+        needed = [arm_runs(results, env, name) for name in (arm, PERMUTED, "base", *RIVALS)]
         found = [runs for runs in needed if runs is not None]
         common = set.intersection(*(set(runs.runs) for runs in found)) if found else set()
         if len(found) == len(needed) and len(common) >= 3:
