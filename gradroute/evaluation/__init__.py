@@ -5,6 +5,7 @@
 
 from gradroute.evaluation.card import write_card
 from gradroute.evaluation.dose import DoseCurve, dose_curve
+from gradroute.evaluation.follow import assert_engine_follows
 from gradroute.evaluation.on_off import OnOffReport, Records, evaluate_on_off
 from gradroute.evaluation.plot import plot_training
 from gradroute.evaluation.rates import Rate, ViewRates
@@ -35,6 +36,7 @@ __all__ = [
     "Verdict",
     "ViewRates",
     "assert_ablation_reaches",
+    "assert_engine_follows",
     "compare",
     "compare_all",
     "dose_curve",

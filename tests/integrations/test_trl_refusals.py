@@ -27,9 +27,8 @@ def built(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"args": args, "accelerator": SimpleNamespace(state=state), "model": wrapped(), **rest})
 
 
-ARGUMENTS = ("use_vllm", "use_liger_kernel", "use_transformers_continuous_batching", "fp16")
+ARGUMENTS = ("use_liger_kernel", "use_transformers_continuous_batching", "fp16")
 REFUSED = {
-    "vllm": ({"use_vllm": True}, "cannot ablate it for some rollouts"),
     "liger": ({"use_liger_kernel": True}, "replaces forwards"),
     "continuous batching": ({"use_transformers_continuous_batching": True}, "rows are packed"),
     "rollout_func": ({"rollout_func": print}, "which view it samples"),

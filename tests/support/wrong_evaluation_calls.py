@@ -9,6 +9,7 @@ from gradroute.evaluation import (
     OnOffReport,
     Rate,
     assert_ablation_reaches,
+    assert_engine_follows,
     compare_all,
     dose_curve,
     plot_training,
@@ -41,6 +42,17 @@ EVALUATION_CALLS: Calls = {
         ("quarantine", lambda: assert_ablation_reaches(gr.attach(Tiny()), lambda _: ["text"])),
         ("`generate_fn`", lambda: assert_ablation_reaches(TRAINED, lambda _: ["text"])),
         ("`generate_fn`", lambda: assert_ablation_reaches(TRAINED, lambda _: "text")),
+    ],
+    "assert_engine_follows": [
+        ("`model`", lambda: assert_engine_follows(PLAIN, lambda _: ([[1]], [[-1.0]]))),
+        ("`model`", lambda: entered(
+            gr.ablate_quarantine(MODEL), lambda: assert_engine_follows(MODEL, lambda _: ([[1]], [[-1.0]])))),
+        ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]))),
+        ("`generate`", lambda: assert_engine_follows(TRAINED, lambda _: ["text"], prompts=[[1, 2]])),
+        ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([], []), prompts=[])),
+        ("`prompt_tokens`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), prompt_tokens=0)),
+        ("`tolerance`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), tolerance=0.0)),
+        ("`temperature`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), temperature=-1.0)),
     ],
     "evaluate_on_off": [
         ("`eval_fn`", lambda: gr.evaluate_on_off(MODEL, lambda _: [])),

@@ -117,11 +117,6 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: 
     tools = bool(getattr(trainer, "tools", None)) or bool(getattr(trainer, "environment_factories", None))
     return [
         (
-            bool(getattr(args, "use_vllm", False)),
-            "`use_vllm=True`: the engine has a copy of the weights with the quarantine merged or missing, and cannot "
-            "ablate it for some rollouts or for an evaluation. Fix: use_vllm=False.",
-        ),
-        (
             bool(getattr(args, "use_transformers_continuous_batching", False)),
             "`use_transformers_continuous_batching=True`: rows are packed into one, so none can be ablated apart, and "
             "a captured graph keeps the view that it was captured in. Fix: leave it off.",

@@ -51,7 +51,9 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
             f"{folder} should hold {file.name}. Found none: it was not saved by a routed trainer, or with "
             "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start a new run."
         )
-    state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True)
+    device = trainer.accelerator.device
+    # accelerate calls the CPU of one process of several "cpu:0", where nothing can be loaded to.
+    state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     gates = _gates(routing)
     # Checkpoints from before there was a gate on log ratios, or a slow start, know of neither.
     held = [state.get(each) is not None for each in ("refresher", "log_ratios", "slow_start")]

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,6 +28,7 @@ from gradroute.errors import RouteError
 from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._after_steps import AfterSteps
+from gradroute.integrations.trl._engine import check_engine, logp_differences, two_view_engine
 from gradroute.integrations.trl._flagging import Flagging, sampled_ablated
 from gradroute.integrations.trl._logs import own_table, rollout_table, unlogged
 from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
@@ -63,6 +65,9 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
+        engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager; for a server, of
+            `gradroute.integrations.vllm.ServerViews`.
+        engine_check: whether the engine is checked by `assert_engine_follows` before the first rollout.
         args, kwargs: TRL's own.
 
     What the keywords were resolved to is `trainer.routing`: `gate`, `log_ratio_gate`, `directions`, `refresher`,
@@ -88,11 +93,15 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         slow_start_fraction: float | None = None,
         ablated_from: int | None = None,
         clean_baseline: bool | None = None,
+        engine: Mapping[str, Any] | None = None,
+        engine_check: bool = True,
         **kwargs: Any,
     ) -> None:
         check_trl(super())
-        super().__init__(*args, **kwargs)
+        with two_view_engine(engine, engine_check):
+            super().__init__(*args, **kwargs)
         check_attributes(self)
+        check_engine(self, engine)
         check_run(
             self,
             ablated_fraction=ablated_fraction,
@@ -139,6 +148,9 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._sampled_ablated = ablated
         try:
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            shown = torch.full_like(ablated, self._view == "ablated") if not training else ablated
+            for name, value in logp_differences(self, rollouts, shown).items():
+                self._metrics["train" if training else "eval"][name].append(value)
             if not training:
                 self._log_rows(rollout_table(len(inputs), self._view or "on"))
                 return rollouts
@@ -154,6 +166,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         return rollouts
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm:
+            self.vllm_generation.check_once()
         with self._rows_ablated():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 

@@ -1,0 +1,184 @@
+"""The plain LoRA that a routed model's blocks make: names, config and factors, worked out once and written many times.
+
+    A = [A_d; A_q],   B = [s_d B_d, s_q B_q]        of the blocks asked for; ranks are padded with zeros to one r
+
+What takes walking the model (names, targets, whether stock PEFT loads it) happens once; a write reads the blocks alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradroute._offloading import check_in_memory
+from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
+from gradroute._wrappers import plain_name, unwrapped
+from gradroute.adapters.peft._reload import check_reloads
+from gradroute.errors import GradRouteError
+
+PREFIX = "base_model.model."
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+class PlainLora:
+    """What a checkpoint of `model` holds, for as long as the model keeps its layers and its active adapter.
+
+    Args:
+        model: with routed layers.
+
+    Raises:
+        GradRouteError: no `target_modules` selects exactly the routed layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_module(model)
+        self._model = unwrapped(model)
+        found = routed_layers(self._model)
+        self.layers = {_base_name(self._model, name): layer for name, layer in found.items()}
+        self._places = [_place(self._model, name) for name in found]
+        self._adapter = _adapter(self.layers)
+        self._targets = _target_modules(self._model, self.layers)
+
+    def rank(self, blocks: Sequence[BlockName]) -> int:
+        """The rank of a checkpoint of these blocks: the largest of all layers."""
+        return max(sum(_block(layer, name).A.shape[0] for name in blocks) for layer in self.layers.values())
+
+    def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
+        """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU.
+
+        Args:
+            blocks: which of the two, one after the other.
+            dtype: to round to; None: that of the blocks, float32 at least.
+
+        Raises:
+            GradRouteError: a block is not finite, or the layers or the active adapter are no longer those of the start.
+        """
+        self._check_unchanged()
+        r = self.rank(blocks)
+        return {
+            name: _padded(*_folded(name, [_block(layer, block) for block in blocks], dtype), r)
+            for name, layer in self.layers.items()
+        }
+
+    def config(self, r: int) -> LoraConfig:
+        """What is written as adapter_config.json."""
+        trained = self._peft_config()
+        return LoraConfig(
+            r=r,
+            lora_alpha=r,
+            target_modules=self._targets,
+            fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in self.layers.values()),
+            modules_to_save=getattr(trained, "modules_to_save", None),
+            ensure_weight_tying=getattr(trained, "ensure_weight_tying", False),
+            task_type=getattr(trained, "task_type", None),
+            base_model_name_or_path=getattr(trained, "base_model_name_or_path", None),
+            inference_mode=True,
+        )
+
+    def check(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Raise unless stock PEFT loads these factors as they are.
+
+        Raises:
+            GradRouteError: PEFT would drop or move a layer's LoRA, or refuses the config.
+        """
+        check_reloads(self._model, self.config(_rank_of(factors)), factors)
+
+    def whole_modules(self) -> dict[str, Tensor]:
+        """The modules that PEFT trained whole (`modules_to_save`); every checkpoint carries them."""
+        if self._adapter is None:
+            return {}
+        state = get_peft_model_state_dict(self._model, adapter_name=self._adapter, save_embedding_layers=False)
+        others = {PREFIX + name.removeprefix(PREFIX): t for name, t in state.items() if ".lora_" not in name}
+        # Copies: tied modules share memory, which the file format refuses.
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in others.items()}
+
+    def write(self, path: Path, factors: Factors, whole: Mapping[str, Tensor]) -> None:
+        """adapter_model.safetensors and adapter_config.json."""
+        tensors = {
+            f"{PREFIX}{name}.lora_{side}.weight": pair[i]
+            for name, pair in factors.items()
+            for i, side in enumerate("AB")
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.config(_rank_of(factors)).save_pretrained(str(path))
+
+    def _check_unchanged(self) -> None:
+        moved = any(parent._modules.get(name) is not layer for parent, name, layer in self._places)
+        if moved or _adapter(self.layers) != self._adapter:
+            what = "other layers" if moved else f"the active adapter {_adapter(self.layers)!r}, not {self._adapter!r}"
+            raise GradRouteError(
+                f"`model` should have the routed layers and the active adapter that it had at first. Found {what}. "
+                "Fix: make the object that writes its blocks after the last change of adapters."
+            )
+
+    def _peft_config(self) -> Any:
+        """The config of the active adapter, or None for an attached model."""
+        configs = getattr(self._model, "peft_config", None)
+        return None if configs is None or self._adapter is None else configs[self._adapter]
+
+
+def _block(layer: RoutedLayer, name: BlockName) -> Block:
+    return layer.deployed if name == "deployed" else layer.quarantine
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """(parent, name in it, layer); a model that is itself a layer has no parent and cannot be replaced."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    return (holder, child, holder._modules[child]) if child else (model, "", model)  # type: ignore[return-value]
+
+
+def _adapter(layers: Mapping[str, RoutedLayer]) -> str | None:
+    """The active adapter; None for an attached model."""
+    layer: Any = next(iter(layers.values()))
+    return getattr(layer, "routed_adapter", None)
+
+
+def _rank_of(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    return next(iter(factors.values()))[0].shape[0]
+
+
+def _base_name(model: nn.Module, name: str) -> str:
+    """The module's name in the base model."""
+    return plain_name(name.removeprefix(PREFIX) if isinstance(model, PeftModel) else name)
+
+
+def _folded(name: str, blocks: list[Block], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
+    A = torch.cat([block.A.detach() for block in blocks])
+    # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
+    wide = torch.promote_types(A.dtype, torch.float32)
+    B = torch.cat([block.scaling * block.B.detach().to(wide) for block in blocks], dim=1)
+    # Rounded before the copy to the CPU, and judged after: a narrow type may overflow, and a device is not waited for.
+    A, B = (factor.to(dtype or wide).cpu() for factor in (A, B))
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise GradRouteError(f"The blocks of `{name}` should be finite. Found inf or nan. Fix: export an earlier step.")
+    return A, B
+
+
+def _padded(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    pad, ranks = torch.nn.functional.pad, r - A.shape[0]
+    return pad(A, (0, 0, 0, ranks)).contiguous(), pad(B, (0, ranks)).contiguous()
+
+
+def _target_modules(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list[str]:
+    """Last parts of the names (as readers expect them) where they select exactly these layers, else whole names."""
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    inside = tuple(f"{name}." for name in layers)
+    others = [
+        name for name in (_base_name(model, name) for name, _ in model.named_modules())
+        if name and name not in layers and not name.startswith(inside)
+    ]  # fmt: skip
+    for targets in (leaves, sorted(layers)):
+        if not any(other == t or other.endswith(f".{t}") for other in others for t in targets):
+            return targets
+    raise GradRouteError(
+        f"No `target_modules` selects exactly the {len(layers)} routed layers: some name ends another one's. "
+        "Fix: merge_deployed(model) and save the model."
+    )

@@ -1,0 +1,261 @@
+"""Does an engine sample from the model as it is now, in the view that it is in? Found out by moving both blocks far.
+
+    | log p_engine(y | x) - log p_model(y | x; view now) |  ~ 0       while every other view and older weights are far
+
+`assert_ablation_reaches` shows that an engine's views differ. A stale prefix cache, an old adapter and a row in the
+wrong view can pass it, and early in training the views are too close to be told apart from rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradroute._checks import positive_integer, positive_number
+from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._restore import left_as_found
+from gradroute._typing import typechecked
+from gradroute.adapters.views import ablate_quarantine, disable_adapters
+from gradroute.errors import GradRouteError
+from gradroute.evaluation._views import Views
+
+Prompts = Sequence[Sequence[int]]
+Generate = Callable[[Prompts], tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]]
+
+# How many tolerances the states that are told apart lie apart, in the mean.
+_FAR = 5
+_ROWS = 4
+
+
+class _Row(NamedTuple):
+    """One row that the engine sampled, and what the model says of it in both views: [on, ablated]."""
+
+    ablated: bool
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    found: Tensor
+    own: list[Tensor]
+    call: str
+
+    @property
+    def error(self) -> float:
+        return _distance(self.found, self.own[self.ablated])
+
+
+@typechecked
+def assert_engine_follows(
+    model: nn.Module,
+    generate: Callable[..., Any],
+    *,
+    mixed: bool = True,
+    prompts: Sequence[Sequence[int]] | None = None,
+    prompt_tokens: int = 160,
+    temperature: float = 1.0,
+    tolerance: float = 0.2,
+    seed: int = 0,
+) -> float:
+    """Raise unless the engine's log-probabilities are the model's own, in both views, before and after its blocks move.
+
+    Args:
+        model: with routed layers, in its on view and under no route. Blocks, modes, gradients and random numbers are
+            put back bitwise, also after an exception.
+        generate: called with prompts (token ids); syncs the engine with `model`, samples a completion of each in the
+            model's present view, and returns (token ids, log-probabilities) per row. It decodes greedily, or samples
+            without truncation (top-p, top-k, min-p, penalties). A few tokens are enough.
+        mixed: whether some rows of one call are ablated and others not, as `ablate_quarantine(model, rows=...)` says.
+            False, for an engine that shows one view per call.
+        prompts: None: random ones of `prompt_tokens` tokens, to be longer than a block of the engine's prefix cache.
+        prompt_tokens: of random prompts.
+        temperature: by which the engine divides logits before it takes log-probabilities.
+        tolerance: nats, the mean over a row's tokens; bfloat16 engines are off by about 0.1.
+        seed: of the prompts and of the move.
+
+    Returns:
+        The largest difference of a row, in nats.
+
+    Raises:
+        GradRouteError: a row whose log-probabilities are not the model's, with the state that they do fit (another
+            view, the blocks before they moved, the base model); outputs of another form. Blocks are put back, but the
+            engine may still hold moved ones: sync it.
+        RouteError: an open route.
+    """
+    positive_integer("prompt_tokens", prompt_tokens, GradRouteError)
+    positive_number("tolerance", tolerance, GradRouteError)
+    positive_number("temperature", temperature, GradRouteError)
+    Views(model)  # for its checks of the model
+    generator = torch.Generator().manual_seed(seed)
+    asked = _random_prompts(model, prompt_tokens, generator) if prompts is None else prompts
+    if not asked or any(len(prompt) < 2 for prompt in asked):
+        raise GradRouteError(f"`prompts` should be at least one, of two tokens or more. Found {asked!r}.")
+    calls = ["on", "ablated", *(["both views"] if mixed else [])]
+    few = calls[-1:] if mixed else calls
+    check = _Check(model, generate, asked, temperature)
+    with left_as_found(model), torch.no_grad():
+        rows = [row for call in few for row in check.sampled(call)]
+        with _moved(model, check, _FAR * tolerance, generator):
+            moved = [row for call in calls for row in check.sampled(call)]
+        rows += [row for call in few for row in check.sampled(call)]
+        check.judge(rows, moved, tolerance)
+    return max(row.error for row in rows + moved)
+
+
+class _Check:
+    def __init__(self, model: nn.Module, generate: Generate, prompts: Prompts, temperature: float) -> None:
+        self._model, self._generate, self.prompts, self._temperature = model, generate, prompts, temperature
+        self._device = next(model.parameters()).device
+
+    def sampled(self, call: str) -> list[_Row]:
+        """What the engine samples in one call, beside what the model says of it now."""
+        ablated = [call == "ablated" or (call == "both views" and i % 2 == 0) for i in range(len(self.prompts))]
+        mask = torch.tensor(ablated, device=self._device)
+        with self._view(call, mask):
+            ids, logps = _output(self._generate(self.prompts), len(self.prompts))
+        return [
+            _Row(ablated[i], self.prompts[i], ids[i], torch.tensor(logps[i]), self.both_views(prompt, ids[i]), call)
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+    def _view(self, call: str, rows: Tensor) -> AbstractContextManager[Any]:
+        if call == "on":
+            return nullcontext()
+        return ablate_quarantine(self._model, rows=None if call == "ablated" else rows)
+
+    def both_views(self, prompt: Sequence[int], completion: Sequence[int]) -> list[Float[Tensor, " tokens"]]:
+        """The model's log-probabilities of a completion, on and ablated."""
+        on = self._logps(prompt, completion)
+        with ablate_quarantine(self._model):
+            return [on, self._logps(prompt, completion)]
+
+    def judge(self, rows: Sequence[_Row], moved: Sequence[_Row], tolerance: float) -> None:
+        """Raise for the first row whose log-probabilities are not those of its view and time."""
+        for row in [*moved, *rows]:
+            # Not `>`: what is not a number is not right.
+            if not row.error <= tolerance:
+                raise GradRouteError(self._fault(row, row in moved))
+        # The blocks are back, so that the model says what it said before they moved.
+        before = [self.both_views(row.prompt, row.completion) for row in moved]
+        gaps = [
+            min(_distance(row.own[0], row.own[1]), _distance(row.own[row.ablated], old[row.ablated]))
+            for row, old in zip(moved, before, strict=True)
+        ]
+        if sum(gaps) / len(gaps) < _FAR * tolerance:
+            raise GradRouteError(
+                f"The sampled tokens should tell the views apart by {_FAR * tolerance:g} nats. Found "
+                f"{sum(gaps) / len(gaps):.3g}. Fix: a smaller `tolerance`, or more sampled tokens."
+            )
+
+    def _fault(self, row: _Row, moved: bool) -> str:
+        own, older = row.own, self.both_views(row.prompt, row.completion)
+        with disable_adapters(self._model):
+            base = self._logps(row.prompt, row.completion)
+        others = {_WRONG_VIEW: own[not row.ablated], _NO_ADAPTER: base}
+        if moved:
+            others |= {_STALE: older[row.ablated], _STALE_AND_WRONG: older[not row.ablated]}
+        (why, fix), nearest = min(others.items(), key=lambda item: _distance(row.found, item[1]))
+        distance = _distance(row.found, nearest)
+        if not distance < row.error / 4:
+            (why, fix) = _UNKNOWN
+        view = "ablated" if row.ablated else "on"
+        where = f"a row sampled {view}" + (f", in a call with {row.call}" if row.call == "both views" else "")
+        return (
+            "`generate` should sample from the model as it is, in its present view. Found log-probabilities of "
+            f"{where}, {'after' if moved else 'without'} a move of the blocks, that are {row.error:.3g} nats from the "
+            f"model's; {why.format(distance=distance)}. Fix: {fix}."
+        )
+
+    def _logps(self, prompt: Sequence[int], completion: Sequence[int]) -> Float[Tensor, " tokens"]:
+        ids = torch.tensor([[*prompt, *completion]], device=self._device)
+        logits: Tensor = self._model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / self._temperature
+        return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
+
+
+@contextmanager
+def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generator) -> Iterator[None]:
+    """Noise on every parameter of both blocks, as much as puts the states `far` nats apart on the prompts."""
+    parameters = [
+        p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
+    ]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in parameters]
+
+    def states() -> list[Tensor]:
+        halves = [(list(prompt)[: len(prompt) // 2], list(prompt)[len(prompt) // 2 :]) for prompt in check.prompts]
+        both = [check.both_views(*half) for half in halves]
+        return [torch.cat([views[i] for views in both]) for i in range(2)]
+
+    try:
+        before, scale, gap = states(), 0.25, 0.0
+        while gap < far:
+            if scale > 2**12:
+                raise GradRouteError(
+                    f"Moved blocks should change the model's log-probabilities by {far:g} nats. Found {gap:.3g}: "
+                    "the routed layers hardly reach the output. Fix: a smaller `tolerance`, for an engine in float32."
+                )
+            for parameter, values, direction in zip(parameters, saved, noise, strict=True):
+                parameter.copy_(values + scale * direction)
+            now = states()
+            gap = min(_distance(now[0], now[1]), *(_distance(now[i], before[i]) for i in range(2)))
+            scale *= 2
+        yield
+    finally:
+        for parameter, values in zip(parameters, saved, strict=True):
+            parameter.copy_(values)
+
+
+def _size(parameter: Tensor) -> float:
+    size = float(parameter.detach().float().square().mean().sqrt())
+    return size if size > 0 else 0.02
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    return float((first.float() - second.float()).abs().mean())
+
+
+def _random_prompts(model: nn.Module, tokens: int, generator: torch.Generator) -> list[list[int]]:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        raise GradRouteError("`prompts` should be given: the model does not say how large its vocabulary is.")
+    size = embeddings.weight.shape[0]
+    return torch.randint(size, (_ROWS, tokens), generator=generator).tolist()
+
+
+def _output(output: Any, rows: int) -> tuple[list[list[int]], list[list[float]]]:
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise GradRouteError(
+            "`generate` should return (token ids, log-probabilities), a list per row of each. Found "
+            f"{type(output).__name__}."
+        )
+    ids, logps = ([torch.as_tensor(row).tolist() for row in side] for side in output)
+    lengths = [(len(row), len(numbers)) for row, numbers in zip(ids, logps, strict=False)]
+    if len(ids) != rows or len(logps) != rows or any(n == 0 or n != m for n, m in lengths):
+        raise GradRouteError(
+            f"`generate` should return at least one token for each of {rows} prompts, and as many log-probabilities. "
+            f"Found {len(ids)} and {len(logps)} rows, (tokens, log-probabilities) {lengths}."
+        )
+    return ids, logps
+
+
+_WRONG_VIEW = (
+    "they fit the other view, to {distance:.2g}",
+    "give each row the adapter of its own view, and none without an adapter",
+)
+_NO_ADAPTER = (
+    "they fit the base model, to {distance:.2g}",
+    "give each row an adapter, with scalings folded in",
+)
+_STALE = (
+    "they fit the blocks before the move, to {distance:.2g}",
+    "sync in `generate`, under a name, an id and a path that are new each time, or reset the engine's prefix cache",
+)
+_STALE_AND_WRONG = (
+    "they fit the other view of the blocks before the move, to {distance:.2g}",
+    "sync in `generate` under new names, ids and paths, and give each row the adapter of its own view",
+)
+_UNKNOWN = (
+    "they fit no other view either",
+    "the same scaling, weights, temperature and type in the engine, without truncation or penalties; or, if the engine "
+    "rounds more, a larger `tolerance`",
+)

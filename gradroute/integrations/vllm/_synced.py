@@ -1,0 +1,128 @@
+"""Both views of a model written as adapters under new names, and the view of each row.
+
+    on        A = [A_d; A_q],  B = [s_d B_d, s_q B_q]         ablated   A = A_d,  B = s_d B_d
+
+Name, id and path of an adapter are new at each sync: vLLM keeps adapters under their id and cached prefixes under their
+name, and answers for the old weights where one of them stays.
+"""
+
+import itertools
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradroute._protocol import BLOCKS, BlockName
+from gradroute.adapters.peft.plain_lora import PlainLora
+from gradroute.errors import GradRouteError
+from gradroute.integrations.vllm.rows import rows_in_view
+
+BLOCKS_OF: dict[str, Sequence[BlockName]] = {"on": BLOCKS, "ablated": ("deployed",)}
+
+REFUSED = (
+    "vLLM should load the model's two adapters. Found that it refuses: {reason}. Fix: targets that vLLM adapts, and an "
+    "engine started with `lora_options(model)`."
+)
+
+_SYNCS = itertools.count(1)
+
+
+class SyncedViews(ABC):
+    """What both kinds of engine share: exports under new names, and the view of each row."""
+
+    def __init__(self, plain: PlainLora, folder: str | Path | None) -> None:
+        self._plain = plain
+        self._parameters = [
+            parameter
+            for layer in self._plain.layers.values()
+            for block in BLOCKS
+            for parameter in layer.block_parameters(block)
+        ]
+        # Of this run: a server may still hold the adapters, and cached prefixes, of another one.
+        self._run = f"gradroute-{uuid.uuid4().hex[:8]}"
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder() if folder is None else folder))
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.held: dict[str, Any] = {}
+        self._synced: list[tuple[int, int]] | None = None
+        self.sync()
+
+    def sync(self) -> None:
+        """Give the engine the blocks as they are now, as two new adapters; then remove the old ones.
+
+        Raises:
+            GradRouteError: blocks that are not finite, layers that were replaced, or an adapter that vLLM refuses. The
+                engine then holds no view until a sync succeeds.
+        """
+        old, self.held, self._synced = self.held, {}, None
+        written = self._written()
+        number = next(_SYNCS)
+        paths = {view: self._folder / f"{view}-{number}" for view in BLOCKS_OF}
+        for view, blocks in BLOCKS_OF.items():
+            self._plain.write(paths[view], self._plain.factors(blocks, self._dtype()), {})
+        for request in old.values():
+            self._unload(request)
+        # The path says the view and the number; the name says the run as well.
+        self.held = {view: self._load(f"{self._run}-{path.name}", path) for view, path in paths.items()}
+        for folder in self._folder.iterdir():
+            if folder not in paths.values():
+                shutil.rmtree(folder)
+        self._synced = written
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the engine holds the blocks as they are: none was written in place since the last sync.
+
+        Written through `.data`, a parameter does not show it.
+        """
+        return self._synced == self._written()
+
+    def close(self) -> None:
+        """Remove both adapters and their files."""
+        held, self.held, self._synced = self.held, {}, None
+        for request in held.values():
+            self._unload(request)
+        self._remove_folder()
+
+    def views_of_rows(self, rows: int) -> list[str]:
+        """The view of each row that is sampled now."""
+        self.check_current()
+        ablated = rows_in_view(list(self._plain.layers.values()), rows)
+        return ["ablated" if row else "on" for row in ablated]
+
+    def check_current(self) -> None:
+        if self._synced is None:
+            raise GradRouteError(
+                "The engine should hold both views. Found none: it was closed, or its last sync failed."
+            )
+        if not self.is_current:
+            raise GradRouteError(
+                "The engine should hold the model's blocks as they are. Found blocks that have changed since the last "
+                "sync. Fix: call sync() after each optimizer step, before sampling."
+            )
+
+    def _written(self) -> list[tuple[int, int]]:
+        """Changes with every write in place, without reading a value."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+    def _dtype(self) -> torch.dtype | None:
+        """What the engine rounds factors to; None where that is not known."""
+        return None
+
+    @abstractmethod
+    def _load(self, name: str, path: Path) -> Any:
+        """Load an adapter; what a row is sampled with to use it."""
+
+    @abstractmethod
+    def _unload(self, held: Any) -> None:
+        """Remove an adapter that `_load` loaded."""
+
+
+def _fast_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
