@@ -187,18 +187,19 @@ def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generat
         return [torch.cat([views[i] for views in both]) for i in range(2)]
 
     try:
-        before, scale, gap = states(), 0.25, 0.0
-        while gap < far:
+        before, scale, gap, largest = states(), 0.25, 0.0, 0.0
+        # Not `<`: what overflowed is not far away.
+        while not gap >= far:
             if scale > 2**12:
                 raise GradRouteError(
-                    f"Moved blocks should change the model's log-probabilities by {far:g} nats. Found {gap:.3g}: "
-                    "the routed layers hardly reach the output. Fix: a smaller `tolerance`, for an engine in float32."
+                    f"Moved blocks should change log-probabilities by {far:g} nats. Found {largest:.3g} "
+                    f"at most. Fix: tolerance={largest / _FAR:.1g}, for an engine in float32."
                 )
             for parameter, values, direction in zip(parameters, saved, noise, strict=True):
                 parameter.copy_(values + scale * direction)
             now = states()
             gap = min(_distance(now[0], now[1]), *(_distance(now[i], before[i]) for i in range(2)))
-            scale *= 2
+            largest, scale = max(largest, gap), 2 * scale
         yield
     finally:
         for parameter, values in zip(parameters, saved, strict=True):
