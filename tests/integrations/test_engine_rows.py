@@ -166,9 +166,16 @@ def test_blocks_that_changed_since_the_last_sync_raise(server: Server) -> None:
         views.names(1)
     views.sync()
     assert views.names(1) == [views.name_of("on")]
+    # Also where a parameter is not written but replaced.
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight = torch.nn.Parameter(
+        torch.zeros_like(model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight)
+    )
+    assert not views.is_current
     views.close()
     with pytest.raises(gr.GradRouteError, match="both views. Found none"):
         views.names(1)
+    with pytest.raises(gr.GradRouteError, match=r"close\(\) was called"):
+        views.sync()
 
 
 def test_a_failed_sync_leaves_no_view_to_sample_from(server: Server) -> None:

@@ -39,12 +39,6 @@ class SyncedViews(ABC):
 
     def __init__(self, plain: PlainLora, folder: str | Path | None) -> None:
         self._plain = plain
-        self._parameters = [
-            parameter
-            for layer in self._plain.layers.values()
-            for block in BLOCKS
-            for parameter in layer.block_parameters(block)
-        ]
         # Of this run: a server may still hold the adapters, and cached prefixes, of another one.
         self._run = f"gradroute-{uuid.uuid4().hex[:8]}"
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder() if folder is None else folder))
@@ -60,6 +54,8 @@ class SyncedViews(ABC):
             GradRouteError: blocks that are not finite, layers that were replaced, or an adapter that vLLM refuses. The
                 engine then holds no view until a sync succeeds.
         """
+        if not self._remove_folder.alive:
+            raise GradRouteError("The views should be open. Found that close() was called. Fix: make others.")
         old, self.held, self._synced = self.held, {}, None
         written = self._written()
         number = next(_SYNCS)
@@ -109,7 +105,10 @@ class SyncedViews(ABC):
 
     def _written(self) -> list[tuple[int, int]]:
         """Changes with every write in place, without reading a value."""
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+        parameters = (
+            p for layer in self._plain.layers.values() for block in BLOCKS for p in layer.block_parameters(block)
+        )
+        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
     def _dtype(self) -> torch.dtype | None:
         """What the engine rounds factors to; None where that is not known."""
