@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradroute._all_ranks import check_all_ranks
 from gradroute._offloading import check_in_memory
-from gradroute._protocol import Block, RoutedLayer
+from gradroute._protocol import Block, RoutedLayer, check_module
+from gradroute._sharding import is_partitioned, overwrite, whole
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
@@ -18,17 +20,20 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     """Merge the deployed block into the base weights and drop the quarantine; returns a plain model.
 
     Args:
-        model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up.
+        model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up. Of
+            a model that `fully_shard` has sharded every rank calls it, and it stays sharded.
 
     Returns:
         The plain model: PEFT's wrapper is removed, an attached model is changed in place.
 
     Raises:
         RouteError: inside a route or a view, or merged already.
-        GradRouteError: a deployed block is not finite.
+        GradRouteError: a deployed block is not finite; a model that ZeRO-3 has partitioned, or that some rank does
+            not merge.
         TargetError: a targeted weight is shared with a module that is not targeted (tied embeddings): merging would
             change that one too.
     """
+    check_all_ranks("merge_deployed", check_module(model))
     layers = routed_linears(model)
     _check_mergeable(layers)
     _check_untied(model)
@@ -40,11 +45,12 @@ def merge_deployed(model: nn.Module) -> nn.Module:
         with ablate_quarantine(model):
             merged: nn.Module = peft_model.merge_and_unload()
         return merged
-    deltas = [(layer.deployed, layer.base_weight()) for layer in layers.values()]
+    deltas = [(layer.deployed, layer.weight.detach()) for layer in layers.values() if isinstance(layer, WrappedLinear)]
     detach(model)
     with torch.no_grad():
         for block, weight in deltas:
-            weight.copy_(_merged(block, weight))
+            # One weight is gathered at a time.
+            overwrite(weight, _merged(block.whole(), whole(weight)))
     return model
 
 
@@ -79,9 +85,15 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
         block = layer.deployed
+        if is_partitioned(block.A):
+            raise GradRouteError(
+                f"merge_deployed(model): `{name}` is partitioned by DeepSpeed, whose copy of the weight would stay as it "
+                "is. Fix: export_deployed(model, path), load that onto the base model, and merge there."
+            )
         check_in_memory(name, block.A, block.B)
+        block = block.whole(name)
         if isinstance(layer, WrappedLinear):
-            check_in_memory(name, layer.base_weight())  # PEFT fetches the weights that it merges into
+            check_in_memory(name, layer.weight)  # PEFT fetches the weights that it merges into
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             raise GradRouteError(
                 f"The deployed block of `{name}` should be finite. Found inf or nan. Fix: go back to an earlier step."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradroute._protocol import Block, routed_layers
+from gradroute._sharding import size_of
 from gradroute.errors import GradRouteError
 
 
@@ -60,9 +61,9 @@ def blocks_of(model: nn.Module) -> Blocks:
     """
     layers = routed_layers(model)
     deployed, quarantine = (
-        [getattr(layer, block) for layer in layers.values()] for block in ("deployed", "quarantine")
+        [getattr(layer, block).whole(name) for name, layer in layers.items()] for block in ("deployed", "quarantine")
     )
-    trained = {id(p): p.numel() for layer in layers.values() for p in layer.block_parameters("quarantine")}
+    trained = {id(p): size_of(p) for layer in layers.values() for p in layer.block_parameters("quarantine")}
     base = getattr(model, "get_base_model", lambda: model)()
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
     return Blocks(
