@@ -4,9 +4,9 @@
     one writes                      "written", or its error     the others wait for it
 
 A rank that reads alone, as in `if is_main_process: export_deployed(...)`, would wait for the others in the middle of a
-gather, for as long as the process group lets it: ten minutes or thirty, and the error would name no cause. The key-value
-store of the process group is no collective, so a rank can wait there and say what is wrong. A rank that comes later
-than PATIENCE cannot be told from one that never comes; both raise. Models that are not sharded are left alone.
+gather, for as long as the process group lets it: ten minutes or thirty, and the error would name no cause. The store of
+the process group is no collective, so a rank can wait there and say what is wrong. A rank that comes later than
+PATIENCE cannot be told from one that never comes; both raise. Models that are not sharded are left alone.
 """
 
 from collections import Counter

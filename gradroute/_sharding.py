@@ -178,14 +178,14 @@ def _whole_partitioned(parameter: Any, name: str) -> Tensor:
     if _is_available(parameter):  # inside of the forward that gathered it, or small enough to be kept
         held_whole: Tensor = parameter.detach().clone()
         return held_whole
-    import deepspeed  # noqa: PLC0415
+    import deepspeed  # noqa: PLC0415 - only where DeepSpeed has made the parameter
 
     with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter]):
         gathered: Tensor = parameter.detach().clone()
     if gathered.shape != shape_of(parameter):
         raise GradRouteError(
-            f"`{name}` should be gathered whole, {tuple(shape_of(parameter))}. Found {tuple(gathered.shape)}: DeepSpeed "
-            "was fetching it at that time. Fix: read it outside of forward and backward."
+            f"`{name}` should be gathered whole, {tuple(shape_of(parameter))}. Found {tuple(gathered.shape)}: "
+            "DeepSpeed was fetching it at that time. Fix: read it outside of forward and backward."
         )
     return gathered
 

@@ -87,8 +87,8 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
         block = layer.deployed
         if is_partitioned(block.A):
             raise GradRouteError(
-                f"merge_deployed(model): `{name}` is partitioned by DeepSpeed, whose copy of the weight would stay as it "
-                "is. Fix: export_deployed(model, path), load that onto the base model, and merge there."
+                f"merge_deployed(model): `{name}` is partitioned by DeepSpeed, whose copy of the weight would stay as "
+                "it is. Fix: export_deployed(model, path), load that onto the base model, and merge there."
             )
         check_in_memory(name, block.A, block.B)
         block = block.whole(name)

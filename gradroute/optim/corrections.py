@@ -179,7 +179,7 @@ class DecayTowardStart(StepHooks):
         return f"DecayTowardStart({self.weight_decay:g}, {len(self._start)} parameters)"
 
     def state_dict(self) -> State:
-        """p_0 of every parameter, whole on every rank; without it a resumed run would decay toward where it was resumed."""
+        """p_0 of every parameter, whole; without it a resumed run would decay toward where it was resumed."""
         start = {name: whole(value, name).clone() for name, value in self._start.items()}
         return {"format": format_of(self), "settings": {"weight_decay": self.weight_decay}, "start": start}
 

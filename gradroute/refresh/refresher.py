@@ -271,8 +271,7 @@ class Refresher:
         if self._counts:
             return
         deployed = self._deployed_now()
-        if any(now is not before for now, before in zip(deployed, self._deployed, strict=True)):
-            # Sharded since: other tensors hold the blocks, and count from here on.
+        if any(now is not before for now, before in zip(deployed, self._deployed, strict=True)):  # sharded since
             self._deployed, self._written = deployed, times_written(deployed)
         written = times_written(self._deployed)
         self._changes += written != self._written

@@ -82,7 +82,7 @@ class Loop:
 
     def __init__(self, model: nn.Module, rows: slice, state: Found | None = None, saved: Path | None = None) -> None:
         self.model, self.rows = model, rows
-        # Gradient directions first: they are extracted with frozen parameters, which must train afterwards all the same.
+        # Gradient directions first: they are extracted with frozen parameters, which have to train afterwards.
         feature = "bottleneck" if any(isinstance(m, gr.adapters.SvdGain) for m in model.modules()) else "parameter"
         erased = self._extract(lambda: gr.extract_gradient_directions(model, PAIRS, features=feature, progress=False))
         self.filter = ProjectionFilter(erased, mode="erase", side="two")

@@ -105,8 +105,9 @@ def _export(model: nn.Module, path: Path, blocks_of: BlocksOf, *, writes: bool) 
     config, factors = _plain_lora(model, blocks_of)
     modules = _trained_whole(model)
     if modules:
+        first = next(iter(modules)).removeprefix(_PREFIX)
         warn(
-            f"The export holds whole modules, such as `{next(iter(modules)).removeprefix(_PREFIX)}` (`modules_to_save`): "
+            f"The export holds whole modules, such as `{first}` (`modules_to_save`): "
             "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model."
         )
     tensors = {

@@ -35,8 +35,9 @@ def write_card(
 ) -> Path:
     """Write the model card of the deployed block as Markdown; returns the file.
 
-    Of a sharded model every rank calls it, and the first one writes. Method, masks, gate, hashes of the direction and its pairs, refresh schedule, rates on and ablated with their
-    intervals, verdict, what was removed, and caveats: those that follow from all this, and the given ones.
+    Method, masks, gate, hashes of the direction and its pairs, refresh schedule, rates on and ablated with their
+    intervals, verdict, what was removed, and caveats: those that follow from all this, and the given ones. Of a sharded
+    model every rank calls it, and the first one writes.
 
     Args:
         model: as trained, with both blocks.
