@@ -142,6 +142,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def splits(tensor: Tensor) -> bool:
+    """Whether this rank may hold less than all of it: FSDP2 or ZeRO-3."""
+    return is_partitioned(tensor) or is_sharded(tensor)
+
+
 def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
     """The ranks that have to read together, of the first of `tensors` that is sharded; none where none is."""
     for tensor in tensors:
@@ -167,6 +172,15 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, not the one that `fully_shard` makes of it."""
+    kind = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or fsdp.FSDPModule not in kind.__bases__:
+        return kind
+    return next(base for base in kind.__bases__ if base is not fsdp.FSDPModule)
 
 
 def _is_available(parameter: Any) -> bool:

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradroute._all_ranks import check_all_ranks
 from gradroute._offloading import check_in_memory
-from gradroute._protocol import Block, RoutedLayer, check_module
-from gradroute._sharding import is_partitioned, overwrite, whole
+from gradroute._protocol import Block, RoutedLayer
+from gradroute._sharding import reshard, splits
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
@@ -20,21 +19,19 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     """Merge the deployed block into the base weights and drop the quarantine; returns a plain model.
 
     Args:
-        model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up. Of
-            a model that `fully_shard` has sharded every rank calls it, and it stays sharded.
+        model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers; it is used up.
 
     Returns:
         The plain model: PEFT's wrapper is removed, an attached model is changed in place.
 
     Raises:
-        RouteError: inside a route or a view, or merged already.
-        GradRouteError: a deployed block is not finite; a model that ZeRO-3 has partitioned, or that some rank does
-            not merge.
+        RouteError: inside a route or a view, or merged already; a sharded model.
+        GradRouteError: a deployed block is not finite.
         TargetError: a targeted weight is shared with a module that is not targeted (tied embeddings): merging would
             change that one too.
     """
-    check_all_ranks("merge_deployed", check_module(model))
     layers = routed_linears(model)
+    reshard(model)
     _check_mergeable(layers)
     _check_untied(model)
     if not any(isinstance(layer, WrappedLinear) for layer in layers.values()):
@@ -45,12 +42,11 @@ def merge_deployed(model: nn.Module) -> nn.Module:
         with ablate_quarantine(model):
             merged: nn.Module = peft_model.merge_and_unload()
         return merged
-    deltas = [(layer.deployed, layer.weight.detach()) for layer in layers.values() if isinstance(layer, WrappedLinear)]
+    deltas = [(layer.deployed, layer.base_weight()) for layer in layers.values()]
     detach(model)
     with torch.no_grad():
         for block, weight in deltas:
-            # One weight is gathered at a time.
-            overwrite(weight, _merged(block.whole(), whole(weight)))
+            weight.copy_(_merged(block, weight))
     return model
 
 
@@ -84,16 +80,15 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
             raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
-        block = layer.deployed
-        if is_partitioned(block.A):
-            raise GradRouteError(
-                f"merge_deployed(model): `{name}` is partitioned by DeepSpeed, whose copy of the weight would stay as "
-                "it is. Fix: export_deployed(model, path), load that onto the base model, and merge there."
+        if any(splits(parameter) for parameter in layer.parameters()):
+            raise RouteError(
+                f"merge_deployed(model): `{name}` is sharded, by groups that hold its blocks and gather from the root. "
+                "Fix: export_deployed(model, path); load that onto a base model of its own, and merge there."
             )
+        block = layer.deployed
         check_in_memory(name, block.A, block.B)
-        block = block.whole(name)
         if isinstance(layer, WrappedLinear):
-            check_in_memory(name, layer.weight)  # PEFT fetches the weights that it merges into
+            check_in_memory(name, layer.base_weight())  # PEFT fetches the weights that it merges into
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             raise GradRouteError(
                 f"The deployed block of `{name}` should be finite. Found inf or nan. Fix: go back to an earlier step."

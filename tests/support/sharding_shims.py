@@ -1,7 +1,7 @@
 """What makes accelerate and DeepSpeed shard on a CPU, which neither does of itself; for tests only.
 
-    accelerate 1.15     enters FSDP on accelerators alone: on a CPU, ACCELERATE_USE_FSDP=true silently gives DDP
-    DeepSpeed 0.19.8    compiles an operation of its own for the CPU when it starts, for minutes; gloo needs none
+accelerate 1.15     enters FSDP on accelerators alone: on a CPU, ACCELERATE_USE_FSDP=true silently gives DDP
+DeepSpeed 0.19.8    compiles an operation of its own for the CPU when it starts, for minutes; gloo needs none
 """
 
 import os
