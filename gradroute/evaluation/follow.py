@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gradroute._checks import positive_integer, positive_number
 from gradroute._protocol import BLOCKS, routed_layers
 from gradroute._restore import left_as_found
+from gradroute._sharding import is_partitioned, overwrite, reshard, whole
 from gradroute._typing import typechecked
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 from gradroute.errors import GradRouteError
@@ -178,8 +179,14 @@ def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generat
     parameters = [
         p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
     ]
-    saved = [parameter.detach().clone() for parameter in parameters]
-    noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in parameters]
+    if any(is_partitioned(parameter) for parameter in parameters):
+        raise GradRouteError(
+            "The blocks should be parameters that can be written. Found some that ZeRO-3 has partitioned. Fix: check "
+            "the engine before the model is partitioned, or with stage 2."
+        )
+    reshard(model)
+    saved = [whole(parameter).clone() for parameter in parameters]
+    noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in saved]
 
     def states() -> list[Tensor]:
         halves = [(list(prompt)[: len(prompt) // 2], list(prompt)[len(prompt) // 2 :]) for prompt in check.prompts]
@@ -195,15 +202,17 @@ def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generat
                     f"Moved blocks should change log-probabilities by {far:g} nats. Found {largest:.3g} "
                     f"at most. Fix: tolerance={largest / _FAR:.1g}, for an engine in float32."
                 )
+            reshard(model)
             for parameter, values, direction in zip(parameters, saved, noise, strict=True):
-                parameter.copy_(values + scale * direction)
+                overwrite(parameter, values + scale * direction)
             now = states()
             gap = min(_distance(now[0], now[1]), *(_distance(now[i], before[i]) for i in range(2)))
             largest, scale = max(largest, gap), 2 * scale
         yield
     finally:
+        reshard(model)
         for parameter, values in zip(parameters, saved, strict=True):
-            parameter.copy_(values)
+            overwrite(parameter, values)
 
 
 def _size(parameter: Tensor) -> float:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
+from gradroute._all_ranks import written_by_one
 from gradroute._hashing import deployed_hash, hash_in_card
 from gradroute._logging import warn
-from gradroute._protocol import BlockName
+from gradroute._protocol import BlockName, check_module
 from gradroute.adapters.peft.plain_lora import PREFIX, PlainLora
 from gradroute.errors import GradRouteError
 
@@ -22,20 +23,24 @@ from gradroute.errors import GradRouteError
 def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | None = None) -> None:
     """Write the deployed block alone, rank r, as a plain LoRA checkpoint that stock `peft` loads.
 
+    Of a sharded model every rank calls it: all gather the blocks, the first one writes, and none returns before that.
+
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
         path: a folder; it is created, and files of an earlier export in it are overwritten.
         card: the file that `write_card` returned for these weights; copied beside them as `README.md`.
 
     Raises:
-        GradRouteError: a block is not finite; a card of other weights, given or left in `path`.
+        GradRouteError: a block is not finite; a card of other weights, given or left in `path`; a sharded model that
+            some rank does not export.
     """
     folder = checked_folder(path)
     readme = folder / "README.md"
-    text = _card_of(model, readme if card is None else Path(card), given=card is not None)
-    _export(model, folder, ["deployed"])
-    if text is not None:
-        readme.write_text(text, encoding="utf-8")
+    with written_by_one("export_deployed", check_module(model)) as writes:
+        text = _card_of(model, readme if card is None else Path(card), given=card is not None)
+        _export(model, folder, ["deployed"], writes=writes)
+        if writes and text is not None:
+            readme.write_text(text, encoding="utf-8")
 
 
 def export_full(model: nn.Module, path: str | Path) -> None:
@@ -45,9 +50,11 @@ def export_full(model: nn.Module, path: str | Path) -> None:
         model, path: as for `export_deployed`.
 
     Raises:
-        GradRouteError: a block is not finite.
+        GradRouteError: a block is not finite; a sharded model that some rank does not export.
     """
-    _export(model, checked_folder(path), ["deployed", "quarantine"])
+    folder = checked_folder(path)
+    with written_by_one("export_full", check_module(model)) as writes:
+        _export(model, folder, ["deployed", "quarantine"], writes=writes)
 
 
 def checked_folder(path: object) -> Path:
@@ -82,7 +89,7 @@ def export_refusal(model: nn.Module) -> str | None:
     return None
 
 
-def _export(model: nn.Module, path: Path, blocks: list[BlockName]) -> None:
+def _export(model: nn.Module, path: Path, blocks: list[BlockName], *, writes: bool) -> None:
     plain = PlainLora(model)
     factors = plain.factors(blocks)
     plain.check(factors)
@@ -92,4 +99,5 @@ def _export(model: nn.Module, path: Path, blocks: list[BlockName]) -> None:
             f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(PREFIX)}` (`modules_to_save`): "
             "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model."
         )
-    plain.write(path, factors, whole)
+    if writes:
+        plain.write(path, factors, whole)

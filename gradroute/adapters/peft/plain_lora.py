@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
+from gradroute._sharding import reshard, shape_of, whole
 from gradroute._wrappers import plain_name, unwrapped
 from gradroute.adapters.peft._reload import check_reloads
 from gradroute.errors import GradRouteError
@@ -46,10 +47,10 @@ class PlainLora:
 
     def rank(self, blocks: Sequence[BlockName]) -> int:
         """The rank of a checkpoint of these blocks: the largest of all layers."""
-        return max(sum(_block(layer, name).A.shape[0] for name in blocks) for layer in self.layers.values())
+        return max(sum(shape_of(_block(layer, name).A)[0] for name in blocks) for layer in self.layers.values())
 
     def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
-        """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU.
+        """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU; of a sharded model, on every rank.
 
         Args:
             blocks: which of the two, one after the other.
@@ -59,11 +60,16 @@ class PlainLora:
             GradRouteError: a block is not finite, or the layers or the active adapter are no longer those of the start.
         """
         self._check_unchanged()
+        self.reshard()
         r = self.rank(blocks)
         return {
             name: _padded(*_folded(name, [_block(layer, block) for block in blocks], dtype), r)
             for name, layer in self.layers.items()
         }
+
+    def reshard(self) -> None:
+        """Put the shards of a sharded model back, whose forward may have left whole parameters."""
+        reshard(self._model)
 
     def config(self, r: int) -> LoraConfig:
         """What is written as adapter_config.json."""
@@ -95,7 +101,7 @@ class PlainLora:
         state = get_peft_model_state_dict(self._model, adapter_name=self._adapter, save_embedding_layers=False)
         others = {PREFIX + name.removeprefix(PREFIX): t for name, t in state.items() if ".lora_" not in name}
         # Copies: tied modules share memory, which the file format refuses.
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in others.items()}
+        return {name: whole(tensor, name).cpu().clone().contiguous() for name, tensor in others.items()}
 
     def write(self, path: Path, factors: Factors, whole: Mapping[str, Tensor]) -> None:
         """adapter_model.safetensors and adapter_config.json."""
@@ -151,10 +157,11 @@ def _base_name(model: nn.Module, name: str) -> str:
 
 def _folded(name: str, blocks: list[Block], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
-    A = torch.cat([block.A.detach() for block in blocks])
+    blocks = [block.whole(name) for block in blocks]
+    A = torch.cat([block.A for block in blocks])
     # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
     wide = torch.promote_types(A.dtype, torch.float32)
-    B = torch.cat([block.scaling * block.B.detach().to(wide) for block in blocks], dim=1)
+    B = torch.cat([block.scaling * block.B.to(wide) for block in blocks], dim=1)
     # Rounded before the copy to the CPU, and judged after: a narrow type may overflow, and a device is not waited for.
     A, B = (factor.to(dtype or wide).cpu() for factor in (A, B))
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):

@@ -24,6 +24,7 @@ from trl.trainer import grpo_trainer
 
 from gradroute.errors import GradRouteError
 from gradroute.evaluation import assert_engine_follows
+from gradroute.integrations.trl._requirements import shards
 from gradroute.integrations.vllm import EngineViews, ServerViews, lora_options
 from gradroute.integrations.vllm.options import check_version
 from gradroute.integrations.vllm.rows import ablated_rows
@@ -238,6 +239,11 @@ def check_engine(trainer: Any, engine: Mapping[str, Any] | None) -> None:
                 "`engine` is read with use_vllm=True. Found use_vllm=False. Fix: set it, or drop `engine`."
             )
         return
+    if trainer.vllm_mode == "server" and shards(trainer):
+        raise GradRouteError(
+            "Not with gradient routing: `vllm_mode='server'` with a sharded model, whose blocks all ranks would have "
+            "to gather for the one that speaks to the server. Fix: vllm_mode='colocate'."
+        )
     backend = getattr(trainer, "vllm_generation", None)
     if not isinstance(backend, TwoViewGeneration):
         raise GradRouteError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError
@@ -51,9 +52,7 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
             f"{folder} should hold {file.name}. Found none: it was not saved by a routed trainer, or with "
             "save_only_model=True, or by fewer processes. Fix: load its adapter as `model` and start a new run."
         )
-    device = trainer.accelerator.device
-    # accelerate calls the CPU of one process of several "cpu:0", where nothing can be loaded to.
-    state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+    state = torch.load(file, map_location="cpu", weights_only=True)
     gates = _gates(routing)
     # Checkpoints from before there was a gate on log ratios, or a slow start, know of neither.
     held = [state.get(each) is not None for each in ("refresher", "log_ratios", "slow_start")]
@@ -73,13 +72,14 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
         if hasattr(holder, "_version"):
             holder._version = None
     for gate, saved in zip(gates, state["gates"], strict=True):
-        gate.load_state_dict(_on_cpu(saved))
+        gate.load_state_dict(saved)
     if routing.refresher is not None:
-        routing.refresher.load_state_dict(_on_cpu(state["refresher"]))
+        routing.refresher.load_state_dict(state["refresher"])
     if trainer._flagging.log_ratios is not None:
         trainer._flagging.log_ratios.load_state_dict(state["log_ratios"])
     trainer._schedule.load_state_dict(state.get("slow_start"))
-    trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
+    trainer._step = state["step"]
+    trainer._buffered_inputs = send_to_device(state["rollouts"], trainer.accelerator.device)
 
 
 def _generate_every(trainer: Any) -> int:
@@ -105,15 +105,6 @@ def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:
         setattr(directions, name, None if group is None else {key: value.to(device) for key, value in group.items()})
     for name in ("provenance", "version", "step", "heldout"):
         setattr(directions, name, getattr(saved, name))
-
-
-def _on_cpu(state: Any) -> Any:
-    """States of gates hold generators and buffers that live on the CPU."""
-    if isinstance(state, torch.Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
 
 
 def _state_file(folder: Path, trainer: Any) -> Path:

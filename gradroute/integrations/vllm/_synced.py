@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from gradroute._protocol import BLOCKS, BlockName
+from gradroute._sharding import held
 from gradroute.adapters.peft.plain_lora import PlainLora
 from gradroute.errors import GradRouteError
 from gradroute.integrations.vllm.rows import rows_in_view
@@ -108,7 +109,7 @@ class SyncedViews(ABC):
         parameters = (
             p for layer in self._plain.layers.values() for block in BLOCKS for p in layer.block_parameters(block)
         )
-        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        return [(tensor.data_ptr(), tensor._version) for tensor in map(held, parameters)]
 
     def _dtype(self) -> torch.dtype | None:
         """What the engine rounds factors to; None where that is not known."""
