@@ -21,7 +21,18 @@ import gradroute as gr
 from gradroute._sharding import splits, whole
 from support.sharding_shims import deepspeed_on_cpu, fsdp_on_cpu
 from support.tiny_models import config
-from support.trl_runs import PAIRS, PROMPTS, Watched, extract, flags, move_reference, reward, tokenizer, trainer, wrapped
+from support.trl_runs import (
+    PAIRS,
+    PROMPTS,
+    Watched,
+    extract,
+    flags,
+    move_reference,
+    reward,
+    tokenizer,
+    trainer,
+    wrapped,
+)
 
 RANK = int(os.environ.get("RANK", "0"))
 ENGINES: dict[str, dict[str, str]] = {
@@ -115,8 +126,7 @@ FSDP2_ONLY = {"filter", "resumed"}
 def values(model: nn.Module) -> dict[str, Tensor]:
     """Of both blocks, whole, on every rank."""
     return {
-        name: whole(p, name).clone()
-        for name, p in [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
+        name: whole(p, name).clone() for name, p in [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
     }
 
 

@@ -7,6 +7,7 @@ Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to on
 `rank_pattern` and `alpha_pattern`.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -116,8 +117,12 @@ def _export(model: nn.Module, path: Path, blocks_of: BlocksOf, *, writes: bool) 
     if not writes:
         return
     path.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, **modules}, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(path))
+    # Each file appears whole: under DDP every rank may write the same.
+    with tempfile.TemporaryDirectory(dir=path) as aside:
+        save_file({**tensors, **modules}, Path(aside) / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(aside)
+        for file in sorted(Path(aside).iterdir()):
+            file.replace(path / file.name)
 
 
 def _plain_lora(model: nn.Module, blocks_of: BlocksOf) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
