@@ -180,12 +180,15 @@ def sharded() -> str:
     parts = list(dict.fromkeys(part for engine in found.values() for part in engine))
     rows = []
     for engine, figures in found.items():
-        cells = [_error(**figures[part]) if part in figures else "refused or none" for part in parts]
+        cells = [
+            _error(figures[part]["error"], figures[part]["tolerance"]) if part in figures else "refused or none"
+            for part in parts
+        ]
         rows.append([engine, *cells])
     return markdown_table(["engine", *parts], rows)
 
 
-def _error(error: float, tolerance: float, reference: str) -> str:
+def _error(error: float, tolerance: float) -> str:
     return "bitwise" if error == 0 else f"{10.0 ** math.ceil(math.log10(error)):.0e} ({tolerance:g})"
 
 

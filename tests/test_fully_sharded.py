@@ -12,7 +12,7 @@ from support.process_pairs import run_pair
 from support.sharded_corners import card, scored_in_backward
 from support.sharded_figures import record
 from support.sharded_loop import CASES, alone
-from support.tiny_models import VOCAB
+from support.tiny_models import VOCAB, base_model
 from torch import Tensor, nn
 
 import gradroute as gr
@@ -134,6 +134,14 @@ def test_an_export_of_the_shards_is_that_of_the_whole(
     record(f"plain loop, FSDP2, {case}", "export", max(errors), 1e-6)  # files are in float32
 
 
+def test_both_blocks_of_shards_are_saved_by_peft_and_loaded_again(case: str, ranks: list[Found], folder: Path) -> None:
+    if case != "PEFT":
+        pytest.skip("PEFT saves its own models")
+    model = gr.load_quarantined(base_model("llama", torch.float64), folder / case / "checkpoint")
+    for name, parameter in [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]:
+        assert torch.equal(parameter, ranks[0]["values"][name])
+
+
 def test_a_resumed_run_goes_on_bitwise(case: str, ranks: list[Found]) -> None:
     for found in ranks:
         assert all(map(torch.equal, tensors(found["resumed"]), tensors(found["values"])))
@@ -218,9 +226,9 @@ def test_the_formulas_of_memory_and_traffic_hold_for_a_small_model(corners: list
     # In float32, and counted before its blocks are added: what the formulas call P.
     sizes = replace(sizes, base_bytes=4)
     for found in (each["traffic"] for each in corners):
-        assert 16 * found["held 4"] == sizes.quarantine()["memory"]
-        doubled = sum(found["step 8"].values()) - sum(found["step 4"].values())
-        assert doubled == sizes.quarantine()["traffic"]
+        assert 16 * found["held"] == sizes.quarantine()["memory"]
+        rank_4, rank_8 = (sum(step.values()) for step in found["steps"])
+        assert rank_8 - rank_4 == sizes.quarantine()["traffic"]
         refresh = sizes.refresh(pairs=3, batch=32)
         assert 2 * found["features"] == refresh["memory"]
         assert sum(found["refresh"].values()) == refresh["traffic"]

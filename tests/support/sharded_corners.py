@@ -124,28 +124,26 @@ def moved(call: Callable[[], Any]) -> dict[str, int]:
 
 def traffic(folder: Path) -> Found:
     """Bytes of a step by rank of the quarantine, of a refresh, and of writing both views; a small model in float32."""
-    found: Found = {}
-    for r_quarantine in (4, 8):
-        torch.manual_seed(0)
-        base = llama(hidden_size=32, intermediate_size=64, head_dim=8)
-        model = sharded(gr.attach(base, r=4, r_quarantine=r_quarantine, lora_alpha=8))
-        found[f"step {r_quarantine}"] = moved(lambda: loss_of(model, tokens(0)).backward())
-        held = sum(p.to_local().numel() for _, p in gr.quarantine_parameters(model))
-        found[f"held {r_quarantine}"] = held
-        model.zero_grad()
-        if r_quarantine == 4:
-            extract = lambda: gr.extract_activation_directions(model, PAIRS, progress=False)  # noqa: E731
-            with gr.ablate_quarantine(model):
-                directions = extract()
-            refresher = gr.Refresher(directions, extract, model=model)
-            found["refresh"] = moved(refresher.refresh)
-            found["features"] = sum(
-                rows.nbytes for side in (directions.hack, directions.clean) for rows in side.values()
-            )
-            found["two views"] = moved(
-                lambda: (gr.export_deployed(model, folder / "one"), gr.export_full(model, folder / "both"))
-            )
-    return found
+    small, large = (
+        sharded(gr.attach(llama(hidden_size=32, intermediate_size=64, head_dim=8), r=4, r_quarantine=r, lora_alpha=8))
+        for r in (4, 8)
+    )
+    steps = [moved(lambda model=model: loss_of(model, tokens(0)).backward()) for model in (small, large)]
+    small.zero_grad()
+
+    def extract() -> gr.Directions:
+        return gr.extract_activation_directions(small, PAIRS, progress=False)
+
+    with gr.ablate_quarantine(small):
+        directions = extract()
+    refresher = gr.Refresher(directions, extract, model=small)
+    return {
+        "steps": steps,
+        "held": sum(p.to_local().numel() for _, p in gr.quarantine_parameters(small)),
+        "refresh": moved(refresher.refresh),
+        "features": sum(rows.nbytes for side in (directions.hack, directions.clean) for rows in side.values()),
+        "two views": moved(lambda: (gr.export_deployed(small, folder / "one"), gr.export_full(small, folder / "both"))),
+    }
 
 
 def corners(rank: int, folder: Path) -> Found:

@@ -105,9 +105,10 @@ CASES: dict[str, dict[str, Any]] = {
         **ONE_STEP, "directions": extract, "cls": EndsOnRankOne, "args_mask_truncated_completions": True,
         "args_max_steps": 1,
     },
-    "by name": {**ONE_STEP, "directions": extract, "refresher": 1, **{
-        "args_gradient_checkpointing": True, "args_gradient_checkpointing_kwargs": {"use_reentrant": True},
-    }},
+    "by name": {
+        **ONE_STEP, "directions": extract, "refresher": 1, "args_gradient_checkpointing": True,
+        "args_gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "filter": {
         **ONE_STEP, "directions": parameter_directions,
         "grad_filter": lambda directions: gr.filters.ProjectionFilter(directions, mode="erase", side="two"),
