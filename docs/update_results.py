@@ -176,10 +176,10 @@ def smollm_screening() -> str:
 
 def sharded() -> str:
     """Errors of sharded engines, by part, rounded up to a power of ten."""
-    found = json.loads((DOCS / "results" / "sharded.json").read_text(encoding="utf-8"))
-    parts = list(dict.fromkeys(part for engine in found.values() for part in engine))
+    engines = json.loads((DOCS / "results" / "sharded.json").read_text(encoding="utf-8"))
+    parts = list(dict.fromkeys(part for figures in engines.values() for part in figures))
     rows = []
-    for engine, figures in found.items():
+    for engine, figures in engines.items():
         cells = [
             _error(figures[part]["error"], figures[part]["tolerance"]) if part in figures else "refused or none"
             for part in parts

@@ -74,9 +74,8 @@ def test_two_processes_of_torchrun_end_with_the_weights_of_one(
 def test_the_example_runs_under_accelerate_launch(engine: str, tmp_path: Path) -> None:
     if engine == "ZeRO-3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed here; .ci/sharded runs this in an environment of its own")
-    found = re.search(
-        rf"^accelerate launch ({COMMANDS[engine]}.*) examples/grpo_trl.py (.*)$", TEXT, flags=re.MULTILINE
-    )
+    pattern = rf"^accelerate launch ({COMMANDS[engine]}.*) examples/grpo_trl.py (.*)$"
+    found = re.search(pattern, TEXT, flags=re.MULTILINE)
     assert found is not None
     # A port that is free, no questions about the machine, and the shims.
     launch = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -211,7 +211,7 @@ def main(folder: Path) -> None:
     from support.sharded_corners import corners
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank = dist.get_rank()
     half = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for case in CASES:

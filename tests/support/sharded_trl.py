@@ -161,7 +161,8 @@ def run(case: str, engine: str, folder: Path) -> None:
     routing = built.routing
     found = {
         **seen, "after": values(built.model), "sampled_ablated": dict(built.sampled_ablated),
-        "prompts": dict(built.prompts), "routed": dict(built.routed), "steps": [batches[0] for batches in built.micro_batches],
+        "prompts": dict(built.prompts), "routed": dict(built.routed),
+        "steps": [batches[0] for batches in built.micro_batches],
         "log": built.state.log_history[0],
         "refreshed": {} if routing.directions is None else dict(routing.directions.rows),
         "refreshes": 0 if routing.refresher is None else len(routing.refresher.reports),
