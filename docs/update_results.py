@@ -1,4 +1,4 @@
-"""Writes the tables of `results.md` and the README from the committed result files; `--check` only compares.
+"""Writes the tables of `results.md`, the README and others from committed result files; `--check` only compares.
 
     python docs/update_results.py
 
@@ -6,6 +6,7 @@ A block begins with `<!-- table: NAME ... -->` and ends with `<!-- end -->`; wha
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-WRITTEN = (DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS.parent / "README.md")
+WRITTEN = (
+    DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "exactness.md",
+    DOCS / "howto" / "sharded.md", DOCS.parent / "README.md",
+)  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
-sys.path[:0] = [str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
 
 from directions_tables import left_out_table, read_study, transfer_table
 
+from benchmarks import sharding
 from loopholes.arms import ARMS
 from loopholes.environment import MODES
 from published.seeds import interval
@@ -169,11 +174,34 @@ def smollm_screening() -> str:
     return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
 
 
+def sharded() -> str:
+    """Errors of sharded engines, by part, rounded up to a power of ten."""
+    engines = json.loads((DOCS / "results" / "sharded.json").read_text(encoding="utf-8"))
+    parts = list(dict.fromkeys(part for figures in engines.values() for part in figures))
+    rows = []
+    for engine, figures in engines.items():
+        cells = [
+            _error(figures[part]["error"], figures[part]["tolerance"]) if part in figures else "refused or none"
+            for part in parts
+        ]
+        rows.append([engine, *cells])
+    return markdown_table(["engine", *parts], rows)
+
+
+def _error(error: float, tolerance: float) -> str:
+    return "bitwise" if error == 0 else f"{10.0 ** math.ceil(math.log10(error)):.0e} ({tolerance:g})"
+
+
+def sharding_plan() -> str:
+    """What the quarantine, a refresh and a two-view sync add to sharded models that do not fit here."""
+    return markdown_table(*sharding.table())
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
     "rivals": rivals, "one-block": one_block, "thresholds": thresholds,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
-    "smollm-screening": smollm_screening,
+    "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
 }  # fmt: skip
 
 

@@ -191,8 +191,8 @@ def main() -> None:
     for view in ("on", "ablated"):
         shown = {f"eval_{view}_{name}" for name in ("reward", "solve", "hack_monitored", "hack_held_out")}
         print(*(f"{name} {metrics[name]:.3f}" for name in sorted(shown & metrics.keys())), sep="\n")
-    if trainer.is_world_process_zero():
-        gr.export_deployed(trainer.model, f"{training.output_dir}/deployed")
+    # On every process: of a sharded model each has a part.
+    gr.export_deployed(trainer.model, f"{training.output_dir}/deployed")
 
 
 if __name__ == "__main__":

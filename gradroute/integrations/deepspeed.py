@@ -21,11 +21,11 @@ def register_blocks(model: nn.Module) -> nn.Module:
         GradRouteError: `model` has no routed layers.
         ImportError: DeepSpeed is not installed.
     """
-    from deepspeed.zero import register_external_parameter  # noqa: PLC0415 - slow to import, and not for all
+    import deepspeed  # noqa: PLC0415 - slow to import, and not for all
 
     for layer in routed_layers(model).values():
         for name, parameter in layer.named_parameters():
             # Its own parameters are gathered anyway, and the base layer is called.
             if "." in name and not name.startswith("base_layer."):
-                register_external_parameter(layer, parameter)
+                deepspeed.zero.register_external_parameter(layer, parameter)
     return model

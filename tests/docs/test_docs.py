@@ -14,6 +14,7 @@ pytestmark = pytest.mark.touches_peft
 RUN_ELSEWHERE = {
     "directions-study.md": "examples/test_directions_study.py",
     "loops.md": "docs/test_loops.py",
+    "sharded.md": "docs/test_sharded_docs.py",
     "trl.md": "docs/test_trl_docs.py",
 }
 RUNNING = [p for p in PAGES if blocks(p.read_text(encoding="utf-8")) and p.name not in RUN_ELSEWHERE]

@@ -105,6 +105,10 @@ class Record:
         RESULTS[self.cell] = Result(text)
 
 
+OTHERS = "## Sharded models"
+"""The heading of the part of the page that `docs/update_results.py` writes."""
+
+
 def _rounded_up(error: float) -> str:
     """To one digit, and to a power of ten where rounding differs between machines."""
     if error == 0:
@@ -177,7 +181,7 @@ _LEGEND = """
 def cells_in(markdown: str) -> list[str]:
     """The cells that a written table lists."""
     found = []
-    for line in markdown.splitlines():
+    for line in markdown.partition(OTHERS)[0].splitlines():
         if line.startswith("| ") and not line.startswith("| cell |"):
             name, models, adapters, _ = line.removeprefix("| ").split(" | ", 3)
             found += [str(Cell(name, model, adapters)) for model in models.split(", ")]
@@ -185,4 +189,6 @@ def cells_in(markdown: str) -> list[str]:
 
 
 def write(path: Path) -> None:
-    path.write_text(table(), encoding="utf-8")
+    """Write the matrix; what other tests have measured stays as it is in the file."""
+    _, heading, others = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(OTHERS)
+    path.write_text(table() + (f"\n{heading}{others}" if heading else ""), encoding="utf-8")

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 
 def run_pair(
     script: str, folder: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None, *,
-    seconds: float = 300,
+    seconds: float = 900,
 ) -> None:  # fmt: skip
     """Run `tests/support/SCRIPT FOLDER ARGUMENTS...` as ranks 0 and 1.
 

@@ -18,7 +18,8 @@ from gradroute import _all_ranks
 from gradroute._hashing import deployed_hash, known_identity, model_identity
 from gradroute._sharding import is_sharded
 from support.sharded_loop import PAIRS, completions, loss_of, routed, sharded, tokens
-from support.tiny_models import base_model, config
+from support.tiny_models import base_model, config, llama
+from support.traffic import Traffic
 
 Found = dict[str, Any]
 
@@ -56,7 +57,7 @@ def written_alone(rank: int, folder: Path) -> Found:
     blocked = ""
     try:
         gr.export_deployed(model, folder / "blocked")
-    except Exception as error:
+    except (OSError, gr.errors.GradRouteError) as error:
         blocked = f"{type(error).__name__}: {error}"
     return {"alone": alone, "wrote": (folder / "alone").exists(), "blocked": blocked}
 
@@ -114,8 +115,39 @@ def scored_in_backward(shard: Callable[[nn.Module], nn.Module]) -> dict[str, Ten
     return {"scores": directions.score(capture), **acts}
 
 
+def moved(call: Callable[[], Any]) -> dict[str, int]:
+    """Bytes by kind of collective."""
+    with Traffic() as traffic:
+        call()
+    return dict(traffic.bytes)
+
+
+def traffic(folder: Path) -> Found:
+    """Bytes of a step by rank of the quarantine, of a refresh, and of writing both views; a small model in float32."""
+    small, large = (
+        sharded(gr.attach(llama(hidden_size=32, intermediate_size=64, head_dim=8), r=4, r_quarantine=r, lora_alpha=8))
+        for r in (4, 8)
+    )
+    steps = [moved(lambda model=model: loss_of(model, tokens(0)).backward()) for model in (small, large)]
+    small.zero_grad()
+
+    def extract() -> gr.Directions:
+        return gr.extract_activation_directions(small, PAIRS, progress=False)
+
+    with gr.ablate_quarantine(small):
+        directions = extract()
+    refresher = gr.Refresher(directions, extract, model=small)
+    return {
+        "steps": steps,
+        "held": sum(p.to_local().numel() for _, p in gr.quarantine_parameters(small)),
+        "refresh": moved(refresher.refresh),
+        "features": sum(rows.nbytes for side in (directions.hack, directions.clean) for rows in side.values()),
+        "two views": moved(lambda: (gr.export_deployed(small, folder / "one"), gr.export_full(small, folder / "both"))),
+    }
+
+
 def corners(rank: int, folder: Path) -> Found:
     return {
         **written_alone(rank, folder), **adapted_late(), **identities(), **rounded_forwards(),
-        "in backward": scored_in_backward(sharded), "card": card(folder, sharded),
+        "in backward": scored_in_backward(sharded), "card": card(folder, sharded), "traffic": traffic(folder),
     }  # fmt: skip

@@ -194,6 +194,11 @@ def run(case: str, rows: slice, folder: Path, shard: Callable[[nn.Module], nn.Mo
     if case != "svd_gain":
         gr.export_deployed(model, folder / "deployed")
         gr.export_full(model, folder / "full")
+    if case == "PEFT":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        saved = get_model_state_dict(model, options=options)
+        if rows.start == 0:
+            model.save_pretrained(str(folder / "checkpoint"), state_dict=saved)
     return found
 
 
@@ -206,7 +211,7 @@ def main(folder: Path) -> None:
     from support.sharded_corners import corners
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank = dist.get_rank()
     half = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for case in CASES:

@@ -21,7 +21,18 @@ import gradroute as gr
 from gradroute._sharding import splits, whole
 from support.sharding_shims import deepspeed_on_cpu, fsdp_on_cpu
 from support.tiny_models import config
-from support.trl_runs import PAIRS, PROMPTS, Watched, extract, flags, move_reference, reward, tokenizer, trainer, wrapped
+from support.trl_runs import (
+    PAIRS,
+    PROMPTS,
+    Watched,
+    extract,
+    flags,
+    move_reference,
+    reward,
+    tokenizer,
+    trainer,
+    wrapped,
+)
 
 RANK = int(os.environ.get("RANK", "0"))
 ENGINES: dict[str, dict[str, str]] = {
@@ -94,9 +105,10 @@ CASES: dict[str, dict[str, Any]] = {
         **ONE_STEP, "directions": extract, "cls": EndsOnRankOne, "args_mask_truncated_completions": True,
         "args_max_steps": 1,
     },
-    "by name": {**ONE_STEP, "directions": extract, "refresher": 1, **{
-        "args_gradient_checkpointing": True, "args_gradient_checkpointing_kwargs": {"use_reentrant": True},
-    }},
+    "by name": {
+        **ONE_STEP, "directions": extract, "refresher": 1, "args_gradient_checkpointing": True,
+        "args_gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "filter": {
         **ONE_STEP, "directions": parameter_directions,
         "grad_filter": lambda directions: gr.filters.ProjectionFilter(directions, mode="erase", side="two"),
@@ -115,8 +127,7 @@ FSDP2_ONLY = {"filter", "resumed"}
 def values(model: nn.Module) -> dict[str, Tensor]:
     """Of both blocks, whole, on every rank."""
     return {
-        name: whole(p, name).clone()
-        for name, p in [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
+        name: whole(p, name).clone() for name, p in [*gr.deployed_parameters(model), *gr.quarantine_parameters(model)]
     }
 
 
@@ -150,7 +161,8 @@ def run(case: str, engine: str, folder: Path) -> None:
     routing = built.routing
     found = {
         **seen, "after": values(built.model), "sampled_ablated": dict(built.sampled_ablated),
-        "prompts": dict(built.prompts), "routed": dict(built.routed), "steps": [batches[0] for batches in built.micro_batches],
+        "prompts": dict(built.prompts), "routed": dict(built.routed),
+        "steps": [batches[0] for batches in built.micro_batches],
         "log": built.state.log_history[0],
         "refreshed": {} if routing.directions is None else dict(routing.directions.rows),
         "refreshes": 0 if routing.refresher is None else len(routing.refresher.reports),

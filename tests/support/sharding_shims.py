@@ -34,7 +34,6 @@ def deepspeed_on_cpu() -> None:
     choose = accelerate.state.PartialState._prepare_backend
 
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        backend, kind = choose(self, *args, **kwargs)
-        return ("gloo" if backend == "ccl" else backend), kind
+        return "gloo", choose(self, *args, **kwargs)[1]
 
     accelerate.state.PartialState._prepare_backend = chosen

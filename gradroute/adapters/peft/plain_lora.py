@@ -5,6 +5,7 @@
 What takes walking the model (names, targets, whether stock PEFT loads it) happens once; a write reads the blocks alone.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,12 @@ class PlainLora:
             for i, side in enumerate("AB")
         }
         path.mkdir(parents=True, exist_ok=True)
-        save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        self.config(_rank_of(factors)).save_pretrained(str(path))
+        # Each file appears whole: under DDP every rank may write the same.
+        with tempfile.TemporaryDirectory(dir=path) as aside:
+            save_file({**tensors, **whole}, Path(aside) / "adapter_model.safetensors", metadata={"format": "pt"})
+            self.config(_rank_of(factors)).save_pretrained(aside)
+            for file in sorted(Path(aside).iterdir()):
+                file.replace(path / file.name)
 
     def _check_unchanged(self) -> None:
         moved = any(parent._modules.get(name) is not layer for parent, name, layer in self._places)
