@@ -6,16 +6,16 @@ rows_hash             what scores depend on                             deployed
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
-from gradroute._sharding import whole
+from gradroute._sharding import is_sharded, whole
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -25,7 +25,7 @@ class _Known(NamedTuple):
     """An identity, and the parameters that it was computed from, each with its stamp at that time."""
 
     identity: str
-    parameters: list[tuple[ReferenceType[nn.Parameter], tuple[int, int] | None]]
+    parameters: list[tuple[Callable[[], nn.Parameter | None], tuple[int, int] | None]]
 
     @property
     def holds(self) -> bool:
@@ -70,8 +70,15 @@ def model_identity(model: nn.Module) -> str:
         values = flat[index].double().cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
     identity = digest.hexdigest()
-    _KNOWN[model] = _Known(identity, [(ref(parameters[name]), _stamp(parameters[name])) for name in base.values()])
+    _KNOWN[model] = _Known(identity, [(_kept(parameters[name]), _stamp(parameters[name])) for name in base.values()])
     return identity
+
+
+def _kept(parameter: nn.Parameter) -> Callable[[], nn.Parameter | None]:
+    """Gives the parameter as long as it is there, without keeping it."""
+    # torch moves a sharded one (`model.to(...)`) by a swap that it refuses where there is a weak reference. Such a swap
+    # keeps the object, so that it may be kept.
+    return (lambda: parameter) if is_sharded(parameter) else ref(parameter)
 
 
 def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
@@ -129,6 +136,6 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
     deployed = [p for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [p.detach().reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
+    bits = [whole(p, "a deployed block").reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
