@@ -8,6 +8,16 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+_init_process_group = torch.distributed.init_process_group
+
+
+def _without_naming_the_cpu_twice(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+    # verl's workers ask for "cpu:gloo," and the device's own, which torch refuses where that is the CPU.
+    return _init_process_group("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
+
+
+torch.distributed.init_process_group = _without_naming_the_cpu_twice
+
 
 class _CPU:
     """What verl calls of torch.cuda, where there is no accelerator."""
@@ -78,7 +88,7 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self) -> str:
-        return "CPU"
+        return "GPU"  # the one that verl counts
 
     def ray_noset_envvars(self) -> list[str]:
         return []

@@ -38,6 +38,7 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
                 f"`{path}` should hold blocks of (r, r_quarantine, lora_alpha) = {expected}, as configured. Found "
                 f"{found}. Fix: the settings that they were trained with."
             )
+        saved.inference_mode = False  # a saved config says True, and its blocks would be frozen on this rank alone
         without_values = any(parameter.is_meta for parameter in model.parameters())
         injected = get_peft_model(base, saved) if without_values else load_quarantined(model, path)
     for parameter in injected.parameters():

@@ -73,8 +73,8 @@ def columns_of(mask: RouteMask, scores: Float[Tensor, " rows"]) -> dict[str, Ten
     return {name: nested(values.to(scores)) for name, values in weights.items()} | {SCORE: nested(scores)}
 
 
-def mask_of(micro_batch: Mapping[str, Any], *, packed: bool) -> RouteMask:
-    """The mask that the rollouts of a micro-batch carry: per row, or per token of a packed batch.
+def mask_of(micro_batch: Mapping[str, Any]) -> RouteMask:
+    """The mask that the rollouts of a micro-batch carry, a row for each.
 
     Raises:
         RouteError: they carry none.
@@ -87,9 +87,13 @@ def mask_of(micro_batch: Mapping[str, Any], *, packed: bool) -> RouteMask:
             "algorithm.rollout_correction.bypass_mode."
         )
     weights = [flat(micro_batch[name]) for name in _WEIGHTS]
-    lengths = micro_batch["input_ids"].offsets().diff()
-    if any(len(each) != len(lengths) for each in weights):
-        raise RouteError(f"Each rollout should carry one route. Found {len(weights[0])} for {len(lengths)} rollouts.")
-    if packed:
-        weights = [each.repeat_interleave(lengths)[None] for each in weights]
+    rows = len(micro_batch["input_ids"].offsets()) - 1
+    if any(len(each) != rows for each in weights):
+        raise RouteError(f"Each rollout should carry one route. Found {len(weights[0])} for {rows} rollouts.")
     return RouteMask(*weights)
+
+
+def of_tokens(mask: RouteMask, micro_batch: Mapping[str, Any]) -> RouteMask:
+    """A mask of rows, for the tokens of the batch that they are packed into."""
+    lengths = micro_batch["input_ids"].offsets().diff()
+    return RouteMask(*(each.repeat_interleave(lengths)[None] for each in (mask.m, mask.g_d, mask.g_q)))

@@ -38,7 +38,7 @@ from gradroute.errors import GradRouteError, RouteError
 from gradroute.gates.base import Gate
 from gradroute.integrations.verl import _resume as checkpoint
 from gradroute.integrations.verl._requirements import check_engine, check_verl
-from gradroute.integrations.verl._rows import SCORE, columns_of, flat, mask_of, nested, pool_of
+from gradroute.integrations.verl._rows import SCORE, columns_of, flat, mask_of, nested, of_tokens, pool_of
 from gradroute.integrations.verl._weights import merged_weights, plain_adapter
 from gradroute.integrations.verl.settings import RoutingSettings
 from gradroute.refresh.refresher import Refresher
@@ -124,8 +124,9 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """verl's: under the route of the micro-batch while training, scored in a log-prob pass with adapters on."""
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
         if not forward_only:
-            mask = mask_of(micro_batch.to(get_device_id()), packed=packed)
-            self._route_open().enter_context(route(self.module, mask))
+            micro_batch = micro_batch.to(get_device_id())
+            mask = mask_of(micro_batch)
+            self._route_open().enter_context(route(self.module, of_tokens(mask, micro_batch) if packed else mask))
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
             output["metrics"]["routing/routed"] = float(mask.routed.float().mean())
             return loss, output
