@@ -25,6 +25,9 @@ class _CPU:
     def mem_get_info(self, *args: Any) -> tuple[int, int]:
         return 0, 1
 
+    def get_device_name(self, *args: Any) -> str:
+        return "CPU"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
