@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
-from gradroute._sharding import is_sharded, whole
+from gradroute._sharded_samples import evenly_spaced
+from gradroute._sharding import held, is_sharded, reshard, shape_of, whole
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -48,9 +49,10 @@ def known_identity(model: nn.Module) -> str:
 def model_identity(model: nn.Module) -> str:
     """SHA-256 over name, shape and evenly spaced values of every parameter of the base model.
 
-    The same before and after `attach` or `get_peft_model`; training the blocks, or PEFT's `modules_to_save`, does not
-    change it.
+    The same before and after `attach` or `get_peft_model`, and however the model is sharded; training the blocks, or
+    PEFT's `modules_to_save`, does not change it. Collective where the model is sharded; nothing is gathered.
     """
+    reshard(model)
     blocks = {
         id(parameter)
         for module in model.modules()
@@ -60,15 +62,13 @@ def model_identity(model: nn.Module) -> str:
     }
     parameters = dict(model.named_parameters())
     base = {_base_name(name): name for name, p in parameters.items() if id(p) not in blocks and not _added(name)}
-    digest = hashlib.sha256()
+    tensors = {}
     for name, found_as in sorted(base.items()):
         owner, _, leaf = found_as.rpartition(".")
-        parameter = in_memory(model.get_submodule(owner), leaf)
-        flat = whole(parameter.detach(), found_as).reshape(-1)
-        count = min(_SAMPLES, flat.numel())
-        index = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).long().to(flat.device)
-        values = flat[index].double().cpu().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+        tensors[name] = in_memory(model.get_submodule(owner), leaf)
+    digest = hashlib.sha256()
+    for name, values in evenly_spaced(tensors, _SAMPLES).items():
+        digest.update(f"{name} {tuple(shape_of(tensors[name]))} {values}".encode())
     identity = digest.hexdigest()
     _KNOWN[model] = _Known(identity, [(_kept(parameters[name]), _stamp(parameters[name])) for name in base.values()])
     return identity
@@ -85,8 +85,9 @@ def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
     """(version, address): a write changes the version, `.data =` the address."""
     if parameter is None:
         return None
+    tensor = held(parameter)
     # An inference tensor has no version.
-    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def rows_hash(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:
@@ -113,14 +114,15 @@ def _base_name(name: str) -> str:
 def deployed_hash(model: nn.Module) -> str:
     """SHA-256 over shapes, types, bytes and scalings of the deployed blocks, in module order.
 
-    Names are not in it: the same blocks have one hash attached, in PEFT's wrapper, and compiled.
+    Names are not in it: the same blocks have one hash attached, in PEFT's wrapper, compiled, and sharded.
     """
+    reshard(model)
     digest = hashlib.sha256()
     for name, layer in routed_layers(model).items():
         A, B, scaling = layer.deployed
         check_in_memory(name, A, B)
         for matrix in (A, B):
-            values = matrix.detach().cpu().contiguous()
+            values = whole(matrix, name).cpu().contiguous()
             digest.update(f"{tuple(values.shape)} {values.dtype} {float(scaling)!r} ".encode())
             digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -134,8 +136,9 @@ def hash_in_card(text: str) -> str | None:
 
 def deployed_fingerprint(model: nn.Module) -> list[int]:
     """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
-    deployed = [p for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
+    reshard(model)
+    deployed = [whole(p) for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [whole(p, "a deployed block").reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
+    bits = [p.reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._sharding import reshard
 from gradroute._step_hooks import torch_optimizer
 from gradroute.errors import GradRouteError
 
@@ -20,6 +21,7 @@ def check_optimized(model: nn.Module, optimizers: Iterable[Any], error: type[Gra
 
 def block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of both blocks, with the names of their layers."""
+    reshard(model)
     for name, layer in routed_layers(model).items():
         for block in BLOCKS:
             for parameter in layer.block_parameters(block):

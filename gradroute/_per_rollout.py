@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import RoutedLayer
-from gradroute._sharding import wide
+from gradroute._sharding import size_of, whole, wide
 from gradroute.errors import GradRouteError
 
 FromDelta = Callable[[Float[Tensor, "batch *seq d_out"]], Float[Tensor, "batch d_feature"]]
@@ -71,7 +71,7 @@ def gain_sum(
 def gain_gradient(layer: RoutedLayer, x: Float[Tensor, "batch *seq d_in"]) -> FromDelta:
     """The gradient of each rollout for a diagonal gain on the bottleneck; of a layer that trains gains, theirs."""
     x = wide(x)
-    u = x @ wide(layer.deployed.A).to(x.dtype).T
+    u = x @ wide(whole(layer.deployed.A)).to(x.dtype).T
     return lambda dy: gain_sum(u, dy, layer.gain_readout)
 
 
@@ -79,8 +79,7 @@ def parameter_gradient(name: str, layer: RoutedLayer, x: Float[Tensor, "batch *s
     """[G_A, G_B] of each rollout, flattened: r d_in + d_out r wide; of a layer that trains gains, their gradient."""
     if block_kind(name, layer) == "gain":
         return gain_gradient(layer, x)
-    A, B, scaling = layer.deployed
-    A, B, x = A.detach(), B.detach(), _tokens(wide(x))
+    (A, B, scaling), x = layer.deployed.whole(name), _tokens(wide(x))
 
     def read(dy: Tensor) -> Tensor:
         dy = _tokens(dy)
@@ -95,14 +94,13 @@ def ghost_product(
     name: str, layer: RoutedLayer, x: Float[Tensor, "batch *seq d_in"], V: Float[Tensor, " d_feature"]
 ) -> FromDelta:
     """<[G_A, G_B], V> of each rollout, one number; equal to `parameter_gradient(...) @ V`."""
-    width = sum(p.numel() for p in layer.block_parameters("deployed"))
+    width = sum(size_of(p) for p in layer.block_parameters("deployed"))
     if len(V) != width:
         raise GradRouteError(f"`directions` of `{name}` should be {width} wide. Found {len(V)}.")
     if block_kind(name, layer) == "gain":
         gradient = gain_gradient(layer, x)
         return lambda dy: gradient(dy) @ V.to(dy)[:, None]
-    A, B, scaling = layer.deployed
-    A, B, x = A.detach(), B.detach(), wide(x)
+    (A, B, scaling), x = layer.deployed.whole(name), wide(x)
     V_A, V_B = torch.split(V.to(x), [A.numel(), B.numel()])
     u = x @ A.to(x.dtype).T
     V_x = x @ rearrange(V_A, "(r d_in) -> d_in r", r=len(A))

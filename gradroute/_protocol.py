@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._sharding import whole
 from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
@@ -26,9 +27,13 @@ class Block(NamedTuple):
     B: Float[Tensor, "d_out r"]
     scaling: float
 
+    def whole(self, name: str = "") -> "Block":
+        """The same with whole matrices, where they are sharded gathered on every rank; `name` is the layer's."""
+        return Block(whole(self.A, name), whole(self.B, name), self.scaling)
+
     def delta_norm(self) -> float:
         """|s B A|_F = |s| sqrt(tr(B^T B A A^T)), of size r x r, in float64; exactly zero for split blocks too."""
-        A, B = (factor.detach().cpu().double() for factor in (self.A, self.B))
+        A, B = (factor.cpu().double() for factor in self.whole()[:2])
         squared = float(((B.T @ B) * (A @ A.T)).sum())
         # Rounding can leave a zero a hair below zero; nan stays nan.
         return abs(self.scaling) * math.sqrt(squared) if not squared < 0 else 0.0
@@ -65,7 +70,7 @@ class RoutedLayer(nn.Module, ABC):
 
         s_d B_d, for a diagonal gain on h = A_d x that is one. A layer that trains such gains itself overrides it.
         """
-        B = self.deployed.B
+        B = whole(self.deployed.B)
         return self.deployed.scaling * B.to(torch.promote_types(B.dtype, torch.float32))
 
     @property
@@ -113,12 +118,13 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     return layers
 
 
-def check_module(model: object) -> None:
-    """Raise unless `model` is an nn.Module."""
+def check_module(model: object) -> nn.Module:
+    """`model`, if it is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise GradRouteError(
             f"`model` should be an nn.Module. Found {type(model).__name__}. Fix: pass the model itself."
         )
+    return model
 
 
 def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]) -> None:

@@ -8,14 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradroute._sharding import reshard
+
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; on leaving, also by an exception, everything that a measurement may touch is put back.
 
     That is: each module's `training` flag, each parameter's `.grad` (the same tensor, bitwise) and `requires_grad`,
-    Python's, numpy's and torch's random state (CPU and the model's CUDA devices), and `model.config.use_cache`.
+    Python's, numpy's and torch's random state (CPU and the model's CUDA devices), `model.config.use_cache`, and the
+    shards of FSDP2.
     """
+    reshard(model)
     training = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -29,6 +33,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 parameter.grad = None
             yield
         finally:
+            reshard(model)
             for module, flag in training.items():
                 module.training = flag
             for parameter, gradient, requires_grad in gradients:

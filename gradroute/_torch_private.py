@@ -113,3 +113,8 @@ def forward_is_watched(module: nn.Module) -> bool:
         or module_hooks._global_backward_hooks
         or module_hooks._global_backward_pre_hooks
     )
+
+
+def default_store() -> Any:
+    """The key-value store by which the processes of the default group found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -10,6 +10,7 @@ from torch import nn
 from gradroute._checks import one_of
 from gradroute._logging import warn
 from gradroute._protocol import BlockName, RoutedLayer, check_module, routed_layers
+from gradroute._sharding import reshard
 from gradroute.adapters._signposts import put_signposts, take_signposts
 from gradroute.adapters._targets import find_targets, refused_by_peft
 from gradroute.adapters.functional import StopGradient
@@ -152,6 +153,7 @@ def quarantine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
 
 
 def _block_parameters(model: nn.Module, block: BlockName) -> Iterator[tuple[str, nn.Parameter]]:
+    reshard(model)
     wanted = {id(p) for layer in routed_layers(model).values() for p in layer.block_parameters(block)}
     return ((name, p) for name, p in model.named_parameters() if id(p) in wanted)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradroute._all_ranks import check_all_ranks
 from gradroute._offloading import is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute.adapters._targets import embeddings, gives_one_tensor
@@ -42,15 +43,15 @@ def check_model(model: nn.Module) -> list[Finding]:
     Before adapting: parts that cannot be targeted, offloaded weights. After: parameters that are trained past every
     mask, frozen blocks, adapters without a quarantine, merged, sharded or offloaded layers, forwards that somebody
     replaced, routes left open, checkpointing that cannot be followed, attached blocks that PEFT would not load. The
-    model is not run and not changed.
+    model is not run and not changed. Of a sharded model every rank calls it.
 
     Args:
         model: any module. What would raise elsewhere is a `Finding` here.
 
     Raises:
-        GradRouteError: `model` is no module at all.
+        GradRouteError: `model` is no module at all, or sharded and not checked by all ranks.
     """
-    check_module(model)
+    check_all_ranks("check_model", check_module(model))
     findings = [finding for name, module in model.named_modules() for finding in _untargetable(name, module)]
     findings += _tied_head(model)
     findings += _checkpointing(model)
@@ -217,6 +218,7 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
         if len(devices) > 1:
             yield Finding(name, "error", f"its parts are on {sorted(map(str, devices))}. Fix: model.to(one device).")
             continue
+        block = block.whole(name)  # noqa: PLW2901
         if ((block.A == 0).all(1) & (block.B == 0).all(0)).any():
             yield Finding(
                 name, "error", f"its {block_name} block has a rank that is zero in A and B: it never learns, and "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradroute._checks import one_of, positive_integer, positive_number
 from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
+from gradroute._sharding import check_not_sharded, whole
 from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
 from gradroute.adapters._checkpointing import record_forward
 from gradroute.adapters._gates import NO_GATES
@@ -154,7 +155,7 @@ class WrappedLinear(RoutedLinear):
         self.train(base_layer.training)
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
-        return self.base_layer.weight.detach()
+        return whole(self.base_layer.weight, self.name)
 
     @property
     def weight(self) -> Tensor:
@@ -254,6 +255,7 @@ def _check_linear(base_layer: nn.Module) -> None:
             "it: blocks there would never run. Fix: exclude it from `target_modules`."
         )
     check_not_offloaded("base_layer", base_layer)
+    check_not_sharded("base_layer", base_layer)
     if not base_layer.weight.is_floating_point():
         raise TargetError(f"`base_layer` should have floating point weights. Found {base_layer.weight.dtype}.")
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
+from gradroute._sharding import reshard, splits
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
@@ -24,12 +25,13 @@ def merge_deployed(model: nn.Module) -> nn.Module:
         The plain model: PEFT's wrapper is removed, an attached model is changed in place.
 
     Raises:
-        RouteError: inside a route or a view, or merged already.
+        RouteError: inside a route or a view, or merged already; a sharded model.
         GradRouteError: a deployed block is not finite.
         TargetError: a targeted weight is shared with a module that is not targeted (tied embeddings): merging would
             change that one too.
     """
     layers = routed_linears(model)
+    reshard(model)
     _check_mergeable(layers)
     _check_untied(model)
     if not any(isinstance(layer, WrappedLinear) for layer in layers.values()):
@@ -78,6 +80,11 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
             raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
+        if any(splits(parameter) for parameter in layer.parameters()):
+            raise RouteError(
+                f"merge_deployed(model): `{name}` is sharded, by groups that hold its blocks and gather from the root. "
+                "Fix: export_deployed(model, path); load that onto a base model of its own, and merge there."
+            )
         block = layer.deployed
         check_in_memory(name, block.A, block.B)
         if isinstance(layer, WrappedLinear):

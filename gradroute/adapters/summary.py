@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._sharding import size_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,13 +48,13 @@ def parameter_summary(model: nn.Module) -> ParameterSummary:
     """
     layers = routed_layers(model)
     blocks: list[dict[int, int]] = [
-        {id(p): p.numel() for layer in layers.values() for p in layer.block_parameters(block)} for block in BLOCKS
+        {id(p): size_of(p) for layer in layers.values() for p in layer.block_parameters(block)} for block in BLOCKS
     ]
-    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    trainable = {id(p): size_of(p) for p in model.parameters() if p.requires_grad}
     elsewhere = {
-        name: p.numel()
+        name: size_of(p)
         for name, p in model.named_parameters()
         if p.requires_grad and not any(id(p) in sizes for sizes in blocks)
     }
     deployed, quarantine = (sum(n for key, n in sizes.items() if key in trainable) for sizes in blocks)
-    return ParameterSummary(len(layers), deployed, quarantine, sum(p.numel() for p in model.parameters()), elsewhere)
+    return ParameterSummary(len(layers), deployed, quarantine, sum(size_of(p) for p in model.parameters()), elsewhere)

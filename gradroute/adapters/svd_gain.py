@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import Block, BlockName
+from gradroute._sharding import readable
 from gradroute.adapters._singular import top_singular_triplets
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import WrappedLinear
@@ -87,7 +88,7 @@ class SvdGain(WrappedLinear):
         """A = R Vh, B = U diag(S tanh g_q)."""
         A = self.Vh[: self.r_quarantine]
         if self.rotate:
-            R = cayley(self.rotation_quarantine, self.r_quarantine)
+            R = cayley(readable(self.rotation_quarantine, self.name), self.r_quarantine)
             A = (R @ A.to(R.dtype)).to(A.dtype)
         return Block(A, self._scaled_U(self.gain_quarantine), self.lora_alpha / self.r_quarantine)
 
@@ -95,10 +96,11 @@ class SvdGain(WrappedLinear):
     def gain_readout(self) -> Float[Tensor, "d_out r"]:
         """s_d U diag(S (1 - tanh^2 g_d)), so that h * (delta @ gain_readout) = dL/dg_d: not zero at g_d = 0."""
         wide = torch.promote_types(self.gain.dtype, torch.float32)
-        slope = self.S[: self.r].to(wide) * (1 - torch.tanh(self.gain.to(wide)).square())
+        slope = self.S[: self.r].to(wide) * (1 - torch.tanh(readable(self.gain, self.name).to(wide)).square())
         return self.lora_alpha / self.r * self.U[:, : self.r].to(wide) * slope
 
     def _scaled_U(self, gain: Float[Tensor, " r"]) -> Float[Tensor, "d_out r"]:
+        gain = readable(gain, self.name)
         return self.U[:, : len(gain)] * (self.S[: len(gain)] * torch.tanh(gain))
 
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:

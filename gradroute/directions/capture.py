@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradroute._checks import one_of
 from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, parameter_gradient, sum_over_tokens
 from gradroute._protocol import RoutedLayer
-from gradroute._sharding import wide
+from gradroute._sharding import whole, wide
 from gradroute._torch_private import in_backward
 from gradroute.directions._forwards import Forwards
 from gradroute.directions._reading import (
@@ -86,7 +86,7 @@ def capture_activations(
                 rows = pooled(name, hidden, x)
                 if features == "bottleneck":
                     assert isinstance(module, RoutedLayer)
-                    rows = rows @ module.deployed.A.to(rows.dtype).T
+                    rows = rows @ whole(module.deployed.A, name).to(rows.dtype).T
                 capture.fill(name, slot, rows)
 
         return read

@@ -4,10 +4,11 @@ capture[module]: (rows, d_feature), a row per rollout; several forwards concaten
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradroute._checks import listed
@@ -97,6 +98,13 @@ class Capture(Mapping[str, Tensor]):
                 "`features` should be captured from the base model that the directions were extracted from. Found "
                 "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
             )
+
+    def take(self, rows: Int[Tensor, " chosen"]) -> "Capture":
+        """The same features, of some of the rows."""
+        taken = copy(self)
+        taken._forwards = {name: [features[rows]] for name, features in self.items()}
+        taken._joined = None
+        return taken
 
     def open_slot(self, module: str, view: str, forward: int | None = None) -> int:
         """Reserve the next place in the order of forwards.

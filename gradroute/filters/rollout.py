@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gradroute._checks import instance_of, one_of
 from gradroute._per_rollout import block_kind
 from gradroute._protocol import RoutedLayer, routed_layers
-from gradroute._sharding import wide
+from gradroute._sharding import shape_of, size_of, wide
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.directions.parameter_rows import check_directions, scaled_rows
@@ -161,7 +161,7 @@ class RolloutFilter(GradientFilter):
         for name, layer in layers.items():
             block_kind(name, layer)
             A = layer.deployed.A
-            width = A.shape[0] if bottleneck else sum(p.numel() for p in layer.block_parameters("deployed"))
+            width = shape_of(A)[0] if bottleneck else sum(size_of(p) for p in layer.block_parameters("deployed"))
             rows = scaled_rows(self.directions, name).to(A.device)
             v = rows.sum(0)
             if len(v) != width:

@@ -179,8 +179,8 @@ class DecayTowardStart(StepHooks):
         return f"DecayTowardStart({self.weight_decay:g}, {len(self._start)} parameters)"
 
     def state_dict(self) -> State:
-        """p_0 of every parameter; without it a resumed run would decay toward where it was resumed."""
-        start = {name: value.clone() for name, value in self._start.items()}
+        """p_0 of every parameter, whole; without it a resumed run would decay toward where it was resumed."""
+        start = {name: whole(value, name).clone() for name, value in self._start.items()}
         return {"format": format_of(self), "settings": {"weight_decay": self.weight_decay}, "start": start}
 
     def load_state_dict(self, state: State) -> None:
@@ -194,7 +194,9 @@ class DecayTowardStart(StepHooks):
         if shapes[0] != shapes[1]:
             different = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
             raise FileFormatError(f"`state` should be of the same parameters and shapes. Different: {different[:5]}.")
-        self._start = {name: start[name].to(mine).clone() for name, mine in self._start.items()}
+        with torch.no_grad():
+            for name, mine in self._start.items():
+                overwrite(mine, start[name].to(mine.device, mine.dtype))
 
     @torch.no_grad()
     def _after_step(self) -> None:

@@ -106,7 +106,8 @@ class Refresher:
         self._fingerprint = deployed_fingerprint(model)
         self._counts: list[StepCount] = []
         self._readers: list[Gate | GradientFilter] = []
-        self._deployed = [p for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
+        self._layers = list(routed_layers(model).values())
+        self._deployed = self._deployed_now()
         self._written, self._changes = times_written(self._deployed), 0
         check_before_use(directions, self._check_heard)
 
@@ -144,6 +145,7 @@ class Refresher:
         """Count one optimizer step; refresh if it is due and return the report, else None."""
         self.steps += 1
         self._check()
+        self._deployed = self._deployed_now()
         self._written, self._changes = times_written(self._deployed), 0
         return self.refresh() if self.steps >= self.warm_up and self.age >= self.every else None
 
@@ -223,6 +225,9 @@ class Refresher:
             )
         return fresh
 
+    def _deployed_now(self) -> list[nn.Parameter]:
+        return [p for layer in self._layers for p in layer.block_parameters("deployed")]
+
     def _reported(self, previous: Directions, moved: bool) -> RefreshReport:
         now = self.directions
         angles = {name: each.rad2deg().tolist() for name, each in now.principal_angles(previous).items()}
@@ -265,6 +270,9 @@ class Refresher:
         """Raise if the deployed blocks keep changing while `step()` is not called; only `watch` counts exactly."""
         if self._counts:
             return
+        deployed = self._deployed_now()
+        if any(now is not before for now, before in zip(deployed, self._deployed, strict=True)):  # sharded since
+            self._deployed, self._written = deployed, times_written(deployed)
         written = times_written(self._deployed)
         self._changes += written != self._written
         self._written = written

@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from gradroute._offloading import check_not_offloaded
+from gradroute._sharding import check_not_sharded
 from gradroute.adapters._targets import gives_one_tensor
 from gradroute.adapters.peft._private import QUANTISED, build_own_layer, quantised_class, takes_blocks
 from gradroute.adapters.peft.config import QuarantineLoraConfig
@@ -64,6 +65,7 @@ def build_routed_layer(
             "(a router): blocks could not be added to it. Fix: exclude_modules."
         )
     check_not_offloaded(target_name, target)
+    check_not_sharded(target_name, target)
     layer = build_own_layer(target, adapter_name, config, target_name=target_name, **kwargs)
     if not takes_blocks(layer):
         raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from gradroute._checks import one_of
+from gradroute._sharded_samples import evenly_spaced
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.peft._private import inject_by
 from gradroute.errors import FileFormatError, TargetError
@@ -169,9 +170,7 @@ def _are_numbers(values: Any) -> bool:
 
 def base_samples(weight: Tensor) -> list[float]:
     """A few evenly spaced values of a weight."""
-    flat = weight.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return [float(value) for value in flat[index.to(flat.device)].double().cpu()]
+    return evenly_spaced({"weight": weight}, _SAMPLES)["weight"]
 
 
 def read_config(path: Path) -> QuarantineLoraConfig:

@@ -17,10 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gradroute._all_ranks import written_by_one
 from gradroute._hashing import deployed_hash, hash_in_card
 from gradroute._logging import warn
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer, check_module, routed_layers
+from gradroute._sharding import whole
 from gradroute._wrappers import plain_name, unwrapped
 from gradroute.adapters.peft._reload import check_reloads
 from gradroute.errors import GradRouteError
@@ -33,20 +35,24 @@ _PREFIX = "base_model.model."
 def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | None = None) -> None:
     """Write the deployed block alone, rank r, as a plain LoRA checkpoint that stock `peft` loads.
 
+    Of a sharded model every rank calls it: all gather the blocks, the first one writes, and none returns before that.
+
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
         path: a folder; it is created, and files of an earlier export in it are overwritten.
         card: the file that `write_card` returned for these weights; copied beside them as `README.md`.
 
     Raises:
-        GradRouteError: a block is not finite; a card of other weights, given or left in `path`.
+        GradRouteError: a block is not finite; a card of other weights, given or left in `path`; a sharded model that
+            some rank does not export.
     """
     folder = checked_folder(path)
     readme = folder / "README.md"
-    text = _card_of(model, readme if card is None else Path(card), given=card is not None)
-    _export(model, folder, lambda layer: [layer.deployed])
-    if text is not None:
-        readme.write_text(text, encoding="utf-8")
+    with written_by_one("export_deployed", check_module(model)) as writes:
+        text = _card_of(model, readme if card is None else Path(card), given=card is not None)
+        _export(model, folder, lambda layer: [layer.deployed], writes=writes)
+        if writes and text is not None:
+            readme.write_text(text, encoding="utf-8")
 
 
 def export_full(model: nn.Module, path: str | Path) -> None:
@@ -56,9 +62,11 @@ def export_full(model: nn.Module, path: str | Path) -> None:
         model, path: as for `export_deployed`.
 
     Raises:
-        GradRouteError: a block is not finite.
+        GradRouteError: a block is not finite; a sharded model that some rank does not export.
     """
-    _export(model, checked_folder(path), lambda layer: [layer.deployed, layer.quarantine])
+    folder = checked_folder(path)
+    with written_by_one("export_full", check_module(model)) as writes:
+        _export(model, folder, lambda layer: [layer.deployed, layer.quarantine], writes=writes)
 
 
 def checked_folder(path: object) -> Path:
@@ -92,21 +100,23 @@ def export_refusal(model: nn.Module) -> str | None:
     return None
 
 
-def _export(model: nn.Module, path: Path, blocks_of: BlocksOf) -> None:
-    check_module(model)
+def _export(model: nn.Module, path: Path, blocks_of: BlocksOf, *, writes: bool) -> None:
     model = unwrapped(model)
     config, factors = _plain_lora(model, blocks_of)
-    whole = _trained_whole(model)
-    if whole:
+    modules = _trained_whole(model)
+    if modules:
+        first = next(iter(modules)).removeprefix(_PREFIX)
         warn(
-            f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(_PREFIX)}` (`modules_to_save`): "
+            f"The export holds whole modules, such as `{first}` (`modules_to_save`): "
             "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model."
         )
     tensors = {
         f"{_PREFIX}{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")
     }
+    if not writes:
+        return
     path.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, **whole}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file({**tensors, **modules}, path / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(path))
 
 
@@ -139,10 +149,11 @@ def _base_name(model: nn.Module, name: str) -> str:
 
 def _folded(name: str, blocks: list[Block]) -> tuple[Tensor, Tensor]:
     check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
-    A = torch.cat([block.A.detach() for block in blocks])
+    blocks = [block.whole(name) for block in blocks]
+    A = torch.cat([block.A for block in blocks])
     # In float32 at least: a scaling that is no power of two would be rounded into every entry of B.
     dtype = torch.promote_types(A.dtype, torch.float32)
-    B = torch.cat([block.scaling * block.B.detach().to(dtype) for block in blocks], dim=1)
+    B = torch.cat([block.scaling * block.B.to(dtype) for block in blocks], dim=1)
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise GradRouteError(f"The blocks of `{name}` should be finite. Found inf or nan. Fix: export an earlier step.")
     return A.to(dtype).cpu(), B.cpu()
@@ -185,4 +196,4 @@ def _trained_whole(model: nn.Module) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(model, adapter_name=layer.routed_adapter, save_embedding_layers=False)
     others = {_PREFIX + name.removeprefix(_PREFIX): t for name, t in state.items() if ".lora_" not in name}
     # Copies: tied modules share memory, which the file format refuses.
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in others.items()}
+    return {name: whole(tensor, name).cpu().clone().contiguous() for name, tensor in others.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute._protocol import Block, BlockName
+from gradroute._sharding import check_not_sharded, whole
 from gradroute.adapters.peft._merging import MergedLayer
 from gradroute.adapters.peft._private import combining, move_to_base
 from gradroute.errors import RouteError, TargetError
@@ -31,6 +32,7 @@ class RoutedLoraLayer(MergedLayer):
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
         _check_no_combination()
         check_not_offloaded(self.name, self._peft_layer().get_base_layer())
+        check_not_sharded(self.name, self._peft_layer().get_base_layer())
         if hasattr(config, "r_quarantine"):
             config.check_options()
             if config.stop_gradient != self.stop_gradient:
@@ -127,7 +129,7 @@ class RoutedLoraLayer(MergedLayer):
         peft_layer = self._peft_layer()
         base = peft_layer.get_base_layer()
         if base.weight.is_floating_point():
-            weight: Tensor = base.weight.detach()
+            weight = whole(base.weight, self.name)
             return weight.T if peft_layer.fan_in_fan_out else weight
         # By its own forward: what bitsandbytes and PEFT offer for reading a quantised weight moves and repacks it.
         with torch.no_grad():

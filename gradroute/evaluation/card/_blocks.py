@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradroute._protocol import Block, routed_layers
+from gradroute._sharding import class_of, size_of
 from gradroute.errors import GradRouteError
 
 
@@ -60,15 +61,15 @@ def blocks_of(model: nn.Module) -> Blocks:
     """
     layers = routed_layers(model)
     deployed, quarantine = (
-        [getattr(layer, block) for layer in layers.values()] for block in ("deployed", "quarantine")
+        [getattr(layer, block).whole(name) for name, layer in layers.items()] for block in ("deployed", "quarantine")
     )
-    trained = {id(p): p.numel() for layer in layers.values() for p in layer.block_parameters("quarantine")}
+    trained = {id(p): size_of(p) for layer in layers.values() for p in layer.block_parameters("quarantine")}
     base = getattr(model, "get_base_model", lambda: model)()
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
     return Blocks(
-        model_class=type(base).__name__,
+        model_class=class_of(base).__name__,
         base_name=name or None,
-        kinds=dict(Counter(type(layer).__name__ for layer in layers.values())),
+        kinds=dict(Counter(class_of(layer).__name__ for layer in layers.values())),
         leaves=sorted({name.rpartition(".")[2] for name in layers}),
         ranks=sorted({len(block.A) for block in deployed}),
         quarantine_ranks=sorted({len(block.A) for block in quarantine}),

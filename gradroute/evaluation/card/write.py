@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gradroute._all_ranks import written_by_one
 from gradroute._checks import instance_of
 from gradroute._hashing import deployed_hash, model_identity
 from gradroute.adapters.check import check_model
@@ -35,7 +36,8 @@ def write_card(
     """Write the model card of the deployed block as Markdown; returns the file.
 
     Method, masks, gate, hashes of the direction and its pairs, refresh schedule, rates on and ablated with their
-    intervals, verdict, what was removed, and caveats: those that follow from all this, and the given ones.
+    intervals, verdict, what was removed, and caveats: those that follow from all this, and the given ones. Of a sharded
+    model every rank calls it, and the first one writes.
 
     Args:
         model: as trained, with both blocks.
@@ -50,7 +52,8 @@ def write_card(
 
     Raises:
         GradRouteError: no report; a gate and a refresher of different directions; directions of another base model; a
-            verdict on runs that this report is none of; masks that nothing tells.
+            verdict on runs that this report is none of; masks that nothing tells; a sharded model whose ranks do not
+            all call.
     """
     if not isinstance(report, OnOffReport):
         raise GradRouteError(
@@ -61,21 +64,23 @@ def write_card(
     method = method_of(model, routed_by, masks, refresher)
     if verdict is not None:
         _check_judged(verdict, report)
-    findings = [str(finding) for finding in check_model(model)]
-    card = CardText(
-        model_identity(model),
-        deployed_hash(model),
-        blocks_of(model),
-        method,
-        report,
-        verdict,
-        more_caveats=[*findings, *caveats],
-    )
     file = Path(path)
     if file.suffix != ".md":
         file = file / "README.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(str(card), encoding="utf-8")
+    with written_by_one("write_card", model) as writes:
+        findings = [str(finding) for finding in check_model(model)]
+        card = CardText(
+            model_identity(model),
+            deployed_hash(model),
+            blocks_of(model),
+            method,
+            report,
+            verdict,
+            more_caveats=[*findings, *caveats],
+        )
+        if writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(str(card), encoding="utf-8")
     return file
 
 

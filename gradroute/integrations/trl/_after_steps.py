@@ -21,6 +21,7 @@ class AfterSteps(TrainerCallback):
             GradRouteError: something that was asked for would not happen in a run of so few steps.
             RefreshError: by its schedule, no refresh would come due in this run.
         """
+        self._trainer._routing.resolve()
         self._trainer._schedule.begin()
         refresher, optimizer = self._trainer.routing.refresher, self._trainer.optimizer
         self._end_watch()  # of a run that ended in an exception

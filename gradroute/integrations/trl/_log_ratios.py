@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradroute._logging import logger
 from gradroute._protocol import routed_layers
-from gradroute._sharding import wide
+from gradroute._sharding import reshard, wide
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
@@ -132,9 +132,10 @@ def is_empty(model: nn.Module) -> bool:
 
     Blocks that start oriented have B A = 0 with neither zero. The host reads one number.
     """
+    reshard(model)
     sizes = []
-    for layer in routed_layers(model).values():
-        A, B = (wide(factor.detach()) for factor in layer.quarantine[:2])
+    for name, layer in routed_layers(model).items():
+        A, B = (wide(factor) for factor in layer.quarantine.whole(name)[:2])
         sizes.append(((B.T @ B) * (A @ A.T)).abs().sum() * abs(layer.quarantine.scaling))
     return not bool(torch.stack([size.to(sizes[0]) for size in sizes]).any())
 

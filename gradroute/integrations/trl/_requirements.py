@@ -14,6 +14,7 @@ from packaging.version import Version
 from gradroute._protocol import routed_layers
 from gradroute.adapters.check import check_model
 from gradroute.errors import GradRouteError
+from gradroute.integrations.deepspeed import register_blocks
 
 LOWEST = "1.0"
 
@@ -77,11 +78,26 @@ def check_run(trainer: Any, *, ablated_fraction: float, filters: bool, slow_star
             "would save, and copy as its reference, as a whole. Fix: peft_config=gradroute.QuarantineLoraConfig(...)."
         )
     routed_layers(trainer.model)
+    if is_zero3(trainer):
+        register_blocks(trainer.model)
     _check_reference(trainer.model)
     errors = [str(finding) for finding in check_model(trainer.model) if finding.severity == "error"]
     if errors:
         more = f" And {len(errors) - 2} more: see check_model(model)." if len(errors) > 2 else ""
         raise GradRouteError("`model` cannot be routed. Found " + " ".join(errors[:2]) + more)
+
+
+def shards(trainer: Any) -> bool:
+    """Whether the model is split between the ranks once training begins: by FSDP2 or ZeRO-3."""
+    state = trainer.accelerator.state
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return getattr(state.fsdp_plugin, "fsdp_version", 1) == 2
+    return getattr(trainer, "is_deepspeed_enabled", False) and is_zero3(trainer)
+
+
+def is_zero3(trainer: Any) -> bool:
+    """Whether DeepSpeed partitions the parameters."""
+    return getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None) == 3
 
 
 def group_share(fraction: float, group_size: int) -> int:
@@ -112,7 +128,6 @@ def _check_reference(model: Any) -> None:
 
 
 def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: bool) -> list[tuple[bool, str]]:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     tools = bool(getattr(trainer, "tools", None)) or bool(getattr(trainer, "environment_factories", None))
     return [
@@ -157,12 +172,9 @@ def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: 
             "slowly. Fix: train with DDP.",
         ),
         (
-            deepspeed and getattr(plugin, "zero_stage", None) == 3,
-            "DeepSpeed ZeRO stage 3: routed layers read parameters without the call that gathers them. Fix: stage 2.",
-        ),
-        (
-            bool(getattr(trainer, "is_fsdp_enabled", False)),
-            "FSDP: rollouts are scored past the root module, whose hooks would gather the parameters. Fix: DDP.",
+            bool(getattr(trainer, "is_fsdp_enabled", False)) and not shards(trainer),
+            "FSDP version 1, which is accelerate's default: parameters lie flat in one, where blocks cannot be told "
+            "apart. Fix: version 2 (`fsdp_version: 2` in the config of accelerate, or FSDP_VERSION=2), or DDP.",
         ),
         (
             bool(getattr(args, "fp16", False)) and filters,

@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from trl.models.utils import disable_gradient_checkpointing
 
 from gradroute._restore import left_as_found
+from gradroute._sharding import ranks_of
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.directions import Capture, capture_activations
 from gradroute.directions.directions import Directions
@@ -110,21 +111,26 @@ def captured_rollouts(
     """Features of the rollouts as `directions` reads them, and which rows these are: those with a completion token.
 
     A completion that was truncated and masked has none, and no loss either. Where no row has any, there is no capture.
+    Of a sharded model all ranks run equally many forwards, so that rows without a token run as well there.
     """
     provenance: Any = directions.provenance
     model = trainer.accelerator.unwrap_model(trainer.model)
     ids, attended = whole_rollouts(rollouts)
     pool = torch.cat([torch.zeros_like(rollouts["prompt_mask"]), loss_mask(rollouts)], dim=1)
     rows = pool.any(1).nonzero().squeeze(1)
-    if not len(rows):
+    together = bool(ranks_of(model.parameters()))
+    if not len(rows) and not together:
         return None, rows
+    run = torch.arange(len(pool), device=pool.device) if together else rows
+    pool = torch.where(pool.any(1, keepdim=True), pool, attended)
     chunk = rows[:0]
 
     def chunk_pool(_: Tensor) -> Tensor:
         return pool[chunk]
 
-    backbone = _backbone(model)
-    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    # A sharded model is run from its root, which gathers what is in no group below it.
+    called, options = (model, {"logits_to_keep": 1}) if together else (_backbone(model), {})
+    takes_positions = "position_ids" in inspect.signature(_backbone(model).forward).parameters
     with (
         torch.no_grad(),
         left_as_found(model),
@@ -138,10 +144,12 @@ def captured_rollouts(
             modules=list(directions.hack),
         ) as capture,
     ):
-        for chunk in torch.split(rows, trainer.args.per_device_train_batch_size):
+        for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
-            backbone(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places)
-    return capture, rows
+            called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
+    if not len(rows):
+        return None, rows
+    return (capture.take(rows) if len(rows) < len(run) else capture), rows
 
 
 def whole_rollouts(rollouts: Mapping[str, Any]) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]:

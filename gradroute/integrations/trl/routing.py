@@ -125,7 +125,7 @@ def resolve(
     Raises:
         GradRouteError: nothing to route by, something that nothing would read, or arguments that do not fit.
     """
-    extract = _extractor(model, directions, autocast) if _is_function(directions, Directions) else None
+    extract = _extractor(model, directions, autocast) if is_function(directions) else None
     if extract is not None:
         with left_as_found(model), ablate_quarantine(model):
             directions = extract()
@@ -155,8 +155,8 @@ def resolve(
     return routing
 
 
-def _is_function(given: Any, kind: type) -> bool:
-    # Gates are called themselves: what is already made is not a function that makes it.
+def is_function(given: Any, kind: type = Directions) -> bool:
+    """Whether `given` makes a `kind`. Gates are called themselves: one that is made already makes none."""
     return callable(given) and not isinstance(given, kind)
 
 
@@ -172,7 +172,7 @@ def _extractor(
 
 
 def _made(given: Any, argument: str, kind: type, directions: Directions | None) -> Any:
-    if _is_function(given, kind):
+    if is_function(given, kind):
         if directions is None:
             raise GradRouteError(f"`{argument}` is a function of directions. Found no `directions`. Fix: give some.")
         given = given(directions)

@@ -27,14 +27,14 @@ from gradroute.errors import RouteError
 from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._after_steps import AfterSteps
-from gradroute.integrations.trl._flagging import Flagging, sampled_ablated
+from gradroute.integrations.trl._flagging import sampled_ablated
+from gradroute.integrations.trl._late_routing import LateRouting
 from gradroute.integrations.trl._logs import own_table, rollout_table, unlogged
 from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
-from gradroute.integrations.trl._recall import check_recall
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
 from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
-from gradroute.integrations.trl.routing import Routing, resolve
+from gradroute.integrations.trl.routing import Routing
 from gradroute.optim.slow_start import block_groups
 
 _Trainer: Any = object
@@ -94,13 +94,10 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         check_attributes(self)
         check_run(
-            self,
-            ablated_fraction=ablated_fraction,
-            filters=grad_filter is not None,
-            slow_start=bool(slow_start_steps),
+            self, ablated_fraction=ablated_fraction, filters=grad_filter is not None, slow_start=bool(slow_start_steps)
         )
-        self.routing: Routing = resolve(
-            self.model,
+        self._routing = LateRouting(
+            self,
             gate=gate,
             directions=directions,
             refresher=refresher,
@@ -112,14 +109,12 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             ablated_per_group=group_share(ablated_fraction, self.num_generations),
             autocast=self.accelerator.autocast,
         )
-        check_recall(self.routing)
-        self._flagging = Flagging(self, self.routing)
         self._schedule = Schedule(
             self,
             slow_start_steps=slow_start_steps,
             slow_start_fraction=slow_start_fraction,
             ablated_from=ablated_from,
-            ablates=self.routing.ablated_per_group > 0,
+            ablates=ablated_fraction > 0,
         )
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward
@@ -128,12 +123,18 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._evaluated: str | None = None  # prefix of the metrics of the data set that is evaluated
         self.add_callback(AfterSteps(self))
 
+    @property
+    def routing(self) -> Routing:
+        """What the keywords were resolved to."""
+        return self._routing.get()
+
     # Making rollouts
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         training = self.model.training
         first = self.accelerator.process_index * len(inputs)
-        share = self.routing.ablated_per_group if training and self._schedule.samples_ablated else 0
+        routing = self._routing.resolve()
+        share = routing.ablated_per_group if training and self._schedule.samples_ablated else 0
         ablated = sampled_ablated(len(inputs), first, self.num_generations, share)
         self._flagging.begin()
         self._sampled_ablated = ablated
@@ -290,7 +291,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         # First, because torch would not say which keyword differs where groups of parameters do.
         if checkpoint_folder is not None:
-            checkpoint.load(Path(checkpoint_folder), self, self.routing)
+            checkpoint.load(Path(checkpoint_folder), self, self._routing.resolve())
         super()._load_optimizer_and_scheduler(checkpoint_folder)
 
 

@@ -89,10 +89,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def _extracted(self) -> Directions:
         with self._autocast():
-            directions = self.routing.made_directions(self.module, self.model_config.tokenizer)
-        # A root that stays gathered after a forward without backward would not see the next step of the optimizer.
-        self.module.reshard()
-        return directions
+            return self.routing.made_directions(self.module, self.model_config.tokenizer)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype == torch.float32:
@@ -103,7 +100,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The reference pass: both blocks off, and nothing is scored."""
+        """For the reference pass: both blocks off, and nothing is scored."""
         self._adapters_off = True
         try:
             with disable_adapters(self.module):

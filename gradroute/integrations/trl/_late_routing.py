@@ -1,0 +1,51 @@
+"""When `trainer.routing` is made of the trainer's keywords: at once, or once the model is sharded.
+
+    FSDP2, ZeRO-3, and `directions` a function     before the first rollouts, on every rank
+    else                                           when the trainer is built
+
+Before a model is sharded a rank need not hold its weights: those that are not the main process may have loaded none.
+"""
+
+from typing import Any
+
+from gradroute.errors import GradRouteError
+from gradroute.integrations.trl._flagging import Flagging
+from gradroute.integrations.trl._recall import check_recall
+from gradroute.integrations.trl._requirements import shards
+from gradroute.integrations.trl.routing import Routing, is_function, resolve
+
+
+class LateRouting:
+    """Holds the keywords until they can be resolved.
+
+    Args:
+        trainer: whose keywords they are; it gets a `_flagging` when they are resolved.
+        keywords: as `resolve` takes them.
+    """
+
+    def __init__(self, trainer: Any, **keywords: Any) -> None:
+        self._trainer, self._keywords = trainer, keywords
+        self._resolved: Routing | None = None
+        if not (shards(trainer) and is_function(keywords["directions"])):
+            self.resolve()
+
+    def resolve(self) -> Routing:
+        """The routing, made now unless it is there; on a sharded model all ranks come here together."""
+        if self._resolved is None:
+            self._resolved = resolve(self._trainer.model, **self._keywords)
+            check_recall(self._resolved)
+            self._trainer._flagging = Flagging(self._trainer, self._resolved)
+        return self._resolved
+
+    def get(self) -> Routing:
+        """The routing.
+
+        Raises:
+            GradRouteError: it is not made yet.
+        """
+        if self._resolved is None:
+            raise GradRouteError(
+                "`trainer.routing` should be read after train() has begun: the model is sharded then, and `directions` "
+                "are extracted from it. Found that it has not. Fix: read it later, or give Directions that are made."
+            )
+        return self._resolved
