@@ -46,4 +46,4 @@ def check_engine(engine: Any) -> None:
     }
     found = [why for why, holds in refused.items() if holds]
     if found:
-        raise GradRouteError(f"A routed engine cannot have {found[0]}")
+        raise GradRouteError(f"A routed engine cannot work with every setting of verl. Found {found[0]}")

@@ -165,10 +165,11 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
         # verl opens it around forward and backward of one micro-batch.
-        with ExitStack() as self._open:
-            with super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
+        try:
+            with ExitStack() as self._open, super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
                 yield
-        self._open = None
+        finally:
+            self._open = None
 
     def _route_open(self) -> ExitStack:
         if self.routing.rollouts == "ablated":
