@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from support.models import randomize_blocks
-from support.tiny_models import llama
 from support.verl_batches import PROMPTS, RESPONSES, rollouts
+from support.verl_models import load_model, write_models
 
 import gradroute as gr
 
@@ -57,16 +56,8 @@ def started(folder: Path, size: int, *cases: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models with adapters whose blocks are not zero, as `save_pretrained` writes them."""
     path = tmp_path_factory.mktemp("verl")
-    for name, tied in (("untied", False), ("tied", True)):
-        torch.manual_seed(0)
-        base = llama(tie_word_embeddings=tied)
-        base.save_pretrained(path / name / "base")
-        config = gr.QuarantineLoraConfig(r=4, lora_alpha=8, r_quarantine=3, target_modules="all-linear")
-        wrapped = get_peft_model(base, config)
-        randomize_blocks(wrapped)
-        wrapped.save_pretrained(path / name / "adapter")
+    write_models(path)
     return path
 
 
@@ -84,10 +75,8 @@ def alone(folder: Path) -> dict[str, Found]:
     return {case: torch.load(folder / f"{case} 1 0.pt") for case in CASES}
 
 
-def reference(folder: Path, case: str, dtype: torch.dtype) -> Any:
-    kind = folder / ("tied" if case == "tied" else "untied")
-    base = llama(tie_word_embeddings=case == "tied").__class__.from_pretrained(kind / "base", attn_implementation="sdpa")
-    return gr.load_quarantined(base.to(dtype), kind / "adapter")
+def model_of(folder: Path, case: str, dtype: torch.dtype) -> Any:
+    return load_model(folder / ("tied" if case == "tied" else "untied"), dtype)
 
 
 def rows() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -130,7 +119,7 @@ def scores_of(found: Found | list[Found]) -> torch.Tensor:
 def test_scores_are_those_of_each_row_alone_with_its_quarantine_on(
     folder: Path, ranks: dict[str, list[Found]], alone: dict[str, Found], case: str
 ) -> None:
-    model = reference(folder, case, torch.float32)
+    model = model_of(folder, case, torch.float32)
     directions = gr.Directions.load(folder / f"{case} 1 0.safetensors", model=model)
     expected, ablated = [], []
     for ids, loss_mask, _ in rows()[:-1]:
@@ -166,7 +155,7 @@ def test_one_gate_and_one_set_of_directions_on_all_ranks(
 def test_gradients_are_those_of_rows_one_by_one(
     folder: Path, ranks: dict[str, list[Found]], alone: dict[str, Found], case: str
 ) -> None:
-    model = reference(folder, case, torch.float64)
+    model = model_of(folder, case, torch.float64)
     expected = gradients(model, mask_of(alone[case]))
     absorbed = gradients(model, gr.RouteMask.zones(torch.ones(8, dtype=torch.long)))
     assert distance(absorbed, expected) > 0.1
@@ -245,8 +234,6 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_cannot_happen_raises(folder: Path, alone: dict[str, Found], name: str) -> None:
-    import re
-
     message = torch.load(folder / "refusals.pt")[name]
     assert re.search(EXPECTED[name], message), message
 
