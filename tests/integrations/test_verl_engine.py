@@ -47,7 +47,7 @@ def started(folder: Path, size: int, *cases: str) -> None:
     ]  # fmt: skip
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=1800)
             assert process.returncode == 0, errors.decode()[-3000:]
     finally:
         for process in processes:
@@ -187,8 +187,7 @@ def test_both_views_are_sent_as_plain_lora_and_merged(ranks: dict[str, list[Foun
             name = key.removesuffix(".base_layer.weight")
             plain = name.removeprefix("base_model.model.") + ".weight"
             A, B, A_q, B_q = (
-                weights[f"{name}.lora_{side}.default.weight"]
-                for side in ("A", "B", "A_quarantine", "B_quarantine")
+                weights[f"{name}.lora_{side}.default.weight"] for side in ("A", "B", "A_quarantine", "B_quarantine")
             )
             deployed, quarantine = 2.0 * B @ A, 8 / 3 * B_q @ A_q
             assert quarantine.norm() > 0.1 * deployed.norm()

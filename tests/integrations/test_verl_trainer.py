@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def trained(folder: Path, *overrides: str) -> str:
         "GRADROUTE_TEST_FOLDER": str(folder), "HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0",
     }  # fmt: skip
     command = [sys.executable, "-W", "ignore", str(script), str(folder), *overrides]
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=420)
+    run = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800, check=False
+    )
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
     return run.stdout + run.stderr
 
@@ -91,7 +94,7 @@ def test_directions_are_refreshed_after_every_second_step_of_the_optimizer(first
 def test_each_sync_sends_weights_that_moved_and_what_samples_is_the_policy_that_trains(first: dict[str, Any]) -> None:
     for syncs in first["get_per_tensor_param"]:
         assert len(syncs) == 3  # before the first step, and after each
-        for before, after in zip(syncs, syncs[1:], strict=False):
+        for before, after in pairwise(syncs):
             assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3
     # The server samples by stock PEFT from plain LoRA; verl compares its probabilities with the trainer's.
     for step in (1, 2):

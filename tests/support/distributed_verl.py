@@ -1,6 +1,6 @@
-"""One of the processes that run verl's FSDP2 engine on a CPU: scores, trains, refreshes, syncs and saves, and writes it.
+"""One of the processes that run verl's FSDP2 engine on a CPU: scores, trains, refreshes, syncs, saves.
 
-    python distributed_verl.py folder case ...       with VERL_PLATFORM=cpu, and the process group's environment
+python distributed_verl.py folder case ...       with VERL_PLATFORM=cpu, and the process group's environment
 """
 
 import copy
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.verl_batches import PAIRS, rollouts, routed_loss
 from tensordict import TensorDict
 
 import gradroute as gr
 from gradroute.integrations.verl import register
+from support.verl_batches import PAIRS, rollouts, routed_loss
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -130,7 +130,10 @@ def run(case: str, folder: Path) -> None:
     found["merged, ablated"] = dict(made.get_per_tensor_param()[0])
     made.model_config.lora["merge"] = False
     params, config = made.get_per_tensor_param(base_sync_done=True)
-    found["adapter, ablated"], found["config, ablated"] = dict(params), {key: config[key] for key in ("r", "lora_alpha")}
+    found["adapter, ablated"], found["config, ablated"] = (
+        dict(params),
+        {key: config[key] for key in ("r", "lora_alpha")},
+    )
     type(made).routing = replace(made.routing, rollouts="on")
     found["weights"] = whole(made.module.named_parameters())
     found["rng"] = torch.get_rng_state()
@@ -178,8 +181,8 @@ def refusals(folder: Path) -> None:
     scored = score(made)
     refused("outside", lambda: made.forward_step(routed_share(made, scored), routed_loss, False))
     refused("no room", lambda: made.get_per_tensor_param(base_sync_done=True))
-    refused("checkpoint engine", lambda: made.get_per_tensor_param())
-    refused("shards", lambda: made.get_per_tensor_param_shard())
+    refused("checkpoint engine", made.get_per_tensor_param)
+    refused("shards", made.get_per_tensor_param_shard)
     made.save_checkpoint(str(folder / "plain"))
     shutil.rmtree(folder / "plain" / "gradroute")
     refused("no state", lambda: made.load_checkpoint(str(folder / "plain")))

@@ -1,4 +1,4 @@
-"""verl's platform for a CPU, which verl leaves to plug-ins: named first in VERL_USE_EXTERNAL_MODULES, VERL_PLATFORM=cpu."""
+"""verl's platform for a CPU, which verl leaves to plug-ins: VERL_USE_EXTERNAL_MODULES names it, VERL_PLATFORM=cpu."""
 
 import os
 from contextlib import contextmanager

@@ -1,6 +1,7 @@
 """The module that `actor_rollout_ref.model.external_lib` names in the test of verl's trainer.
 
-It notes what calls of the engine gave. The engine is that of the documentation, which the test writes to `my_routing.py`.
+It notes what calls of the engine gave. The engine is that of the documentation, which is written to
+`my_routing.py`.
 """
 
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from my_routing import Engine
+
 from support import verl_rollout  # noqa: F401  (registers it)
 
 FOLDER = Path(os.environ["GRADROUTE_TEST_FOLDER"])

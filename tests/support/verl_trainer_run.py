@@ -1,6 +1,6 @@
 """A run of verl's own trainer under a local Ray, on a CPU, with two workers and the rollout engine in `verl_rollout`.
 
-    python verl_trainer_run.py folder [overrides ...]
+python verl_trainer_run.py folder [overrides ...]
 """
 
 import json
@@ -48,7 +48,8 @@ def overrides(folder: Path) -> list[str]:
             "max_prompt_length": 16, "max_response_length": 8, "dataloader_num_workers": 0,
         },
         "actor_rollout_ref.model": {
-            "path": folder / "untied/base", "lora_adapter_path": folder / "untied/adapter", "external_lib": "support.verl_routing",
+            "path": folder / "untied/base", "lora_adapter_path": folder / "untied/adapter",
+            "external_lib": "support.verl_routing",
             "lora_rank": 4, "lora_alpha": 8, "lora.rank": 7, "+override_config.attn_implementation": "sdpa",
         },
         "actor_rollout_ref.actor": {

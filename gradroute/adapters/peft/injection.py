@@ -29,7 +29,7 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
     base: Any = model
     dtype = next(model.parameters()).dtype
     if path is None:
-        injected = get_peft_model(base, config)
+        injected: Any = get_peft_model(base, config)
     else:
         saved = read_config(Path(path))
         expected, found = ((c.r, c.r_quarantine or c.r, c.lora_alpha) for c in (config, saved))
@@ -44,4 +44,5 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
     for parameter in injected.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return injected
+    wrapped: PeftModel = injected
+    return wrapped

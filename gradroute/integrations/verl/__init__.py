@@ -1,4 +1,4 @@
-"""verl: `register(...)` in a module that `actor_rollout_ref.model.external_lib` names puts a routed engine in its place.
+"""verl: `register(...)`, in a module that `actor_rollout_ref.model.external_lib` names, has it train by routing.
 
 The engine is verl's own for FSDP2; verl is imported when `register` is called.
 """

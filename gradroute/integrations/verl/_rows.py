@@ -1,8 +1,8 @@
 """verl's batches without padding, as gradroute reads them: weights over tokens, masks, columns of the batch.
 
-    input_ids   nested (rows, j)     packed   (1, tokens)       padded   (rows, seq)
-    pool        1 at the tokens of the loss mask, which ends where its row ends
-    columns     the weights of the rollout's RouteMask and its score, nested (rows, 1): verl splits and shuffles them
+input_ids   nested (rows, j)     packed   (1, tokens)       padded   (rows, seq)
+pool        1 at the tokens of the loss mask, which ends where its row ends
+columns     the weights of the rollout's RouteMask and its score, nested (rows, 1): verl splits and shuffles them
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def pool_of(
     return pool, known
 
 
-def _last_tokens(loss_mask: Tensor, lengths: Int[Tensor, " rows"]) -> Shaped[Tensor, "rows last"]:
+def _last_tokens(loss_mask: Any, lengths: Int[Tensor, " rows"]) -> Shaped[Tensor, "rows last"]:
     """The loss mask, aligned on the right."""
     if not loss_mask.is_nested:
         raise RouteError(

@@ -1,8 +1,8 @@
 """Both views as the rollouts' engine takes them: an adapter of plain LoRA, or weights with the blocks merged in.
 
-    adapter, on         A = [A_d; A_q],  B = [s_d B_d, s_q B_q]        rank r + r_quarantine, lora_alpha = rank
-    adapter, ablated    A = A_d,         B = s_d B_d                   rank r
-    merged              W + s_d B_d A_d (+ s_q B_q A_q)                one layer at a time; no base weight is copied
+adapter, on         A = [A_d; A_q],  B = [s_d B_d, s_q B_q]        rank r + r_quarantine, lora_alpha = rank
+adapter, ablated    A = A_d,         B = s_d B_d                   rank r
+merged              W + s_d B_d A_d (+ s_q B_q A_q)                one layer at a time; no base weight is copied
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +56,13 @@ def plain_adapter(
         )
     rank = ranks.pop()
     plain = {key: value for key, value in config.items() if key not in _OURS}
-    return tensors, plain | {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return tensors, plain | {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
 
 
 def merged_weights(

@@ -35,9 +35,8 @@ from gradroute.adapters.views import ablate_quarantine, disable_adapters
 from gradroute.directions import capture_activations
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError, RouteError
-from gradroute.gates.base import Gate
-from gradroute.integrations.verl import _resume as checkpoint
-from gradroute.integrations.verl._requirements import check_engine, check_verl
+from gradroute.integrations.verl import _saved_state as checkpoint
+from gradroute.integrations.verl._engine_settings import check_engine, check_verl
 from gradroute.integrations.verl._rows import SCORE, columns_of, flat, mask_of, nested, of_tokens, pool_of
 from gradroute.integrations.verl._weights import merged_weights, plain_adapter
 from gradroute.integrations.verl.settings import RoutingSettings
@@ -51,7 +50,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     routing: ClassVar[RoutingSettings]
     directions: Directions
-    gate: Gate
+    gate: Any
     refresher: Refresher | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -155,7 +154,9 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         weights = [torch.ones_like(every) for _ in range(3)]
         if len(known):
             mask = self.gate(every[known])
-            weights = [each.index_copy(0, known, part.to(each)) for each, part in zip(weights, _parts(mask), strict=True)]
+            weights = [
+                each.index_copy(0, known, part.to(each)) for each, part in zip(weights, _parts(mask), strict=True)
+            ]
         first = sum(len(each) for each in ranks[: dist.get_rank(group)])
         rows = slice(first, first + len(scores))
         return RouteMask(*(each[rows].to(scores.device) for each in weights))
@@ -174,7 +175,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def _route_open(self) -> ExitStack:
         if self.routing.rollouts == "ablated":
             raise RouteError(
-                'Rollouts that are sampled ablated should not be trained on: no row would train the quarantine. Fix: '
+                "Rollouts that are sampled ablated should not be trained on: no row would train the quarantine. Fix: "
                 'rollouts="on", or trainer.val_only=True.'
             )
         if self._open is None:
@@ -197,7 +198,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         outputs = super().train_batch(data, loss_function)
         if self.refresher is not None:
             reports = self.refresher.reports
-            figures = {"age": self.refresher.age, "refreshes": len(reports)}
+            figures: dict[str, float] = {"age": self.refresher.age, "refreshes": len(reports)}
             if reports:
                 figures |= {"overlap": reports[-1].overlap, "largest_angle": reports[-1].largest_angle}
             outputs["metrics"] |= {f"routing/{name}": [float(value)] for name, value in figures.items()}
@@ -237,7 +238,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             )
         return tensors.items(), config
 
-    def get_per_tensor_param_shard(self, **kwargs: Any) -> Any:
+    def get_per_tensor_param_shard(self, **kwargs: Any) -> Any:  # noqa: ARG002
         """Raises: what verl sends by shards has no adapters."""
         raise GradRouteError(
             "checkpoint_engine.backend=delta_sharded would send the base model without its blocks. Fix: naive."

@@ -31,9 +31,9 @@ class RoutingSettings:
         for name in ("directions", "gate"):
             if not callable(getattr(self, name)):
                 raise GradRouteError(
-                    f"`{name}` should be a function. Found {type(getattr(self, name)).__name__}. Fix: the model is made "
-                    "in verl's workers, so pass directions=lambda model, tokenizer: extract_activation_directions(...) "
-                    "and gate=lambda directions: BandGate(directions)."
+                    f"`{name}` should be a function. Found {type(getattr(self, name)).__name__}. Fix: pass "
+                    "directions=lambda model, tokenizer: extract_activation_directions(...) and "
+                    "gate=lambda directions: BandGate(directions), for verl's workers make the model."
                 )
         if self.refresh_every is not None:
             positive_integer("refresh_every", self.refresh_every)

@@ -33,7 +33,7 @@ def check_engine(engine: Any) -> None:
         "model without its adapters, as verl does with model.lora_rank.": config.forward_only,
         "ulysses_sequence_parallel_size > 1: a rank has parts of rollouts only, and no features of them. Fix: "
         "ulysses_sequence_parallel_size=1.": config.ulysses_sequence_parallel_size > 1,
-        "pad_to_length=True: the packed batch has tokens of no rollout. Fix: pad_to_length=False.": config.pad_to_length,
+        "pad_to_length=True: a packed batch has tokens of no rollout. Fix: pad_to_length=False.": config.pad_to_length,
         "offload_policy=True: blocks that are on the CPU cannot be gathered. Fix: param_offload=True.": (
             config.offload_policy
         ),

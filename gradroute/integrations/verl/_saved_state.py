@@ -1,6 +1,6 @@
 """What a checkpoint of verl carries in addition: directions, gate and refresher, the same on all ranks.
 
-    <actor folder>/gradroute/directions.safetensors, state.pt
+<actor folder>/gradroute/directions.safetensors, state.pt
 """
 
 from pathlib import Path
