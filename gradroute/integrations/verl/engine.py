@@ -50,7 +50,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     routing: ClassVar[RoutingSettings]
     directions: Directions
-    gate: Any
+    gate: Any  # a Gate that reads scores
     refresher: Refresher | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
