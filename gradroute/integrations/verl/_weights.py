@@ -45,7 +45,7 @@ def plain_adapter(
         found = [left.pop(f"{name}.lora_{side}{block}.weight") for block in ("", "_quarantine") for side in "AB"]
         blocks = blocks_of(layer, view)
         A = torch.cat(found[0 : 2 * len(blocks) : 2])
-        # In float32: a scaling that is no power of two would be rounded into every entry of B.
+        # Scaled in float32, and rounded once.
         scaled = [block.scaling * B.float() for block, B in zip(blocks, found[1::2], strict=False)]
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": torch.cat(scaled, dim=1).to(A.dtype)}
         ranks.add(A.shape[0])
@@ -56,13 +56,8 @@ def plain_adapter(
         )
     rank = ranks.pop()
     plain = {key: value for key, value in config.items() if key not in _OURS}
-    return tensors, plain | {
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    scaling_in_B = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return tensors, plain | scaling_in_B
 
 
 def merged_weights(
