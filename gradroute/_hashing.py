@@ -6,9 +6,9 @@ rows_hash             what scores depend on                             deployed
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
 from gradroute._sharded_samples import evenly_spaced
-from gradroute._sharding import held, reshard, shape_of, whole
+from gradroute._sharding import held, is_sharded, reshard, shape_of, whole
 
 CARD_KEY = "deployed_sha256"
 _SAMPLES = 16
@@ -26,7 +26,7 @@ class _Known(NamedTuple):
     """An identity, and the parameters that it was computed from, each with its stamp at that time."""
 
     identity: str
-    parameters: list[tuple[ReferenceType[nn.Parameter], tuple[int, int] | None]]
+    parameters: list[tuple[Callable[[], nn.Parameter | None], tuple[int, int] | None]]
 
     @property
     def holds(self) -> bool:
@@ -70,8 +70,15 @@ def model_identity(model: nn.Module) -> str:
     for name, values in evenly_spaced(tensors, _SAMPLES).items():
         digest.update(f"{name} {tuple(shape_of(tensors[name]))} {values}".encode())
     identity = digest.hexdigest()
-    _KNOWN[model] = _Known(identity, [(ref(parameters[name]), _stamp(parameters[name])) for name in base.values()])
+    _KNOWN[model] = _Known(identity, [(_kept(parameters[name]), _stamp(parameters[name])) for name in base.values()])
     return identity
+
+
+def _kept(parameter: nn.Parameter) -> Callable[[], nn.Parameter | None]:
+    """Gives the parameter as long as it is there, without keeping it."""
+    # torch moves a sharded one (`model.to(...)`) by a swap that it refuses where there is a weak reference. Such a swap
+    # keeps the object, so that it may be kept.
+    return (lambda: parameter) if is_sharded(parameter) else ref(parameter)
 
 
 def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:

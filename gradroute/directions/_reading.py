@@ -113,7 +113,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Any], Tensor]:
-    """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d)."""
+    """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d).
+
+    Of a packed batch (1, tokens, d) the weights have a row per rollout, (rows, tokens), and so has the result.
+    """
     fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
 
     def pooled(name: str, x: Tensor, module_input: Any) -> Tensor:
@@ -125,6 +128,8 @@ def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, An
                     f"`pool` is needed for `{name}`, whose input has shape {tuple(x.shape)}. Fix: pool=completion_mask."
                 )
             return x
+        if x.ndim == 3 and x.shape[0] == 1 and weights.shape[1] == x.shape[1]:
+            return _packed_sum(weights.to(x), x[0])
         if weights.shape != x.shape[:-1]:
             raise GradRouteError(
                 f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
@@ -145,6 +150,11 @@ def _weighted_sum(weights: Float[Tensor, "batch seq"], x: Float[Tensor, "batch s
     if x.device.type == "cpu" and not torch.isfinite(rows).all():
         rows = (weights.unsqueeze(1) @ x.masked_fill(unread, 0)).squeeze(1)
     return rows
+
+
+def _packed_sum(weights: Float[Tensor, "rows tokens"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows d"]:
+    """sum_t w_t x_t for each row that is packed into one sequence. A token that no row reads does not count."""
+    return weights @ x.masked_fill((weights == 0).all(0)[:, None], 0)
 
 
 def _token_weights(pool: Tensor, reduction: Reduction) -> Float[Tensor, "batch seq"]:

@@ -57,7 +57,8 @@ def capture_activations(
     Args:
         model: with routed layers (needed for "bottleneck", and for `modules=None`).
         pool: (batch, seq), non-zero at the positions whose *input* token belongs to the completion; the same shape as
-            the forward's input. A callable gets the module's input and returns it. None only for inputs (batch, d_in).
+            the forward's input; of a packed batch (1, tokens) a row per rollout, (rollouts, tokens). A callable gets
+            the module's input and returns it. None only for inputs (batch, d_in).
         features: "bottleneck" (r wide), "input" or "output" of each module; "residual": outputs of transformer blocks.
         reduction: "mean" (sum of w x over sum of w), "sum", or "last" (last non-zero position).
         modules: names; None means all routed layers, for "residual" the blocks that hold them.

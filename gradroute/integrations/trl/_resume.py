@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError
 from gradroute.gates.base import Gate
+from gradroute.integrations._taken_over import take_over
 from gradroute.integrations.trl.routing import Routing
 
 _FORMAT = "gradroute-trl-1"
@@ -65,12 +66,8 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
             f"slow start) = {expected}. Found {found}."
         )
     for i, directions in enumerate(routing.all_directions):
-        _take_over(directions, Directions.load(_directions_file(folder, i), model=trainer.model), folder)
-    holders: list[Any] = [*gates, routing.filter]
-    for holder in holders:
-        # A gate or filter caches what it read from the directions, by version: this version now has other values.
-        if hasattr(holder, "_version"):
-            holder._version = None
+        stored = Directions.load(_directions_file(folder, i), model=trainer.model)
+        take_over(directions, stored, folder, [*gates, routing.filter])
     for gate, saved in zip(gates, state["gates"], strict=True):
         gate.load_state_dict(saved)
     if routing.refresher is not None:
@@ -90,21 +87,6 @@ def _generate_every(trainer: Any) -> int:
 def _gates(routing: Routing) -> list[Gate]:
     inside = getattr(routing.filter, "gate", None)
     return [gate for gate in (routing.gate, routing.log_ratio_gate, inside) if isinstance(gate, Gate)]
-
-
-def _take_over(directions: Directions, saved: Directions, folder: Path) -> None:
-    expected, found = directions.provenance, saved.provenance
-    if any(getattr(expected, name) != getattr(found, name) for name in ("pair_hash", "feature", "control")):
-        raise FileFormatError(
-            f"The directions in {folder} should be of the same pairs, feature and control as `directions`. Found "
-            f"{saved!r} instead of {directions!r}."
-        )
-    device = next(iter(directions.hack.values())).device
-    for name in ("rows", "hack", "clean", "centre", "scale"):
-        group = getattr(saved, name)
-        setattr(directions, name, None if group is None else {key: value.to(device) for key, value in group.items()})
-    for name in ("provenance", "version", "step", "heldout"):
-        setattr(directions, name, getattr(saved, name))
 
 
 def _state_file(folder: Path, trainer: Any) -> Path:
