@@ -1,5 +1,8 @@
 """What the library reads from private names of torch, and what each must show in every version."""
 
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,3 +144,18 @@ def test_a_scaler_knows_whether_gradients_still_have_its_scale() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert private.is_still_scaled(scaler, optimizer)
+
+
+@pytest.mark.distributed
+def test_the_store_by_which_processes_found_each_other(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        store = private.default_store()
+        assert (store.add("gradroute test", 2), store.add("gradroute test", 3)) == (2, 5)
+        store.set("gradroute said", "yes")
+        store.wait(["gradroute said"], timedelta(seconds=1))
+        assert store.get("gradroute said") == b"yes"
+        with pytest.raises(RuntimeError):
+            store.wait(["gradroute not said"], timedelta(milliseconds=10))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -21,7 +21,8 @@ pytestmark = quiet
 
 def built(**options: Any) -> SimpleNamespace:
     """A trainer as far as `check_run` looks at it, with some option on."""
-    state = SimpleNamespace(deepspeed_plugin=options.pop("plugin", None))
+    fsdp_plugin = SimpleNamespace(fsdp_version=options.pop("fsdp_version", 1))
+    state = SimpleNamespace(deepspeed_plugin=options.pop("plugin", None), fsdp_plugin=fsdp_plugin)
     args = SimpleNamespace(**{key: value for key, value in options.items() if key in ARGUMENTS})
     rest = {key: value for key, value in options.items() if key not in ARGUMENTS}
     return SimpleNamespace(**{"args": args, "accelerator": SimpleNamespace(state=state), "model": wrapped(), **rest})
@@ -35,9 +36,8 @@ REFUSED = {
     "tools": ({"tools": [print]}, "after a tool call"),
     "images": ({"_is_vlm": True}, "rows of its vision tower"),
     "deepspeed with a filter": ({"is_deepspeed_enabled": True}, "has consumed the gradients"),
-    "zero 3": ({"is_deepspeed_enabled": True, "plugin": SimpleNamespace(zero_stage=3)}, "call that gathers them"),
     "deepspeed with a slow start": ({"is_deepspeed_enabled": True}, "would not start slowly"),
-    "fsdp": ({"is_fsdp_enabled": True}, "past the root module"),
+    "fsdp of version 1": ({"is_fsdp_enabled": True}, "FSDP version 1.*`fsdp_version: 2`"),
     "fp16 with a filter": ({"fp16": True}, "gradients are scaled"),
     "no PEFT": ({"model": base_model("llama")}, "trained through PEFT"),
 }
@@ -45,7 +45,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_option_that_cannot_be_routed_is_refused_with_the_reason(case: str) -> None:
-    check_run(built(), ablated_fraction=0.25, filters=True, slow_start=True)
+    for fine in ({}, {"is_fsdp_enabled": True, "fsdp_version": 2}):
+        check_run(built(**fine), ablated_fraction=0.25, filters=True, slow_start=True)
     options, reason = REFUSED[case]
     with pytest.raises(gr.GradRouteError, match=reason):
         check_run(built(**options), ablated_fraction=0.25, filters="filter" in case, slow_start="slow" in case)
