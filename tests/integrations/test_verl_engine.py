@@ -160,7 +160,7 @@ def test_gradients_are_those_of_rows_one_by_one(
     absorbed = gradients(model, gr.RouteMask.zones(torch.ones(8, dtype=torch.long)))
     assert distance(absorbed, expected) > 0.1
     for found in (alone[case], *ranks[case]):
-        assert distance(found["gradients"][0], expected) < 1e-6
+        assert distance(found["gradients"][0], expected) < 5e-6  # in float32
 
 
 @pytest.mark.parametrize("case", CASES)
