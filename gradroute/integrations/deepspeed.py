@@ -11,8 +11,8 @@ from gradroute._protocol import routed_layers
 def register_blocks(model: nn.Module) -> nn.Module:
     """Have ZeRO-3 gather the blocks of each routed layer in that layer's own forward and backward; returns `model`.
 
-    Call it once, with all adapters in place, before `deepspeed.initialize`. The TRL trainer does so itself. Stages 1 and
-    2 do not need it.
+    Call it once, with all adapters in place, before `deepspeed.initialize`. The TRL trainer does so itself. Stages 1
+    and 2 do not need it.
 
     Args:
         model: with routed layers.
