@@ -175,21 +175,24 @@ def smollm_screening() -> str:
 
 
 def sharded() -> str:
-    """Errors of sharded engines, by part, rounded up to a power of ten."""
+    """Errors of sharded engines, by part."""
     engines = json.loads((DOCS / "results" / "sharded.json").read_text(encoding="utf-8"))
     parts = list(dict.fromkeys(part for figures in engines.values() for part in figures))
     rows = []
     for engine, figures in engines.items():
         cells = [
-            _error(figures[part]["error"], figures[part]["tolerance"]) if part in figures else "refused or none"
-            for part in parts
+            _error(figures[part]["error"], figures[part]["tolerance"]) if part in figures else "-" for part in parts
         ]
         rows.append([engine, *cells])
     return markdown_table(["engine", *parts], rows)
 
 
 def _error(error: float, tolerance: float) -> str:
-    return "bitwise" if error == 0 else f"{10.0 ** math.ceil(math.log10(error)):.0e} ({tolerance:g})"
+    """Rounded up: to one digit, and to a power of ten where rounding differs between machines."""
+    if error == 0:
+        return "bitwise"
+    power = 10.0 ** math.floor(math.log10(error))
+    return f"{power * (math.ceil(error / power) if error > 1e-9 else 10):.0e} ({tolerance:g})"
 
 
 def sharding_plan() -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +52,16 @@ def test_two_processes_of_torchrun_end_with_the_weights_of_one(
     assert command is not None
     (tmp_path / "loop.py").write_text(LOOP + SAVED, encoding="utf-8")
     printed = ended([sys.executable, "-m", "torch.distributed.run", *command[1].split(), "loop.py"], tmp_path)
-    assert "2 processes, 2 refreshes, ['README.md', 'adapter_config.json', 'adapter_model.safetensors']" in printed
+    assert "2 processes, 2 refreshes, ['adapter_config.json', 'adapter_model.safetensors']" in printed
     two = [torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1)]
 
     (tmp_path / "one").mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**environment(tmp_path), **alone}.items():
         monkeypatch.setenv(name, value)
     with torch.random.fork_rng():
         exec(compile(LOOP + SAVED, PAGE.name, "exec"), {"__name__": "loop"})
