@@ -67,7 +67,8 @@ def assert_engine_follows(
             without truncation (top-p, top-k, min-p, penalties). A few tokens are enough.
         mixed: whether some rows of one call are ablated and others not, as `ablate_quarantine(model, rows=...)` says.
             False, for an engine that shows one view per call.
-        prompts: None: random ones of `prompt_tokens` tokens, to be longer than a block of the engine's prefix cache.
+        prompts: two or more if `mixed`. None: random ones of `prompt_tokens` tokens, to be longer than a block of the
+            engine's prefix cache.
         prompt_tokens: of random prompts.
         temperature: by which the engine divides logits before it takes log-probabilities.
         tolerance: nats, the mean over a row's tokens; bfloat16 engines are off by about 0.1.
@@ -88,8 +89,10 @@ def assert_engine_follows(
     Views(model)  # for its checks of the model
     generator = torch.Generator().manual_seed(seed)
     asked = _random_prompts(model, prompt_tokens, generator) if prompts is None else prompts
-    if not asked or any(len(prompt) < 2 for prompt in asked):
-        raise GradRouteError(f"`prompts` should be at least one, of two tokens or more. Found {asked!r}.")
+    # Of one row, no call shows both views.
+    if len(asked) < 1 + mixed or any(len(prompt) < 2 for prompt in asked):
+        least = "at least two, or one with mixed=False," if mixed else "at least one,"
+        raise GradRouteError(f"`prompts` should be {least} of two tokens or more. Found {asked!r}.")
     calls = ["on", "ablated", *(["both views"] if mixed else [])]
     few = calls[-1:] if mixed else calls
     check = _Check(model, generate, asked, temperature)
@@ -131,10 +134,10 @@ class _Check:
 
     def judge(self, rows: Sequence[_Row], moved: Sequence[_Row], tolerance: float) -> None:
         """Raise for the first row whose log-probabilities are not those of its view and time."""
-        for row in [*moved, *rows]:
+        for i, row in enumerate([*moved, *rows]):
             # Not `>`: what is not a number is not right.
             if not row.error <= tolerance:
-                raise GradRouteError(self._fault(row, row in moved))
+                raise GradRouteError(self._fault(row, i < len(moved)))
         # The blocks are back, so that the model says what it said before they moved.
         before = [self.both_views(row.prompt, row.completion) for row in moved]
         gaps = [

@@ -166,6 +166,35 @@ def test_an_engine_that_follows_one_block_only_is_found(blocks: str) -> None:
         assert_engine_follows(model, Half(model), prompts=PROMPTS)
 
 
+def test_of_one_row_no_call_shows_both_views() -> None:
+    model = routed()
+    with pytest.raises(gr.GradRouteError, match="at least two, or one with mixed=False"):
+        assert_engine_follows(model, Engine(model, "one view"), prompts=PROMPTS[:1])
+
+
+def test_an_engine_that_still_holds_the_moved_blocks_afterwards_is_found() -> None:
+    model = routed()
+
+    class Scoring(Engine):
+        """Always of the same completion, from the engine's second to last call on."""
+
+        def __call__(self, prompts: Any) -> Any:
+            if self.calls == 4:
+                self.fault = "stale"
+            return super().__call__(prompts)
+
+        def row(self, prompt: list[int], scale: float) -> Any:
+            view: Any = gr.ablate_quarantine(self.held) if scale == 0 else nullcontext()
+            with view, torch.no_grad():
+                logits = self.held(input_ids=torch.tensor([prompt + FIXED])).logits[0, len(prompt) - 1 : -1]
+            return FIXED, logits.log_softmax(-1).gather(-1, torch.tensor(FIXED)[:, None])[:, 0].tolist()
+
+    with pytest.raises(gr.GradRouteError, match="without a move of the blocks"):
+        assert_engine_follows(model, Scoring(model), prompts=PROMPTS)
+
+
+FIXED = [5, 6, 7]
+
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no log-probabilities": (lambda prompts: [[1]] * len(prompts), r"\(token ids, log-probabilities\)"),
     "no tokens": (lambda prompts: ([[]] * len(prompts), [[]] * len(prompts)), "at least one token"),

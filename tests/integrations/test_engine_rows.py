@@ -33,6 +33,7 @@ def test_rows_are_ablated_as_the_view_of_the_model_says() -> None:
 VIEWS = {
     "a scale in between": (lambda m: gr.ablate_quarantine(m, scale=0.5), "the view 'scaled 0.5'"),
     "adapters off": (gr.adapters.disable_adapters, "the view 'disabled'"),
+    "PEFT's adapters off": (lambda m: m.disable_adapter(), "the view 'disabled'"),
     "other rows": (lambda m: gr.ablate_quarantine(m, rows=torch.tensor([True, False])), r"of the 3 rows.*shape \(2,\)"),
     "tokens": (lambda m: gr.ablate_quarantine(m, rows=torch.ones(3, 4).bool()), r"shape \(3, 4\)"),
     "some layers": (lambda m: gr.ablate_quarantine(m.base_model.model.model.layers[0]), "Found 2"),
@@ -70,6 +71,15 @@ def test_models_that_vllm_would_refuse_are_refused_before_there_is_an_engine() -
         lora_options(base_model("llama"))
 
 
+def test_what_is_trained_beside_the_blocks_and_would_not_reach_the_engine_is_refused() -> None:
+    model = peft_model("llama")
+    model.add_adapter("other", config())
+    lora_options(model)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(gr.GradRouteError, match=r"1 other trainable.*norm\.weight`.*Fix: requires_grad_"):
+        lora_options(model)
+
+
 class Server:
     """Answers as vLLM's server does, and keeps what it was asked, with the files as they were when it was asked."""
 
@@ -77,6 +87,7 @@ class Server:
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.loaded: dict[str, dict[str, Any]] = {}
         self.refuse: tuple[int, str] | None = None
+        self.refuse_second = False
         self.authorization: list[str | None] = []
         server = self
 
@@ -101,6 +112,8 @@ class Server:
         name = body["lora_name"]
         if path == "/v1/unload_lora_adapter":
             return (200, "ok") if self.loaded.pop(name, None) else (404, "no such adapter")
+        if self.refuse_second and "ablated" in name:
+            return 500, "no room"
         base = base_model("llama")
         loaded = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         self.loaded[name] = {"path": body["lora_path"], "logits": loaded(token_ids()).logits.detach()}
@@ -166,7 +179,20 @@ def test_blocks_that_changed_since_the_last_sync_raise(server: Server) -> None:
         views.names(1)
     views.sync()
     assert views.names(1) == [views.name_of("on")]
-    # Also where a parameter is not written but replaced.
+    # Also where torch does not count the write, where a scaling changes,
+    fused = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    parameter, before = next(layer.block_parameters("quarantine")), layer.scaling["default"]
+
+    def scale() -> None:
+        layer.scaling["default"] = 2 * before
+
+    for write in (fused.step, lambda: parameter.data.add_(1e-3), scale):
+        write()
+        assert not views.is_current
+        views.sync()
+        assert views.is_current
+    # and where a parameter is not written but replaced.
     model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight = torch.nn.Parameter(
         torch.zeros_like(model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight)
     )
@@ -181,13 +207,22 @@ def test_blocks_that_changed_since_the_last_sync_raise(server: Server) -> None:
 def test_a_failed_sync_leaves_no_view_to_sample_from(server: Server) -> None:
     model = routed()
     views = ServerViews(model, server.url)
+    held = {*server.loaded}
     server.refuse = (400, '{"message": "rank 5 is greater than max_lora_rank 4"}')
     with pytest.raises(gr.GradRouteError, match="refuses: .*greater than max_lora_rank"):
         views.sync()
     with pytest.raises(gr.GradRouteError, match="Found none"):
         views.names(1)
     server.refuse = None
+    server.refuse_second = True
+    with pytest.raises(gr.GradRouteError, match="no room"):
+        views.sync()
+    with pytest.raises(gr.GradRouteError, match="Found none"):
+        views.names(1)
+    # What it could load of that sync is removed by the next one.
+    server.refuse_second = False
     views.sync()
+    assert {*server.loaded} - held == {views.name_of("on"), views.name_of("ablated")}
     assert views.names(1) == [views.name_of("on")]
     parameter = next(parameter for _, parameter in gr.quarantine_parameters(model))
     with torch.no_grad():
@@ -201,6 +236,10 @@ def test_a_failed_sync_leaves_no_view_to_sample_from(server: Server) -> None:
 def test_a_server_that_loads_nothing_at_run_time_or_is_not_there(server: Server) -> None:
     server.refuse = (404, "Not Found")
     with pytest.raises(gr.GradRouteError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        ServerViews(routed(), server.url)
+    server.answer = lambda path, body: (404, f"Loading lora {body['lora_name']} failed: no files")  # type: ignore[method-assign]
+    server.refuse = None
+    with pytest.raises(gr.GradRouteError, match="refuses: Loading lora .*no files"):
         ServerViews(routed(), server.url)
     server.http.shutdown()
     server.http.server_close()

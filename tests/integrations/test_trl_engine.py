@@ -1,5 +1,6 @@
 """What TRL's vLLM backend does around an engine, without one: rows of a server's answers, figures, refusals."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from support.trl_runs import flags, quiet, trainer
 from trl.generation.vllm_client import VLLMClient
 
 import gradroute as gr
-from gradroute.integrations.trl._engine import _AdapterClient, logp_differences
+from gradroute.integrations.trl._engine import TwoViewGeneration, _AdapterClient, _WithViews, logp_differences
 
 pytestmark = [*quiet]
 
@@ -62,6 +63,35 @@ def test_a_trl_that_speaks_to_a_server_of_its_own_is_refused() -> None:
         client.generate([[1]])
 
 
+def test_calls_past_the_trainer_which_no_adapter_would_answer_are_refused() -> None:
+    engine = SimpleNamespace(chat=lambda messages: "the base model", get_tokenizer=lambda: "its tokenizer")
+    llm = _WithViews(engine, TwoViewGeneration.__new__(TwoViewGeneration))
+    assert llm.get_tokenizer() == "its tokenizer"
+    client = Client([])
+    for call in (lambda: llm.chat([]), lambda: client.chat([]), lambda: client.generate([[1]])):
+        with pytest.raises(gr.GradRouteError, match="through the trainer"):
+            call()
+
+
+def test_an_engine_that_failed_its_check_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = TwoViewGeneration.__new__(TwoViewGeneration)
+    monkeypatch.setattr(generation, "_to_check", True, raising=False)
+    monkeypatch.setattr(TwoViewGeneration, "_longest_prompt", lambda _: 9)
+    monkeypatch.setattr(TwoViewGeneration, "_plain_sampling", lambda _: nullcontext())
+    generation.model, outcomes = None, iter([gr.GradRouteError("does not follow"), None])
+
+    def follows(*_: Any, **__: Any) -> None:
+        if (error := next(outcomes)) is not None:
+            raise error
+
+    monkeypatch.setattr("gradroute.integrations.trl._engine.assert_engine_follows", follows)
+    with pytest.raises(gr.GradRouteError, match="does not follow"):
+        generation.check_once()
+    generation.check_once()
+    generation.check_once()
+    assert list(outcomes) == []
+
+
 def test_differences_are_means_over_the_tokens_of_each_view() -> None:
     sampled = torch.zeros(3, 4)
     old = torch.tensor([[1.0, 3.0, 9.0, 9.0], [-2.0, 9.0, 9.0, 9.0], [float("nan"), 0.5, 1.5, 9.0]])
@@ -80,6 +110,9 @@ def test_differences_are_means_over_the_tokens_of_each_view() -> None:
         "sampling/logp_difference_on": pytest.approx(8 / 5)
     }
     assert logp_differences(SimpleNamespace(use_vllm=False), rollouts, torch.zeros(3).bool()) == {}
+    rollouts["completion_mask"] = mask.bool()
+    logp_differences(with_engine, rollouts, torch.zeros(3).bool())
+    assert torch.equal(rollouts["completion_mask"], mask.bool())
     del rollouts["old_per_token_logps"]
     assert logp_differences(with_engine, rollouts, torch.zeros(3).bool()) == {}
 

@@ -97,6 +97,19 @@ def test_each_sync_has_new_names_ids_and_paths_and_the_engine_holds_the_last_two
     assert not folder.exists()
 
 
+def test_an_id_that_the_engine_knows_is_not_taken(llm: Any, tmp_path: Path) -> None:
+    model = ve.randomized(attached())
+    views = EngineViews(model, llm)
+    next_id = views.held["ablated"].lora_int_id + 1
+    views.close()
+    gr.export_deployed(ve.randomized(attached(), 9), tmp_path)
+    llm.llm_engine.add_lora(LoRARequest("of the user", next_id, str(tmp_path)))
+    views = EngineViews(model, llm)
+    assert next_id not in {request.lora_int_id for request in views.held.values()}
+    views.close()
+    llm.llm_engine.remove_lora(next_id)
+
+
 def generate_by(views: EngineViews, llm: Any) -> Callable[..., Any]:
     def generate(prompts: Any) -> Any:
         views.sync()

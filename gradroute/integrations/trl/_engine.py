@@ -94,7 +94,11 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
             flags = gather_object(ablated_rows(self.model, len(prompts)))
             if self.accelerator.is_main_process:
                 self.vllm_client.ablated = flags
-        return super().generate(prompts, images, num_generations, profiler)
+        try:
+            return super().generate(prompts, images, num_generations, profiler)
+        finally:
+            if self.mode == "server" and self.accelerator.is_main_process:
+                self.vllm_client.ablated = ()
 
     def check_once(self) -> None:
         """At the first call, raise unless the engine follows the model.
@@ -104,10 +108,11 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         """
         if not self._to_check:
             return
-        self._to_check = False
         longest = self._longest_prompt()
         with self._plain_sampling():
             assert_engine_follows(self.model, self._sampled, prompt_tokens=longest)
+        # Last: an engine that failed it fails it again where training is started again.
+        self._to_check = False
 
     def _longest_prompt(self) -> int:
         """More than a block of the prefix cache, where the engine takes so many tokens; the same in all processes."""
@@ -161,7 +166,7 @@ class _AdapterClient(_Client):  # type: ignore[misc]
 
     model: str
     views: ServerViews
-    ablated: Sequence[bool]
+    ablated: Sequence[bool] = ()
 
     def max_model_len(self) -> int:
         """Tokens of the longest prompt with its completion."""
@@ -177,6 +182,8 @@ class _AdapterClient(_Client):  # type: ignore[misc]
                 "`vllm_mode='server'` should speak to vLLM's own server, which knows adapters. Found a trl that speaks "
                 "to another one. Fix: trl 1.16 or newer, or vllm_mode='colocate'."
             )
+        if len(self.ablated) != n * len(prompts):
+            raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.generate"))
         groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
         for i in range(len(prompts)):
             off = sum(self.ablated[i * n : (i + 1) * n])
@@ -197,7 +204,15 @@ class _AdapterClient(_Client):  # type: ignore[misc]
             self.model = base
         return {"prompt_ids": [list(prompt) for prompt in prompts], **rows}
 
+    def chat(self, *_: Any, **__: Any) -> Any:
+        """Refused: TRL's would be answered by the base model."""
+        raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.chat"))
 
+
+_PAST_VIEWS = (
+    "The engine should be asked through the trainer, which says in which view each row is sampled: without an adapter "
+    "the base model answers. Found a call of `{what}`. Fix: trainer.vllm_generation.generate(prompts, None, 1)."
+)
 _PER_ROW = ("completion_ids", "logprobs", "logprob_token_ids")
 
 
@@ -213,6 +228,9 @@ class _WithViews:
         group = generation.tp_group if generation.tensor_parallel_size > 1 else None
         requests = views.requests(len(prompts) // generation.tensor_parallel_size, group=group)
         return self._llm.generate(prompts, lora_request=requests, **options)
+
+    def chat(self, *_: Any, **__: Any) -> Any:
+        raise GradRouteError(_PAST_VIEWS.format(what="llm.chat"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -253,10 +271,10 @@ def logp_differences(trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Te
         return {}
     mask = rollouts["completion_mask"].bool()
     if "tool_mask" in rollouts:
-        mask &= rollouts["tool_mask"].bool()
+        mask = mask & rollouts["tool_mask"].bool()
     difference = (old - sampled).abs()
     # vLLM may leave a token without a log-probability.
-    mask &= ~difference.isnan()
+    mask = mask & ~difference.isnan()
     off = ablated.to(mask.device)[:, None]
     parts = [(difference * rows).nan_to_num().sum() for rows in (mask & ~off, mask & off)]
     counts = [rows.sum() for rows in (mask & ~off, mask & off)]

@@ -33,6 +33,9 @@ REFUSED = (
 
 _SYNCS = itertools.count(1)
 
+# Integers as wide as a parameter's numbers.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class SyncedViews(ABC):
     """What both kinds of engine share: exports under new names, and the view of each row."""
@@ -44,7 +47,7 @@ class SyncedViews(ABC):
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder() if folder is None else folder))
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.held: dict[str, Any] = {}
-        self._synced: list[tuple[int, int]] | None = None
+        self._synced: list[tuple[float, ...]] | None = None
         self.sync()
 
     def sync(self) -> None:
@@ -64,8 +67,10 @@ class SyncedViews(ABC):
             self._plain.write(paths[view], self._plain.factors(blocks, self._dtype()), {})
         for request in old.values():
             self._unload(request)
-        # The path says the view and the number; the name says the run as well.
-        self.held = {view: self._load(f"{self._run}-{path.name}", path) for view, path in paths.items()}
+        for view, path in paths.items():
+            # The path says the view and the number; the name says the run as well. One by one: where the second is
+            # refused, the next sync removes the first.
+            self.held[view] = self._load(f"{self._run}-{path.name}", path)
         for folder in self._folder.iterdir():
             if folder not in paths.values():
                 shutil.rmtree(folder)
@@ -73,10 +78,7 @@ class SyncedViews(ABC):
 
     @property
     def is_current(self) -> bool:
-        """Whether the engine holds the blocks as they are: none was written in place since the last sync.
-
-        Written through `.data`, a parameter does not show it.
-        """
+        """Whether the engine holds the blocks as they are: nothing of them has changed since the last sync."""
         return self._synced == self._written()
 
     def close(self) -> None:
@@ -103,12 +105,18 @@ class SyncedViews(ABC):
                 "sync. Fix: call sync() after each optimizer step, before sampling."
             )
 
-    def _written(self) -> list[tuple[int, int]]:
-        """Changes with every write in place, without reading a value."""
-        parameters = (
-            p for layer in self._plain.layers.values() for block in BLOCKS for p in layer.block_parameters(block)
-        )
-        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+    def _written(self) -> list[tuple[float, ...]]:
+        """Changes with every write: a place, torch's count of writes, and the sum of the bits of each parameter.
+
+        Fused optimizers and writes through `.data` are not counted by torch.
+        """
+        layers = self._plain.layers.values()
+        parameters = [p.detach() for layer in layers for block in BLOCKS for p in layer.block_parameters(block)]
+        sums = [p.view(_BITS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+        # One wait for a device, and not one for each parameter.
+        bits = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
+        scalings = [(layer.deployed.scaling, layer.quarantine.scaling) for layer in layers]
+        return [*((p.data_ptr(), p._version, b) for p, b in zip(parameters, bits, strict=True)), *scalings]
 
     def _dtype(self) -> torch.dtype | None:
         """What the engine rounds factors to; None where that is not known."""

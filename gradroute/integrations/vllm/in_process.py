@@ -73,7 +73,9 @@ class EngineViews(SyncedViews):
     def _load(self, name: str, path: Path) -> Any:
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
-        request = LoRARequest(name, next(_IDS), str(path))
+        # An engine answers an id that it knows with the adapter that it has, also with a user's own.
+        known = self._llm.llm_engine.list_loras()
+        request = LoRARequest(name, next(each for each in _IDS if each not in known), str(path))
         try:
             loaded = self._llm.llm_engine.add_lora(request)
         except Exception as error:  # whatever vLLM raises, in this process or carried over from a worker

@@ -27,7 +27,8 @@ def lora_options(model: nn.Module) -> dict[str, Any]:
         model: with routed layers.
 
     Raises:
-        GradRouteError: vLLM would refuse the model's adapters: modules trained whole, or a rank above its largest.
+        GradRouteError: vLLM would refuse the model's adapters, or lack what is trained beside them: modules trained
+            whole, other trainable parameters, or a rank above its largest.
     """
     return {"enable_lora": True, "max_loras": 2, "max_lora_rank": _largest_rank(served_lora(model))}
 
@@ -46,7 +47,8 @@ def served_lora(model: nn.Module) -> PlainLora:
     """What vLLM is given of the model.
 
     Raises:
-        GradRouteError: modules trained whole, a rank above the largest of vLLM, or names that PEFT would not load.
+        GradRouteError: modules trained whole, or other parameters that are trained beside the blocks; a rank above the
+            largest of vLLM, or names that PEFT would not load.
     """
     plain = PlainLora(model)
     whole = plain.whole_modules()
@@ -54,6 +56,14 @@ def served_lora(model: nn.Module) -> PlainLora:
         raise GradRouteError(
             "`model` should train nothing but its blocks: vLLM refuses adapters with whole modules. Found "
             f"`{next(iter(whole)).removeprefix(PREFIX)}` (`modules_to_save`). Fix: leave modules_to_save out."
+        )
+    blocks = {id(p) for layer in plain.layers.values() for block in BLOCKS for p in layer.block_parameters(block)}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in blocks and ".lora_" not in n]
+    if others:
+        raise GradRouteError(
+            "`model` should train nothing but its blocks: an engine is given nothing else, and would sample from other "
+            f"weights. Found {len(others)} other trainable parameters, such as `{others[0]}`. "
+            "Fix: requires_grad_(False)."
         )
     _largest_rank(plain)
     plain.check(plain.factors(BLOCKS))

@@ -37,8 +37,10 @@ def rows_in_view(layers: Sequence[Any], rows: int) -> list[bool]:
             f"The model's view should be of the {rows} rows that are sampled. Found one of shape {tuple(scale.shape)}."
         )
     scales = scale.tolist() if isinstance(scale, Tensor) else [scale] * rows
-    if state.disabled or state.route is not None or not all(each in (0.0, 1.0) for each in scales):
-        found = "an open route" if state.route is not None else f"the view {state.view!r}"
+    # PEFT's own `disable_adapter` leaves the state as it is, but not the view.
+    views = {layer.view for layer in layers}
+    if "disabled" in views or state.route is not None or not all(each in (0.0, 1.0) for each in scales):
+        found = "an open route" if state.route is not None else f"the view {min(views)!r}"
         raise GradRouteError(
             f"An engine shows each row on or ablated. Found {found}. Fix: sample outside of routes and of other views."
         )

@@ -85,10 +85,10 @@ class ServerViews(SyncedViews):
             with urlopen(request, timeout=self._timeout):
                 return
         except HTTPError as error:
-            if error.code in (404, 405):
+            reason = error.read().decode(errors="replace")[:300]
+            # vLLM answers 404 as well where it cannot find an adapter's files, and then names the adapter.
+            if error.code == 405 or (error.code == 404 and body["lora_name"] not in reason):
                 reason = f"there is no {endpoint}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
-            else:
-                reason = error.read().decode(errors="replace")[:300]
             raise GradRouteError(REFUSED.format(reason=reason)) from error
         except (URLError, TimeoutError) as error:
             raise GradRouteError(
