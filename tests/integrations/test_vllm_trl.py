@@ -105,7 +105,7 @@ def test_weights_that_change_without_a_step_reach_the_engine(trained: Any) -> No
 def test_the_check_runs_before_the_first_rollout_and_changes_no_rollout(tmp_path: Path) -> None:
     calls: list[str] = []
     made = {}
-    for check in (True, False):
+    for check in (0.05, False):
         one = ve.trainer(tmp_path / str(check), cls=Watched, args_max_steps=2, engine_check=check)
         sampled = one.vllm_generation._sampled
         one.vllm_generation._sampled = lambda prompts, sampled=sampled: (calls.append("check"), sampled(prompts))[1]
@@ -114,7 +114,7 @@ def test_the_check_runs_before_the_first_rollout_and_changes_no_rollout(tmp_path
         assert len(calls) == 5
         # The engine's own calls of the check are not among the rollouts'.
         assert one.asked[-1] == [True, True, False, False] * 2
-    assert all(torch.equal(a, b) for a, b in zip(made[True], made[False], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made[0.05], made[False], strict=True))
 
 
 def test_an_engine_that_does_not_follow_ends_the_run_before_a_rollout(tmp_path: Path) -> None:
@@ -152,6 +152,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "sleep": ({"args_vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True.*Fix"),
     "length": ({"engine": {"max_model_len": 64}}, "max_model_len.*vllm_max_model_length"),
     "lora": ({"engine": {"enable_lora": False}}, "enable_lora.*leave it out"),
+    "key": ({"args_vllm_mode": "server", "engine": {"api_key": "x"}}, "Found api_key"),
     "rank": ({"engine": {**ve.OPTIONS, "max_lora_rank": 1}}, "max_lora_rank of 7 at least. Found 1"),
     "one adapter": ({"engine": {**ve.OPTIONS, "max_loras": 1}}, "max_loras of 2 at least. Found 1"),
     "without vLLM": ({"args_use_vllm": False}, "`engine` is read with use_vllm=True"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import vllm_engine as ve
 from torch import nn
+from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
 import gradroute as gr
 from gradroute.adapters.peft.plain_lora import PlainLora
 from gradroute.evaluation import assert_ablation_reaches, assert_engine_follows
-from gradroute.integrations.vllm import EngineViews, lora_options
+from gradroute.integrations.vllm import EngineViews, lora_options, options
 from gradroute.integrations.vllm.rows import ablated_rows
 
 # Longer than two blocks of the prefix cache.
@@ -194,6 +195,10 @@ def test_an_engine_that_cannot_hold_both_views_is_refused_when_it_is_given(llm: 
     assert lora_options(wide)["max_lora_rank"] == 32
     with pytest.raises(gr.GradRouteError, match="should be a vllm.LLM with LoRA"):
         EngineViews(attached(), object())
+
+
+def test_ranks_are_those_that_this_vllm_takes() -> None:
+    assert get_args(MaxLoRARanks) == options._RANKS
 
 
 def test_what_vllm_refuses_to_load_raises_at_construction(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

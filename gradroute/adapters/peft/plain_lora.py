@@ -48,6 +48,11 @@ class PlainLora:
         """The rank of a checkpoint of these blocks: the largest of all layers."""
         return max(sum(_block(layer, name).A.shape[0] for name in blocks) for layer in self.layers.values())
 
+    def numbers(self, blocks: Sequence[BlockName]) -> int:
+        """How many numbers a checkpoint of these blocks holds."""
+        widths = (shape_of(layer.deployed.A)[1] + shape_of(layer.deployed.B)[0] for layer in self.layers.values())
+        return self.rank(blocks) * sum(widths)
+
     def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
         """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU.
 

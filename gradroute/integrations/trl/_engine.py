@@ -9,7 +9,7 @@ TRL merges and copies whole weights instead, which an engine cannot ablate for s
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ _GOVERNED = {
     "model_impl": "vllm_model_impl",
     "tensor_parallel_size": "vllm_tensor_parallel_size",
 }
-_OF_SERVERS = ("api_key", "folder", "timeout")
+_OF_SERVERS = ("folder", "timeout")
 _CHECKED_TOKENS = 8
 
 
@@ -54,13 +54,13 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
     Args:
         args, kwargs: TRL's own.
         engine: arguments of `vllm.LLM` (colocate), or of `ServerViews` (server).
-        check: whether `check_once` checks.
+        check: whether `check_once` checks, or its tolerance in nats.
     """
 
     llm: Any
 
-    def __init__(self, *args: Any, engine: Mapping[str, Any], check: bool, **kwargs: Any) -> None:
-        self._engine, self._to_check = dict(engine), check
+    def __init__(self, *args: Any, engine: Mapping[str, Any], check: bool | float, **kwargs: Any) -> None:
+        self._engine, self._check, self._checked = dict(engine), check, False
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -74,10 +74,11 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
                 self.views = ServerViews(self.model, self.vllm_client.base_url, **self._engine)
                 self.vllm_client.views = self.views
             return
+        folder = self._engine.pop("folder", None)
         options = lora_options(self.model) | self._engine
         with _replaced(vllm_generation, "LLM", partial(_made_with, _backend.LLM, options)):
             super()._init_vllm()
-        self.views = EngineViews(self.model, self.llm)
+        self.views = EngineViews(self.model, self.llm, folder=folder)
         self.llm = _WithViews(self.llm, self)
 
     def sync_weights(self) -> None:
@@ -106,13 +107,15 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         Raises:
             GradRouteError: as `assert_engine_follows`.
         """
-        if not self._to_check:
+        if self._checked or self._check is False:
             return
-        longest = self._longest_prompt()
+        options: dict[str, Any] = {"prompt_tokens": self._longest_prompt()}
+        if self._check is not True:
+            options["tolerance"] = self._check
         with self._plain_sampling():
-            assert_engine_follows(self.model, self._sampled, prompt_tokens=longest)
+            assert_engine_follows(self.model, self._sampled, **options)
         # Last: an engine that failed it fails it again where training is started again.
-        self._to_check = False
+        self._checked = True
 
     def _longest_prompt(self) -> int:
         """More than a block of the prefix cache, where the engine takes so many tokens; the same in all processes."""
@@ -237,10 +240,11 @@ class _WithViews:
 
 
 @contextmanager
-def two_view_engine(engine: Mapping[str, Any] | None, check: bool) -> Iterator[None]:
+def two_view_engine(engine: Mapping[str, Any] | None, check: bool | float) -> Iterator[None]:
     """A trainer that is made inside generates by `TwoViewGeneration` where it uses vLLM."""
     made = partial(TwoViewGeneration, engine=engine or {}, check=check)
-    with _replaced(grpo_trainer, "VLLMGeneration", made):
+    # A trl that makes its backend by another name is no matter where no engine is used; else `check_engine` finds it.
+    with _replaced(grpo_trainer, "VLLMGeneration", made) if hasattr(grpo_trainer, "VLLMGeneration") else nullcontext():
         yield
 
 
@@ -264,11 +268,21 @@ def check_engine(trainer: Any, engine: Mapping[str, Any] | None) -> None:
         )
 
 
-def logp_differences(trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Tensor, " rows"]) -> dict[str, float]:
-    """Mean |log p_trainer - log p_engine| over the tokens of rows that were sampled on, and ablated; all processes'."""
+def logp_differences(
+    trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Tensor, " rows"] | None
+) -> dict[str, float]:
+    """Mean |log p_trainer - log p_engine| over the tokens of rows that were sampled on, and ablated; all processes'.
+
+    Args:
+        trainer: that made the rollouts.
+        rollouts: as TRL made them.
+        ablated: the rows that were sampled so; None: those of the view that the model is in now.
+    """
     old, sampled = rollouts.get("old_per_token_logps"), rollouts.get("sampling_per_token_logps")
     if not trainer.use_vllm or old is None or sampled is None:
         return {}
+    if ablated is None:
+        ablated = torch.tensor(ablated_rows(trainer.model, len(old)))
     mask = rollouts["completion_mask"].bool()
     if "tool_mask" in rollouts:
         mask = mask & rollouts["tool_mask"].bool()

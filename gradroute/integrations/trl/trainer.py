@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -65,9 +64,10 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
-        engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager; for a server, of
-            `gradroute.integrations.vllm.ServerViews`.
-        engine_check: whether the engine is checked by `assert_engine_follows` before the first rollout.
+        engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager, and `folder` for the
+            adapters' files; for a server, `folder` and `timeout` of `gradroute.integrations.vllm.ServerViews`.
+        engine_check: whether the engine is checked by `assert_engine_follows` before the first rollout, or the
+            check's tolerance in nats.
         args, kwargs: TRL's own.
 
     What the keywords were resolved to is `trainer.routing`: `gate`, `log_ratio_gate`, `directions`, `refresher`,
@@ -94,7 +94,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         ablated_from: int | None = None,
         clean_baseline: bool | None = None,
         engine: Mapping[str, Any] | None = None,
-        engine_check: bool = True,
+        engine_check: bool | float = True,
         **kwargs: Any,
     ) -> None:
         check_trl(super())
@@ -148,8 +148,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._sampled_ablated = ablated
         try:
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
-            shown = torch.full_like(ablated, self._view == "ablated") if not training else ablated
-            for name, value in logp_differences(self, rollouts, shown).items():
+            for name, value in logp_differences(self, rollouts, ablated if training else None).items():
                 self._metrics["train" if training else "eval"][name].append(value)
             if not training:
                 self._log_rows(rollout_table(len(inputs), self._view or "on"))

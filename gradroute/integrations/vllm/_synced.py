@@ -44,7 +44,9 @@ class SyncedViews(ABC):
         self._plain = plain
         # Of this run: a server may still hold the adapters, and cached prefixes, of another one.
         self._run = f"gradroute-{uuid.uuid4().hex[:8]}"
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder() if folder is None else folder))
+        self._folder = Path(
+            tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder(plain) if folder is None else folder)
+        )
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.held: dict[str, Any] = {}
         self._synced: list[tuple[float, ...]] | None = None
@@ -131,5 +133,10 @@ class SyncedViews(ABC):
         """Remove an adapter that `_load` loaded."""
 
 
-def _fast_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def _fast_folder(plain: PlainLora) -> str | None:
+    """Memory that looks like a folder, if it holds both views twice: new ones are written before the old ones go."""
+    shared = "/dev/shm"
+    if not os.access(shared, os.W_OK):
+        return None
+    numbers = sum(plain.numbers(blocks) for blocks in BLOCKS_OF.values())
+    return shared if shutil.disk_usage(shared).free > 2 * 4 * numbers else None

@@ -39,7 +39,9 @@ def check_version() -> None:
         import vllm  # noqa: PLC0415
     except ImportError as error:
         raise GradRouteError("vLLM should be installed. Found none. Fix: pip install vllm.") from error
-    if Version(vllm.__version__) < Version(LOWEST):
+    found = Version(vllm.__version__)
+    # A build from source calls itself 0.1.dev, whatever it is made of.
+    if found < Version(LOWEST) and not found.is_devrelease:
         raise GradRouteError(f"vllm should be {LOWEST} or newer. Found {vllm.__version__}. Fix: pip install -U vllm.")
 
 
