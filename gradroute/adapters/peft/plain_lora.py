@@ -50,7 +50,7 @@ class PlainLora:
 
     def numbers(self, blocks: Sequence[BlockName]) -> int:
         """How many numbers a checkpoint of these blocks holds."""
-        widths = (shape_of(layer.deployed.A)[1] + shape_of(layer.deployed.B)[0] for layer in self.layers.values())
+        widths = (layer.deployed.A.shape[1] + layer.deployed.B.shape[0] for layer in self.layers.values())
         return self.rank(blocks) * sum(widths)
 
     def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
