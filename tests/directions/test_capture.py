@@ -63,6 +63,33 @@ def test_features_equal_those_pooled_by_hand(features: str, reduction: str) -> N
         exact(acts[name], pooled_by_hand(expected[name][features], POOL, reduction))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "last"])
+@pytest.mark.parametrize("features", ["bottleneck", "input", "output"])
+def test_rollouts_packed_into_one_sequence_have_the_features_of_each_alone(features: str, reduction: str) -> None:
+    layers = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    model = gr.attach(layers, target_modules=["0", "2"], r=2, lora_alpha=4)
+    rollouts = [torch.randn(1, tokens, 6, dtype=torch.float64) for tokens in (3, 5, 2)]
+    pools = [torch.tensor([weights]) for weights in ([0.0, 1.0, 2.0], [0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 0.0])]
+    settings = {"features": features, "reduction": reduction}
+    with gr.capture_activations(model, pool=torch.block_diag(*pools), **settings) as packed:
+        model(torch.cat(rollouts, dim=1))
+    for row, (rollout, pool) in enumerate(zip(rollouts, pools, strict=True)):
+        with gr.capture_activations(model, pool=pool, **settings) as alone:
+            model(rollout)
+        for name in alone:
+            torch.testing.assert_close(packed[name][row : row + 1], alone[name])
+
+
+def test_a_token_that_no_packed_rollout_reads_does_not_count() -> None:
+    model = gr.attach(nn.Sequential(nn.Linear(6, 6)), target_modules=["0"], r=2, lora_alpha=4)
+    x = torch.randn(1, 5, 6)
+    x[0, 2] = torch.nan
+    pool = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0]])
+    with gr.capture_activations(model, pool=pool) as acts:
+        model(x)
+    assert acts["0"].isfinite().all()
+
+
 def test_bottleneck_is_A_times_the_pooled_input() -> None:
     model = routed_mixer()
     with gr.capture_activations(model, pool=POOL) as h, gr.capture_activations(model, pool=POOL, features="input") as x:

@@ -32,3 +32,12 @@ def test_features_of_a_sharded_model_know_the_base_that_it_was_before() -> None:
     with torch.no_grad(), gr.capture_activations(model, pool=POOL) as activations:
         model(IDS)
     assert activations.model == known_identity(model) == whole
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_model_can_be_moved_once_its_identity_is_known() -> None:
+    model = routed_mixer()
+    fully_shard(model)
+    known = known_identity(model)
+    model.to("cpu")  # torch swaps each parameter, even for the device that it is on
+    assert known_identity(model) == known

@@ -34,6 +34,7 @@ def trained(folder: Path, *overrides: str) -> str:
         "PYTHONPATH": f"{root}:{script.parent.parent}:{folder}", "HOME": str(folder), "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": "1", "VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "support.verl_cpu",
         "GRADROUTE_TEST_FOLDER": str(folder), "HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0",
+        "RAY_raylet_start_wait_time_s": "600",  # a busy machine takes longer than the minute that it would get
     }  # fmt: skip
     command = [sys.executable, "-W", "ignore", str(script), str(folder), *overrides]
     run = subprocess.run(
