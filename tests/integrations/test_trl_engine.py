@@ -75,12 +75,13 @@ def test_calls_past_the_trainer_which_no_adapter_would_answer_are_refused() -> N
 
 def test_an_engine_that_failed_its_check_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     generation = TwoViewGeneration.__new__(TwoViewGeneration)
-    monkeypatch.setattr(generation, "_to_check", True, raising=False)
+    generation._check, generation._checked = 0.1, False
     monkeypatch.setattr(TwoViewGeneration, "_longest_prompt", lambda _: 9)
     monkeypatch.setattr(TwoViewGeneration, "_plain_sampling", lambda _: nullcontext())
     generation.model, outcomes = None, iter([gr.GradRouteError("does not follow"), None])
 
-    def follows(*_: Any, **__: Any) -> None:
+    def follows(*_: Any, **options: Any) -> None:
+        assert options == {"prompt_tokens": 9, "tolerance": 0.1}
         if (error := next(outcomes)) is not None:
             raise error
 
