@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 
 import gradroute as gr
 
@@ -15,8 +14,10 @@ PROMPTS = [3, 2, 4, 3, 2, 4, 3, 5]
 RESPONSES = [4, 6, 3, 5, 2, 4, 6, 1]
 
 
-def rollouts(rows: slice) -> TensorDict:
+def rollouts(rows: slice) -> Any:
     """Some of eight rollouts; the last one is like those that verl fills a batch up with: no token has a loss."""
+    from tensordict import TensorDict
+
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 32, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     masks = [torch.ones(r) for r in RESPONSES]
