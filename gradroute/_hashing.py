@@ -11,6 +11,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from gradroute._offloading import check_in_memory, in_memory
@@ -138,7 +139,12 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
     reshard(model)
     deployed = [whole(p) for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [p.reshape(-1).view(sizes[p.element_size()]).long() for p in deployed]
+    bits = [bits_of(p).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
+
+
+def bits_of(tensor: Tensor) -> Int[Tensor, " n"]:
+    """The bits of each number, as an integer of the same width."""
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().reshape(-1).view(sizes[tensor.element_size()])

@@ -48,16 +48,16 @@ class Clock(TrainerCallback):
         self.seconds[-1] += time.perf_counter()
 
 
-def prepare(folder: str, _: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace) -> None:
     """A checkpoint that an engine loads, with its tokenizer."""
     from smollm.base_model import cache_folder, load_base  # noqa: PLC0415 - needs what an engine's environment lacks
 
     model, _codec = load_base(ENVIRONMENT)
-    model.save_pretrained(folder)
+    model.save_pretrained(arguments.folder)
     (source,) = (path for path in cache_folder().glob("smollm2-135m-*") if path.is_dir())
     for path in source.iterdir():
         if "token" in path.name or path.suffix == ".jinja":
-            (Path(folder) / path.name).write_bytes(path.read_bytes())
+            (Path(arguments.folder) / path.name).write_bytes(path.read_bytes())
 
 
 def milliseconds(what: Callable[[], Any], times: int = 5) -> float:
@@ -70,13 +70,13 @@ def milliseconds(what: Callable[[], Any], times: int = 5) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def sync(folder: str, arguments: argparse.Namespace) -> None:
+def sync(arguments: argparse.Namespace) -> None:
     """Times each part of `EngineViews.sync`, beside two exports without what is worked out once."""
     from vllm import LLM  # noqa: PLC0415 - `prepare` runs without it
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
     model = gr.attach(model, r=arguments.r, r_quarantine=arguments.r)
-    llm = LLM(folder, dtype=arguments.dtype, enforce_eager=True, max_model_len=512, **lora_options(model))
+    llm = LLM(arguments.folder, dtype=arguments.dtype, enforce_eager=True, max_model_len=512, **lora_options(model))
     start = time.perf_counter()
     views = EngineViews(model, llm)
     print(f"made, with its first sync {1000 * (time.perf_counter() - start):.0f} ms")
@@ -103,11 +103,11 @@ def sync(folder: str, arguments: argparse.Namespace) -> None:
     print(f"export_full and export_deployed, with the walks that a sync leaves out: {walked:.0f} ms")
 
 
-def train(folder: str, arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> None:
     """One run by each: seconds a step, rewards, and how far the log-probabilities are from the trainer's."""
     for engine in ("vllm", "generate"):
         clock = Clock()
-        made = trainer(folder, arguments, engine == "vllm")
+        made = trainer(arguments, engine == "vllm")
         made.add_callback(clock)
         made.train()
         steps = [entry for entry in made.state.log_history if "loss" in entry]
@@ -120,7 +120,7 @@ def train(folder: str, arguments: argparse.Namespace) -> None:
               f"{statistics.mean(rewards):.3f}; {json.dumps(figures)}", flush=True)  # fmt: skip
 
 
-def trainer(folder: str, arguments: argparse.Namespace, vllm: bool) -> Any:
+def trainer(arguments: argparse.Namespace, vllm: bool) -> Any:
     """A routed trainer whose detector flags hacks of the monitored markers."""
     draw = Random(0)
     prompts = [ENVIRONMENT.prompt(draw) for _ in range(512)]
@@ -145,7 +145,7 @@ def trainer(folder: str, arguments: argparse.Namespace, vllm: bool) -> Any:
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     return GradRouteGRPOTrainer(
-        model=folder, reward_funcs=reward, args=settings, detector=detector, ablated_fraction=0.25,
+        model=arguments.folder, reward_funcs=reward, args=settings, detector=detector, ablated_fraction=0.25,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}]} for p in prompts]),
         peft_config=gr.QuarantineLoraConfig(r=arguments.r, target_modules="all-linear"),
         **({"engine": {"dtype": arguments.dtype, "enforce_eager": True}} if vllm else {}),
@@ -155,16 +155,21 @@ def trainer(folder: str, arguments: argparse.Namespace, vllm: bool) -> Any:
 COMMANDS = {"prepare": prepare, "sync": sync, "train": train}
 
 
-def main() -> None:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The checked command line; each command has the options that it reads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("folder", help="a checkpoint; `prepare` writes it")
-    parser.add_argument("--r", type=int, default=16, help="rank of each block; default %(default)s")
-    parser.add_argument("--steps", type=int, default=6, help="of `train`; default %(default)s")
-    parser.add_argument("--dtype", default="float32", help="of the engine; default %(default)s")
-    arguments = parser.parse_args()
-    COMMANDS[arguments.command](arguments.folder, arguments)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.__doc__.splitlines()[0], allow_abbrev=False)
+        own.add_argument("folder", help="a checkpoint")
+        if name != "prepare":
+            own.add_argument("--r", type=int, default=16, help="rank of each block; default %(default)s")
+            own.add_argument("--dtype", default="float32", help="of the engine; default %(default)s")
+        if name == "train":
+            own.add_argument("--steps", type=int, default=6, help="default %(default)s")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    given = parse_arguments(sys.argv[1:])
+    COMMANDS[given.command](given)

@@ -91,7 +91,7 @@ def test_the_engine_holds_the_blocks_of_now_when_the_check_is_over() -> None:
 FAULTS = {
     "scaling": "fit no other view either.*scaling",
     "stale": "fit the blocks before the move.*new each time",
-    "one view": "in a call with both views.*fit the other view.*adapter of its own view",
+    "one view": "in a call with both views.*fit the other view.*adapter of its view",
     "no adapter": "a row sampled ablated.*fit the base model",
     "temperature": "fit no other view either.*temperature",
 }
@@ -208,3 +208,28 @@ def test_outputs_of_another_form_are_refused(case: str) -> None:
     generate, message = WRONG[case]
     with pytest.raises(gr.GradRouteError, match=message):
         assert_engine_follows(routed(), generate, prompts=PROMPTS)
+
+
+def test_an_engine_is_not_taken_for_right_in_a_call_whose_tokens_would_not_show_it() -> None:
+    # Right everywhere, but its ablated rows sample tokens of which all states say the same.
+    model = routed()
+
+    class Blind(Engine):
+        def row(self, prompt: list[int], scale: float) -> Any:
+            ids, logps = super().row(prompt, scale)
+            if scale:
+                return ids, logps
+            known = self.model.lm_head.weight.shape[0]
+            both = [self.both(prompt, token) for token in range(known)]
+            token = min(range(known), key=lambda i: abs(both[i][0] - both[i][1]))
+            return [token], [both[token][1]]
+
+        def both(self, prompt: list[int], token: int) -> tuple[float, float]:
+            with torch.no_grad():
+                on = self.held(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                with gr.ablate_quarantine(self.held):
+                    off = self.held(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            return float(on[token]), float(off[token])
+
+    with pytest.raises(gr.GradRouteError, match="should tell the views apart by 0.4 nats"):
+        assert_engine_follows(model, Blind(model), prompts=PROMPTS)

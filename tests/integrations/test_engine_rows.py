@@ -111,7 +111,7 @@ class Server:
     def answer(self, path: str, body: dict[str, str]) -> tuple[int, str]:
         name = body["lora_name"]
         if path == "/v1/unload_lora_adapter":
-            return (200, "ok") if self.loaded.pop(name, None) else (404, "no such adapter")
+            return (200, "ok") if self.loaded.pop(name, None) else (404, f"The lora adapter {name!r} cannot be found.")
         if self.refuse_second and "ablated" in name:
             return 500, "no room"
         base = base_model("llama")
@@ -260,3 +260,20 @@ def test_a_model_whose_layers_or_adapters_changed_raises(server: Server) -> None
     layer.q_proj = layer.q_proj.base_layer
     with pytest.raises(gr.GradRouteError, match="Found other layers"):
         views.sync()
+
+
+def test_a_folder_is_made_where_there_is_none_and_a_file_is_refused(server: Server, tmp_path: Path) -> None:
+    views = ServerViews(routed(), server.url, folder=tmp_path / "shared" / "adapters")
+    assert Path(server.loaded[views.name_of("on")]["path"]).is_relative_to(tmp_path / "shared" / "adapters")
+    views.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(gr.GradRouteError, match="`folder` should be a folder"):
+        ServerViews(routed(), server.url, folder=tmp_path / "file")
+
+
+def test_a_server_that_was_started_again_is_synced_again(server: Server) -> None:
+    model = routed()
+    views = ServerViews(model, server.url)
+    server.loaded.clear()
+    views.sync()
+    assert set(server.loaded) == {views.name_of("on"), views.name_of("ablated")}

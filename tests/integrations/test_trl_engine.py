@@ -12,12 +12,14 @@ from support.trl_runs import flags, quiet, trainer
 from trl.generation.vllm_client import VLLMClient
 
 import gradroute as gr
-from gradroute.integrations.trl._engine import TwoViewGeneration, _AdapterClient, _WithViews, logp_differences
+from gradroute.integrations.trl._adapter_client import AdapterClient
+from gradroute.integrations.trl._engine import TwoViewGeneration, _WithViews
+from gradroute.integrations.trl._logs import logp_differences
 
 pytestmark = [*quiet]
 
 
-class Client(_AdapterClient):
+class Client(AdapterClient):
     def __init__(self, ablated: list[bool]) -> None:
         self.model, self.ablated = "base", ablated
         self.views: Any = SimpleNamespace(name_of=lambda view: f"adapter-{view}")
@@ -81,7 +83,7 @@ def test_an_engine_that_failed_its_check_is_checked_again(monkeypatch: pytest.Mo
     generation.model, outcomes = None, iter([gr.GradRouteError("does not follow"), None])
 
     def follows(*_: Any, **options: Any) -> None:
-        assert options == {"prompt_tokens": 9, "tolerance": 0.1}
+        assert options == {"prompts": 9, "tolerance": 0.1}
         if (error := next(outcomes)) is not None:
             raise error
 
@@ -118,9 +120,16 @@ def test_differences_are_means_over_the_tokens_of_each_view() -> None:
     assert logp_differences(with_engine, rollouts, torch.zeros(3).bool()) == {}
 
 
-def test_arguments_of_an_engine_that_is_not_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(gr.GradRouteError, match="`engine` is read with use_vllm=True"):
-        trainer(tmp_path, detector=flags, engine={"dtype": "float32"})
+@pytest.mark.parametrize(("name", "value"), [("engine", {"dtype": "float32"}), ("engine_check", False)])
+def test_arguments_of_an_engine_that_is_not_used_are_refused(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(gr.GradRouteError, match=f"`{name}` is read with use_vllm=True"):
+        trainer(tmp_path, detector=flags, **{name: value})
+
+
+@pytest.mark.parametrize("check", [0.0, -1.0])
+def test_a_tolerance_that_is_none_is_refused_when_the_trainer_is_made(check: float) -> None:
+    with pytest.raises(gr.GradRouteError, match="`engine_check` should be"):
+        TwoViewGeneration(engine={}, check=check)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -116,7 +116,7 @@ def test_a_server_follows_a_loop_of_ones_own(url: str) -> None:
         ids = [each["completion_ids"][0] for each in made]
         return ids, [[first[0] for first in each["logprobs"][0]] for each in made]
 
-    assert assert_engine_follows(model, generate, prompt_tokens=80) < 1e-4
+    assert assert_engine_follows(model, generate, prompts=80) < 1e-4
     views.close()
 
 

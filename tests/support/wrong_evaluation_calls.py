@@ -50,7 +50,7 @@ EVALUATION_CALLS: Calls = {
         ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]))),
         ("`generate`", lambda: assert_engine_follows(TRAINED, lambda _: ["text"], prompts=[[1, 2]])),
         ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([], []), prompts=[])),
-        ("`prompt_tokens`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), prompt_tokens=0)),
+        ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), prompts=0)),
         ("`tolerance`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), tolerance=0.0)),
         ("`temperature`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), temperature=-1.0)),
     ],

@@ -57,11 +57,11 @@ def export_full(model: nn.Module, path: str | Path) -> None:
         _export(model, folder, ["deployed", "quarantine"], writes=writes)
 
 
-def checked_folder(path: object) -> Path:
-    """`path`, if it is a folder or can become one."""
+def checked_folder(path: object, argument: str = "path") -> Path:
+    """`path`, if it is a folder or can become one; `argument` is what the user calls it."""
     if not isinstance(path, str | PathLike) or Path(path).is_file():
         found = f"the file {path}" if isinstance(path, str | PathLike) else type(path).__name__
-        raise GradRouteError(f"`path` should be a folder, there or to be made. Found {found}.")
+        raise GradRouteError(f"`{argument}` should be a folder, there or to be made. Found {found}.")
     return Path(path)
 
 

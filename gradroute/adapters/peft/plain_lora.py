@@ -55,11 +55,6 @@ class PlainLora:
         widths = (shape_of(layer.deployed.A)[1] + shape_of(layer.deployed.B)[0] for layer in self.layers.values())
         return self.rank(blocks) * sum(widths)
 
-    def numbers(self, blocks: Sequence[BlockName]) -> int:
-        """How many numbers a checkpoint of these blocks holds."""
-        widths = (shape_of(layer.deployed.A)[1] + shape_of(layer.deployed.B)[0] for layer in self.layers.values())
-        return self.rank(blocks) * sum(widths)
-
     def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
         """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU; of a sharded model, on every rank.
 

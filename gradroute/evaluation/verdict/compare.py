@@ -11,7 +11,7 @@ Every condition is one on an interval at the same level. "Effective" needs all o
 that of one (Berger 1982, intersection-union test). Several treatments: Holm 1979 over their p-values.
 
 Where there are arms with one block, there is a second claim, "better than one block" (`one_block`). It answers another
-question, so it has a Holm correction of its own, over the treatments that have rivals.
+question, so its p-values are corrected apart from the first claim's: Holm, over the treatments that have rivals.
 
 A single seed is never "effective" over seeds: ablated hack rates of one control over seeds were .04, .91 and .07.
 """

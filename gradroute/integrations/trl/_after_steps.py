@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from gradroute.integrations.trl._logs import append_metrics
 from gradroute.refresh.watch import Watch, check_comes_due
 
 
@@ -56,5 +57,4 @@ class AfterSteps(TrainerCallback):
         figures = {"directions/age": float(refresher.age)}
         if report is not None:
             figures |= {"directions/overlap": report.overlap, "directions/angle": report.largest_angle}
-        for name, value in figures.items():
-            trainer._metrics["train"][name].append(value)
+        append_metrics(trainer, figures)

@@ -7,29 +7,25 @@
 TRL merges and copies whole weights instead, which an engine cannot ablate for some rows.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from jaxtyping import Bool
-from torch import Tensor
 from trl.generation import vllm_generation
-from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+from gradroute._checks import positive_number
 from gradroute.errors import GradRouteError
 from gradroute.evaluation import assert_engine_follows
+from gradroute.integrations.trl._adapter_client import PAST_VIEWS, AdapterClient
 from gradroute.integrations.trl._requirements import shards
 from gradroute.integrations.vllm import EngineViews, ServerViews, lora_options
 from gradroute.integrations.vllm.options import check_version
 from gradroute.integrations.vllm.rows import ablated_rows
 
-_Client: Any = VLLMClient
 _Generation: Any = VLLMGeneration
 _backend: Any = vllm_generation
 
@@ -61,6 +57,8 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
     llm: Any
 
     def __init__(self, *args: Any, engine: Mapping[str, Any], check: bool | float, **kwargs: Any) -> None:
+        if not isinstance(check, bool):
+            positive_number("engine_check", check)
         self._engine, self._check, self._checked = dict(engine), check, False
         super().__init__(*args, **kwargs)
 
@@ -69,7 +67,7 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         self._check_options()
         self.views: EngineViews | ServerViews | None = None
         if self.mode == "server":
-            with _replaced(vllm_generation, "VLLMClient", _AdapterClient):
+            with _replaced(vllm_generation, "VLLMClient", AdapterClient):
                 super()._init_vllm()
             if self.accelerator.is_main_process:
                 self.views = ServerViews(self.model, self.vllm_client.base_url, **self._engine)
@@ -83,16 +81,16 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         self.llm = _WithViews(self.llm, self)
 
     def sync_weights(self) -> None:
-        """Both views of the model as it is now, in place of merged weights."""
-        if self.views is not None:
+        """Both views of the model as it is now, in place of merged weights; nothing is sent twice."""
+        stale = self.views is not None and not self.views.is_current
+        # All processes decide alike: of a sharded model each holds a part, and a sync gathers them.
+        if any(gather_object([stale])) and self.views is not None:
             self.views.sync()
 
     def generate(self, prompts: Any, images: Any, num_generations: int, profiler: Any = None) -> Any:
         """TRL's; each row in the view that the model is in."""
-        # TRL syncs where the step has changed; weights may change without a step. All processes decide alike: of a
-        # sharded model each holds a part, and a sync gathers them.
-        if any(gather_object([self.views is not None and not self.views.is_current])):
-            self.sync_weights()
+        # TRL asks for a sync where the step has changed. Weights may change without a step.
+        self.sync_weights()
         if self.mode == "server":
             flags = gather_object(ablated_rows(self.model, len(prompts)))
             if self.accelerator.is_main_process:
@@ -111,7 +109,7 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         """
         if self._checked or self._check is False:
             return
-        options: dict[str, Any] = {"prompt_tokens": self._longest_prompt()}
+        options: dict[str, Any] = {"prompts": self._longest_prompt()}
         if self._check is not True:
             options["tolerance"] = self._check
         with self._plain_sampling():
@@ -129,7 +127,6 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
         return min(160, int(broadcast_object_list(room)[0]) - _CHECKED_TOKENS)
 
     def _sampled(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
-        self.sync_weights()
         _, ids, logps, _ = self.generate([list(prompt) for prompt in prompts], None, 1)
         return ids, [[first[0] for first in row] for row in logps]
 
@@ -166,61 +163,6 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
             raise GradRouteError(f"`engine` should hold what the engine reads. Found {', '.join(unread)}. Fix: {fix}.")
 
 
-class _AdapterClient(_Client):  # type: ignore[misc]
-    """TRL's client of a server: adapters are loaded from files, and each row is sampled by the name of its own."""
-
-    model: str
-    views: ServerViews
-    ablated: Sequence[bool] = ()
-
-    def max_model_len(self) -> int:
-        """Tokens of the longest prompt with its completion."""
-        return int(self._get(f"{self.base_url}/v1/models")["data"][0]["max_model_len"])
-
-    def init_communicator(self, device: Any = 0) -> None:
-        """No weights are sent to the server."""
-
-    def generate(self, prompts: Any, features: None = None, n: int = 1, **sampling: Any) -> dict[str, Any]:
-        """TRL's, of `n` rows per prompt, some of them ablated: one request per view and number of rows."""
-        if not hasattr(self, "model"):
-            raise GradRouteError(
-                "`vllm_mode='server'` should speak to vLLM's own server, which knows adapters. Found a trl that speaks "
-                "to another one. Fix: trl 1.16 or newer, or vllm_mode='colocate'."
-            )
-        if len(self.ablated) != n * len(prompts):
-            raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.generate"))
-        groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
-        for i in range(len(prompts)):
-            off = sum(self.ablated[i * n : (i + 1) * n])
-            for ablated, count in ((True, off), (False, n - off)):
-                if count:
-                    groups[ablated, count].append(i)
-        rows: dict[str, list[Any]] = {name: [None] * (n * len(prompts)) for name in _PER_ROW}
-        base = self.model
-        try:
-            for (ablated, count), chosen in groups.items():
-                self.model = self.views.name_of("ablated" if ablated else "on")
-                made = super().generate([prompts[i] for i in chosen], features, n=count, **sampling)
-                places = [j for i in chosen for j in range(i * n, (i + 1) * n) if self.ablated[j] == ablated]
-                for name, values in rows.items():
-                    for place, value in zip(places, made[name], strict=True):
-                        values[place] = value
-        finally:
-            self.model = base
-        return {"prompt_ids": [list(prompt) for prompt in prompts], **rows}
-
-    def chat(self, *_: Any, **__: Any) -> Any:
-        """Refused: TRL's would be answered by the base model."""
-        raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.chat"))
-
-
-_PAST_VIEWS = (
-    "The engine should be asked through the trainer, which says in which view each row is sampled: without an adapter "
-    "the base model answers. Found a call of `{what}`. Fix: trainer.vllm_generation.generate(prompts, None, 1)."
-)
-_PER_ROW = ("completion_ids", "logprobs", "logprob_token_ids")
-
-
 class _WithViews:
     """TRL's engine in this process: what it samples, it samples with the adapter of each row's view."""
 
@@ -235,7 +177,7 @@ class _WithViews:
         return self._llm.generate(prompts, lora_request=requests, **options)
 
     def chat(self, *_: Any, **__: Any) -> Any:
-        raise GradRouteError(_PAST_VIEWS.format(what="llm.chat"))
+        raise GradRouteError(PAST_VIEWS.format(what="llm.chat"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -250,17 +192,18 @@ def two_view_engine(engine: Mapping[str, Any] | None, check: bool | float) -> It
         yield
 
 
-def check_engine(trainer: Any, engine: Mapping[str, Any] | None) -> None:
+def check_engine(trainer: Any, engine: Mapping[str, Any] | None, check: bool | float) -> None:
     """Raise unless the trainer uses what `two_view_engine` says.
 
     Raises:
-        GradRouteError: `engine` without vLLM; a trainer that made its backend in another way.
+        GradRouteError: `engine` or `engine_check` without vLLM; a trainer that made its backend in another way.
     """
     if not trainer.args.use_vllm:
-        if engine is not None:
-            raise GradRouteError(
-                "`engine` is read with use_vllm=True. Found use_vllm=False. Fix: set it, or drop `engine`."
-            )
+        for name, given in (("engine", engine is not None), ("engine_check", check is not True)):
+            if given:
+                raise GradRouteError(
+                    f"`{name}` is read with use_vllm=True. Found use_vllm=False. Fix: set it, or leave `{name}` out."
+                )
         return
     if trainer.vllm_mode == "server" and shards(trainer):
         raise GradRouteError(
@@ -273,36 +216,6 @@ def check_engine(trainer: Any, engine: Mapping[str, Any] | None) -> None:
             f"The trainer should generate by gradroute's vLLM backend. Found {type(backend).__name__}: some class made "
             "another one. Fix: leave `vllm_generation` to GRPOTrainer."
         )
-
-
-def logp_differences(
-    trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Tensor, " rows"] | None
-) -> dict[str, float]:
-    """Mean |log p_trainer - log p_engine| over the tokens of rows that were sampled on, and ablated; all processes'.
-
-    Args:
-        trainer: that made the rollouts.
-        rollouts: as TRL made them.
-        ablated: the rows that were sampled so; None: those of the view that the model is in now.
-    """
-    old, sampled = rollouts.get("old_per_token_logps"), rollouts.get("sampling_per_token_logps")
-    if not trainer.use_vllm or old is None or sampled is None:
-        return {}
-    if ablated is None:
-        ablated = torch.tensor(ablated_rows(trainer.model, len(old)))
-    mask = rollouts["completion_mask"].bool()
-    if "tool_mask" in rollouts:
-        mask = mask & rollouts["tool_mask"].bool()
-    difference = (old - sampled).abs()
-    # vLLM may leave a token without a log-probability.
-    mask = mask & ~difference.isnan()
-    off = ablated.to(mask.device)[:, None]
-    parts = [(difference * rows).nan_to_num().sum() for rows in (mask & ~off, mask & off)]
-    counts = [rows.sum() for rows in (mask & ~off, mask & off)]
-    figures = torch.stack([torch.stack(parts).double(), torch.stack(counts).double()])
-    sums, numbers = trainer.accelerator.gather(figures[None]).sum(0).tolist()
-    names = ("sampling/logp_difference_on", "sampling/logp_difference_ablated")
-    return {name: part / count for name, part, count in zip(names, sums, numbers, strict=True) if count}
 
 
 def _made_with(make: Any, options: Mapping[str, Any], **given: Any) -> Any:

@@ -173,8 +173,8 @@ def check_log_ratio_gate(given: Any, gate: Gate | None) -> None:
             "`log_ratio_gate` is combined with a gate of zones: a row is routed if either says so. Found a soft gate, "
             f"{gate!r}, which weighs rows. Fix: soft=False."
         )
-    # Of keep and absorb, | takes absorb. So beside a gate with zones of its own, this one has to keep what it does not
-    # route, or no row would ever be kept.
+    # `keep | absorb` is absorb. A gate without `below` sets both zones: beside it, this gate has to keep what it does
+    # not route, or no row would be kept.
     below = getattr(gate, "below", "keep")
     if given.below != below:
         raise GradRouteError(

@@ -1,14 +1,17 @@
 """TRL's metrics and its table of completions: what goes into them, and what is kept out."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from gradroute.adapters.mask import RouteMask
+from gradroute.integrations.vllm.rows import ablated_rows
 
 
 class DiscardedMetrics(dict[str, list[float]]):
@@ -66,3 +69,49 @@ def own_table(trainer: Any, name: str) -> Iterator[None]:
     finally:
         if had_one:
             aside.replace(table)
+
+
+def logp_differences(
+    trainer: Any, rollouts: Mapping[str, Any], ablated: Bool[Tensor, " rows"] | None
+) -> dict[str, float]:
+    """Mean |log p_trainer - log p_engine| over the tokens of rows that were sampled on, and ablated; all processes'.
+
+    Args:
+        trainer: that made the rollouts.
+        rollouts: as TRL made them.
+        ablated: the rows that were sampled so; None: those of the view that the model is in now.
+    """
+    old, sampled = rollouts.get("old_per_token_logps"), rollouts.get("sampling_per_token_logps")
+    if not trainer.use_vllm or old is None or sampled is None:
+        return {}
+    if ablated is None:
+        ablated = torch.tensor(ablated_rows(trainer.model, len(old)))
+    mask = rollouts["completion_mask"].bool()
+    if "tool_mask" in rollouts:
+        mask = mask & rollouts["tool_mask"].bool()
+    difference = (old - sampled).abs()
+    # vLLM may leave a token without a log-probability.
+    mask = mask & ~difference.isnan()
+    off = ablated.to(mask.device)[:, None]
+    parts = [(difference * rows).nan_to_num().sum() for rows in (mask & ~off, mask & off)]
+    counts = [rows.sum() for rows in (mask & ~off, mask & off)]
+    figures = torch.stack([torch.stack(parts).double(), torch.stack(counts).double()])
+    sums, numbers = trainer.accelerator.gather(figures[None]).sum(0).tolist()
+    names = ("sampling/logp_difference_on", "sampling/logp_difference_ablated")
+    return {name: part / count for name, part, count in zip(names, sums, numbers, strict=True) if count}
+
+
+def append_metrics(trainer: Any, figures: Mapping[str, float]) -> None:
+    """Add figures to those of which TRL logs the means, of training or of an evaluation."""
+    for name, value in figures.items():
+        trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+
+
+def taken_eval_metrics(trainer: Any, prefix: str) -> dict[str, Any]:
+    """The means of an evaluation's figures under a prefix, taken away from TRL, which calls all of them eval_*."""
+    taken: dict[str, Any] = {}
+    for name, values in trainer._metrics["eval"].items():
+        valid = [value for value in values if not math.isnan(value)]
+        taken[f"{prefix}_{name}"] = sum(valid) / len(valid) if valid else None
+    trainer._metrics["eval"].clear()
+    return taken

@@ -10,7 +10,6 @@
 TRL shuffles, splits and reuses the dictionary, so that masks stay with their rows.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -25,12 +24,12 @@ from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import RouteError
 from gradroute.filters import apply_filter
+from gradroute.integrations.trl import _logs
 from gradroute.integrations.trl import _resume as checkpoint
 from gradroute.integrations.trl._after_steps import AfterSteps
-from gradroute.integrations.trl._engine import check_engine, logp_differences, two_view_engine
+from gradroute.integrations.trl._engine import check_engine, two_view_engine
 from gradroute.integrations.trl._flagging import sampled_ablated
 from gradroute.integrations.trl._late_routing import LateRouting
-from gradroute.integrations.trl._logs import own_table, rollout_table, unlogged
 from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
 from gradroute.integrations.trl._schedule import Schedule
@@ -66,8 +65,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
         engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager, and `folder` for the
             adapters' files; for a server, `folder` and `timeout` of `gradroute.integrations.vllm.ServerViews`.
-        engine_check: whether the engine is checked by `assert_engine_follows` before the first rollout, or the
-            check's tolerance in nats.
+        engine_check: with `use_vllm=True`, whether `assert_engine_follows` checks the engine before the first rollout,
+            or its tolerance in nats.
         args, kwargs: TRL's own.
 
     What the keywords were resolved to is `trainer.routing`: `gate`, `log_ratio_gate`, `directions`, `refresher`,
@@ -101,7 +100,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         with two_view_engine(engine, engine_check):
             super().__init__(*args, **kwargs)
         check_attributes(self)
-        check_engine(self, engine)
+        check_engine(self, engine, engine_check)
         check_run(
             self, ablated_fraction=ablated_fraction, filters=grad_filter is not None, slow_start=bool(slow_start_steps)
         )
@@ -149,18 +148,16 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._sampled_ablated = ablated
         try:
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
-            for name, value in logp_differences(self, rollouts, ablated if training else None).items():
-                self._metrics["train" if training else "eval"][name].append(value)
+            _logs.append_metrics(self, _logs.logp_differences(self, rollouts, ablated if training else None))
             if not training:
-                self._log_rows(rollout_table(len(inputs), self._view or "on"))
+                self._log_rows(_logs.rollout_table(len(inputs), self._view or "on"))
                 return rollouts
             routed = self._flagging.route(rollouts, ablated)
             put_route(rollouts, routed.mask, routed.scores)
             rollouts |= routed.entries
             known = {"scores": routed.scores, "log_ratios": routed.entries.get(LOG_RATIO), "ablated": ablated}
-            self._log_rows(rollout_table(len(inputs), "on", mask=routed.gated, **known))
-            for name, value in routed.figures.items():
-                self._metrics["train"][name].append(value)
+            self._log_rows(_logs.rollout_table(len(inputs), "on", mask=routed.gated, **known))
+            _logs.append_metrics(self, routed.figures)
         finally:
             self._sampled_ablated = None
         return rollouts
@@ -183,7 +180,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._flagging.see_rewards(rewards)
         rate = self._flagging.detect(inputs, prompts, completions, completion_ids_list)
         if rate is not None:
-            self._metrics["train" if self.model.training else "eval"]["routing/detector_rate"].append(rate)
+            _logs.append_metrics(self, {"routing/detector_rate": rate})
         return rewards
 
     def _rows_ablated(self) -> AbstractContextManager[Any]:
@@ -215,9 +212,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         self._open = None
         if self.routing.filter is not None and self.accelerator.sync_gradients:
             stats = apply_filter(self.model, self.routing.filter)
-            figures = {"cin": stats.cin, "cout": stats.cout, "null": stats.null, "fired": stats.fired}
-            for name, value in figures.items():
-                self._metrics["train"][f"filter/{name}"].append(value)
+            names = ("cin", "cout", "null", "fired")
+            _logs.append_metrics(self, {f"filter/{name}": getattr(stats, name) for name in names})
         return loss
 
     def compute_loss(
@@ -240,7 +236,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             loss = super().compute_loss(model, batch.inputs, return_outputs, num_items_in_batch)
             if batch.clean is None:
                 return loss
-            with unlogged(self):
+            with _logs.unlogged(self):
                 clean = super().compute_loss(model, batch.clean, return_outputs, num_items_in_batch)
         finally:
             self._twice = None
@@ -284,13 +280,9 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, but that metrics of an evaluation go under the prefix of their view and data set."""
         if self._evaluated is not None and not self.model.training:
-            # TRL would call those of both views, and of all data sets, eval_*.
-            for name, values in self._metrics["eval"].items():
-                valid = [value for value in values if not math.isnan(value)]
-                logs[f"{self._evaluated}_{name}"] = sum(valid) / len(valid) if valid else None  # type: ignore[assignment]
-            self._metrics["eval"].clear()
+            logs |= _logs.taken_eval_metrics(self, self._evaluated)
         writes = self.log_completions and self.accelerator.is_main_process
-        with own_table(self, self._evaluated) if self._evaluated is not None and writes else nullcontext():
+        with _logs.own_table(self, self._evaluated) if self._evaluated is not None and writes else nullcontext():
             super().log(logs, start_time)
 
     # Checkpoints

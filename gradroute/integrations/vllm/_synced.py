@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from gradroute._hashing import bits_of
 from gradroute._protocol import BLOCKS, BlockName
 from gradroute._sharding import held
+from gradroute.adapters.peft.export import checked_folder
 from gradroute.adapters.peft.plain_lora import PlainLora
 from gradroute.errors import GradRouteError
 from gradroute.integrations.vllm.rows import rows_in_view
@@ -34,9 +36,6 @@ REFUSED = (
 
 _SYNCS = itertools.count(1)
 
-# Integers as wide as a parameter's numbers.
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 class SyncedViews(ABC):
     """What both kinds of engine share: exports under new names, and the view of each row."""
@@ -45,9 +44,11 @@ class SyncedViews(ABC):
         self._plain = plain
         # Of this run: a server may still hold the adapters, and cached prefixes, of another one.
         self._run = f"gradroute-{uuid.uuid4().hex[:8]}"
-        self._folder = Path(
-            tempfile.mkdtemp(prefix=f"{self._run}-", dir=_fast_folder(plain) if folder is None else folder)
-        )
+        if folder is None:
+            folder = _fast_folder(plain)
+        else:
+            checked_folder(folder, "folder").mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{self._run}-", dir=folder))
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.held: dict[str, Any] = {}
         self._synced: list[tuple[float, ...]] | None = None
@@ -62,17 +63,14 @@ class SyncedViews(ABC):
         """
         if not self._remove_folder.alive:
             raise GradRouteError("The views should be open. Found that close() was called. Fix: make others.")
-        old, self.held, self._synced = self.held, {}, None
-        written = self._written()
+        self._synced, written = None, self._written()
         number = next(_SYNCS)
         paths = {view: self._folder / f"{view}-{number}" for view in BLOCKS_OF}
         for view, blocks in BLOCKS_OF.items():
             self._plain.write(paths[view], self._plain.factors(blocks, self._dtype()), {})
-        for request in old.values():
-            self._unload(request)
+        self._unload_all()
         for view, path in paths.items():
-            # The path says the view and the number; the name says the run as well. One by one: where the second is
-            # refused, the next sync removes the first.
+            # One by one: where the second is refused, the next sync removes the first.
             self.held[view] = self._load(f"{self._run}-{path.name}", path)
         for folder in self._folder.iterdir():
             if folder not in paths.values():
@@ -86,10 +84,14 @@ class SyncedViews(ABC):
 
     def close(self) -> None:
         """Remove both adapters and their files."""
-        held, self.held, self._synced = self.held, {}, None
-        for request in held.values():
-            self._unload(request)
+        self._synced = None
+        self._unload_all()
         self._remove_folder()
+
+    def _unload_all(self) -> None:
+        for view in list(self.held):
+            self._unload(self.held[view])
+            del self.held[view]
 
     def views_of_rows(self, rows: int) -> list[str]:
         """The view of each row that is sampled now."""
@@ -98,6 +100,7 @@ class SyncedViews(ABC):
         return ["ablated" if row else "on" for row in ablated]
 
     def check_current(self) -> None:
+        """Raise unless the engine holds both views of the blocks as they are."""
         if self._synced is None:
             raise GradRouteError(
                 "The engine should hold both views. Found none: it was closed, or its last sync failed."
@@ -109,14 +112,14 @@ class SyncedViews(ABC):
             )
 
     def _written(self) -> list[tuple[float, ...]]:
-        """Changes with every write: a place, torch's count of writes, and the sum of the bits of each parameter.
+        """Changes with every write: the address of each parameter, torch's count of writes, and the sum of its bits.
 
-        Fused optimizers and writes through `.data` are not counted by torch.
+        torch does not count writes of fused optimizers and writes through `.data`.
         """
         self._plain.reshard()
         layers = self._plain.layers.values()
-        parameters = [held(p).detach() for layer in layers for block in BLOCKS for p in layer.block_parameters(block)]
-        sums = [p.view(_BITS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+        parameters = [held(p) for layer in layers for block in BLOCKS for p in layer.block_parameters(block)]
+        sums = [bits_of(p).sum(dtype=torch.int64) for p in parameters]
         # One wait for a device, and not one for each parameter.
         bits = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
         scalings = [(layer.deployed.scaling, layer.quarantine.scaling) for layer in layers]
@@ -136,7 +139,7 @@ class SyncedViews(ABC):
 
 
 def _fast_folder(plain: PlainLora) -> str | None:
-    """Memory that looks like a folder, if it holds both views twice: new ones are written before the old ones go."""
+    """A folder in memory, if there is one with room for both views twice: new ones are written before old ones go."""
     shared = "/dev/shm"
     if not os.access(shared, os.W_OK):
         return None

@@ -26,7 +26,8 @@ class EngineViews(SyncedViews):
     Args:
         model: with routed layers, whose base model the engine serves.
         llm: a `vllm.LLM` made with `**lora_options(model)`.
-        folder: for the files that vLLM reads; None: in memory (/dev/shm) where there is such a folder.
+        folder: for the files that vLLM reads; it is made if it is not there. None: /dev/shm, which lies in memory, or
+            the temporary folder where /dev/shm is missing or too small.
 
     Raises:
         GradRouteError: vLLM older than 0.22, an engine without LoRA, too few adapters or too low a rank, or an adapter

@@ -26,8 +26,8 @@ class ServerViews(SyncedViews):
     Args:
         model: with routed layers, whose base model the server serves.
         url: such as "http://localhost:8000".
-        folder: that this process writes and the server reads under the same path; None: /dev/shm or the temporary
-            folder, for a server on this machine.
+        folder: that this process writes and the server reads under the same path; it is made if it is not there. None:
+            /dev/shm or the temporary folder, for a server on this machine.
         api_key: that the server was started with.
         timeout: of one request to load, in seconds.
 
@@ -77,17 +77,21 @@ class ServerViews(SyncedViews):
         return name
 
     def _unload(self, held: str) -> None:
-        self._post("/v1/unload_lora_adapter", {"lora_name": held})
+        # It is gone already where the server was started again.
+        self._post("/v1/unload_lora_adapter", {"lora_name": held}, may_lack=True)
 
-    def _post(self, endpoint: str, body: dict[str, str]) -> None:
+    def _post(self, endpoint: str, body: dict[str, str], may_lack: bool = False) -> None:
         request = Request(self._url + endpoint, json.dumps(body).encode(), self._headers)
         try:
             with urlopen(request, timeout=self._timeout):
                 return
         except HTTPError as error:
             reason = error.read().decode(errors="replace")[:300]
-            # vLLM answers 404 as well where it cannot find an adapter's files, and then names the adapter.
-            if error.code == 405 or (error.code == 404 and body["lora_name"] not in reason):
+            # vLLM answers 404 as well where it does not find an adapter or its files, and then names the adapter.
+            named = body["lora_name"] in reason
+            if may_lack and error.code == 404 and named:
+                return
+            if error.code == 405 or (error.code == 404 and not named):
                 reason = f"there is no {endpoint}: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
             raise GradRouteError(REFUSED.format(reason=reason)) from error
         except (URLError, TimeoutError) as error:
