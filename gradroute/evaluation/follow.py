@@ -28,8 +28,10 @@ Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts], tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]]
 
 # How many tolerances the states lie apart after the move, on prompts; and have to on what is sampled then. Sampled
-# tokens are likelier, and so the states are closer on them.
-_FAR, _APART = 5, 2
+# tokens are likelier, and so the states are closer on them: where they are too close, the move is repeated, further.
+_FAR, _APART, _MOVES = 5, 2, 3
+# Of the noise, as a share of a parameter's size: of the first move, and of one that changes nothing more.
+_SCALE, _LARGEST = 0.25, 2.0**12
 _ROWS = 4
 
 
@@ -98,10 +100,21 @@ def assert_engine_follows(
     check = _Check(model, generate, asked, temperature)
     with left_as_found(model), torch.no_grad():
         rows = [row for call in few for row in check.sampled(call)]
-        with _moved(model, check, _FAR * tolerance, generator):
-            moved = [row for call in calls for row in check.sampled(call)]
+        scale = _SCALE
+        for _ in range(_MOVES):
+            with _moved(model, check, _FAR * tolerance, scale, generator) as scale:
+                moved = [row for call in calls for row in check.sampled(call)]
+            check.judge(moved, tolerance, moved=True)
+            apart, scale = check.apart(moved), 2 * scale
+            if apart >= _APART * tolerance:
+                break
+        else:
+            raise GradRouteError(
+                f"The sampled tokens should tell the views apart by {_APART * tolerance:g} nats. Found {apart:.3g}. "
+                "Fix: a smaller `tolerance`, or more prompts or sampled tokens."
+            )
         rows += [row for call in few for row in check.sampled(call)]
-        check.judge(rows, moved, tolerance)
+        check.judge(rows, tolerance, moved=False)
     return max(row.error for row in rows + moved)
 
 
@@ -132,25 +145,24 @@ class _Check:
         with ablate_quarantine(self._model):
             return [on, self._logps(prompt, completion)]
 
-    def judge(self, rows: Sequence[_Row], moved: Sequence[_Row], tolerance: float) -> None:
-        """Raise for the first row whose log-probabilities are not those of its view and time."""
-        for i, row in enumerate([*moved, *rows]):
+    def judge(self, rows: Sequence[_Row], tolerance: float, *, moved: bool) -> None:
+        """Raise for the first row whose log-probabilities are not those of its view and time; the blocks are back."""
+        for row in rows:
             # Not `>`: what is not a number is not right.
             if not row.error <= tolerance:
-                raise GradRouteError(self._fault(row, i < len(moved)))
-        # The blocks are back, so that the model says what it said before they moved.
-        before = [self.both_views(row.prompt, row.completion) for row in moved]
+                raise GradRouteError(self._fault(row, moved))
+
+    def apart(self, moved: Sequence[_Row]) -> float:
+        """How far other views and the blocks before their move are from what was sampled; the blocks are back.
+
+        The least of each call and view: an engine may be wrong in one of them alone.
+        """
         gaps: dict[tuple[str, bool], list[float]] = defaultdict(list)
-        for row, old in zip(moved, before, strict=True):
+        for row in moved:
+            old = self.both_views(row.prompt, row.completion)
             gap = min(_distance(row.own[0], row.own[1]), _distance(row.own[row.ablated], old[row.ablated]))
             gaps[row.call, row.ablated].append(gap)
-        # Of each call and view: an engine may be wrong in one of them alone.
-        smallest = min(sum(each) / len(each) for each in gaps.values())
-        if smallest < _APART * tolerance:
-            raise GradRouteError(
-                f"The sampled tokens should tell the views apart by {_APART * tolerance:g} nats. Found "
-                f"{smallest:.3g}. Fix: a smaller `tolerance`, or more prompts or sampled tokens."
-            )
+        return min(sum(each) / len(each) for each in gaps.values())
 
     def _fault(self, row: _Row, moved: bool) -> str:
         own, older = row.own, self.both_views(row.prompt, row.completion)
@@ -178,8 +190,11 @@ class _Check:
 
 
 @contextmanager
-def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generator) -> Iterator[None]:
-    """Add noise to every parameter of both blocks, as much as puts the states `far` nats apart on the prompts."""
+def _moved(model: nn.Module, check: _Check, far: float, scale: float, generator: torch.Generator) -> Iterator[float]:
+    """Add noise to every parameter of both blocks, as much as puts the states `far` nats apart on the prompts.
+
+    The scale of the noise is at least `scale`; yields it.
+    """
     parameters = [
         p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
     ]
@@ -198,10 +213,11 @@ def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generat
         return [torch.cat([views[i] for views in both]) for i in range(2)]
 
     try:
-        before, scale, gap, largest = states(), 0.25, 0.0, 0.0
+        before, scale, gap, largest = states(), scale / 2, 0.0, 0.0
         # Not `<`: what overflowed is not far away.
         while not gap >= far:
-            if scale > 2**12:
+            scale *= 2
+            if scale > _LARGEST:
                 raise GradRouteError(
                     f"Moved blocks should change log-probabilities by {far:g} nats. Found {largest:.3g} "
                     f"at most. Fix: tolerance={largest / _FAR:.1g}, for an engine in float32."
@@ -211,8 +227,8 @@ def _moved(model: nn.Module, check: _Check, far: float, generator: torch.Generat
                 overwrite(parameter, values + scale * direction)
             now = states()
             gap = min(_distance(now[0], now[1]), *(_distance(now[i], before[i]) for i in range(2)))
-            largest, scale = max(largest, gap), 2 * scale
-        yield
+            largest = max(largest, gap)
+        yield scale
     finally:
         reshard(model)
         for parameter, values in zip(parameters, saved, strict=True):

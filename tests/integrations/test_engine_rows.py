@@ -1,5 +1,6 @@
 """Which rows an engine samples ablated, and the adapters that a server is told to load: no engine needed."""
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from support.models import randomize_blocks
 from support.tiny_models import base_model, config, peft_model, token_ids
 
 import gradroute as gr
-from gradroute.integrations.vllm import ServerViews, lora_options
+from gradroute.integrations.vllm import ServerViews, _synced, lora_options
 from gradroute.integrations.vllm.rows import ablated_rows
 
 
@@ -152,7 +153,7 @@ def test_a_server_holds_both_views_of_now_and_no_older_ones(server: Server) -> N
     assert server.loaded == {}
 
 
-def test_names_follow_rows_and_views(server: Server) -> None:
+def test_names_follow_rows_and_views(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     model = routed()
     views = ServerViews(model, server.url, api_key="secret")
     on, ablated = views.name_of("on"), views.name_of("ablated")
@@ -160,7 +161,8 @@ def test_names_follow_rows_and_views(server: Server) -> None:
     with gr.ablate_quarantine(model, rows=torch.tensor([False, True])):
         assert views.names(2) == [on, ablated]
     assert set(server.authorization) == {"Bearer secret"}
-    # Another run beside it, or after it, never meets the names of this one.
+    # Another run beside it, or after it, never meets the names of this one: its process counts from one as well.
+    monkeypatch.setattr(_synced, "_SYNCS", itertools.count(int(on.rpartition("-")[2])))
     other = ServerViews(routed(), server.url)
     assert {other.name_of("on"), other.name_of("ablated")}.isdisjoint({on, ablated})
     with pytest.raises(gr.GradRouteError, match="`view` should be"):

@@ -48,7 +48,7 @@ EVALUATION_CALLS: Calls = {
         ("`model`", lambda: entered(
             gr.ablate_quarantine(MODEL), lambda: assert_engine_follows(MODEL, lambda _: ([[1]], [[-1.0]])))),
         ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]))),
-        ("`generate`", lambda: assert_engine_follows(TRAINED, lambda _: ["text"], prompts=[[1, 2]])),
+        ("`generate`", lambda: assert_engine_follows(TRAINED, lambda _: ["text", "text"], prompts=[[1, 2], [3, 4]])),
         ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([], []), prompts=[])),
         ("`prompts`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), prompts=0)),
         ("`tolerance`", lambda: assert_engine_follows(TRAINED, lambda _: ([[1]], [[-1.0]]), tolerance=0.0)),
