@@ -205,7 +205,13 @@ def _whole_partitioned(parameter: Any, name: str) -> Tensor:
 
 
 def overwrite(tensor: Any, values: Tensor) -> None:
-    """Put whole `values` into a tensor; of a DTensor, a rank takes its shard."""
+    """Put whole `values`, the same on every rank, into a parameter; where it is split, a rank takes its share."""
+    if is_partitioned(tensor):
+        import deepspeed  # noqa: PLC0415 - only where DeepSpeed has made the parameter
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.copy_(values)
+        return
     if not is_sharded(tensor):
         tensor.copy_(values)
         return

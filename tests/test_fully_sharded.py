@@ -210,6 +210,13 @@ def test_inner_products_with_gradients_in_hooks(corners: list[Found]) -> None:
     assert all(distance(found["in backward"], expected) < 1e-12 for found in corners)
 
 
+def test_an_engine_is_checked_by_moved_shards_that_are_put_back(corners: list[Found]) -> None:
+    for found in (each["followed"] for each in corners):
+        assert found["error"] < 1e-6  # log-probabilities are compared in float32
+        assert "they fit the blocks before the move" in found["stale"]
+        assert found["bitwise"]
+
+
 def whole_model(model: nn.Module) -> nn.Module:
     return model
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradroute._checks import positive_integer, positive_number
 from gradroute._protocol import BLOCKS, routed_layers
 from gradroute._restore import left_as_found
-from gradroute._sharding import is_partitioned, overwrite, reshard, whole
+from gradroute._sharding import overwrite, reshard, whole
 from gradroute._typing import typechecked
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 from gradroute.errors import GradRouteError
@@ -198,11 +198,6 @@ def _moved(model: nn.Module, check: _Check, far: float, scale: float, generator:
     parameters = [
         p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
     ]
-    if any(is_partitioned(parameter) for parameter in parameters):
-        raise GradRouteError(
-            "The blocks should be parameters that can be written. Found some that ZeRO-3 has partitioned. Fix: check "
-            "the engine before the model is partitioned, or with stage 2."
-        )
     reshard(model)
     saved = [whole(parameter).clone() for parameter in parameters]
     noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in saved]

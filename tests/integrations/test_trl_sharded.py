@@ -156,6 +156,13 @@ def test_both_views_are_evaluated(engine: str, folder: Path) -> None:
         assert rewards[0] != rewards[1]
 
 
+def test_an_engine_is_checked_by_blocks_that_are_moved_and_put_back(engine: str, folder: Path) -> None:
+    for found in (rank["followed"] for rank in load(folder, "routed")):
+        assert found["error"] < 1e-4
+        assert "they fit the blocks before the move" in found["stale"]
+        assert found["bitwise"]
+
+
 @pytest.mark.parametrize("mode", [False, True])
 def test_unequally_many_rows_run_twice_under_checkpoints(engine: str, mode: bool, folder: Path) -> None:
     case = f"checkpoints, use_reentrant={mode}"

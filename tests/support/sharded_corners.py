@@ -17,6 +17,7 @@ import gradroute as gr
 from gradroute import _all_ranks
 from gradroute._hashing import deployed_hash, known_identity, model_identity
 from gradroute._sharding import is_sharded
+from support.engine_twin import followed
 from support.sharded_loop import PAIRS, completions, loss_of, routed, sharded, tokens
 from support.tiny_models import base_model, config, llama
 from support.traffic import Traffic
@@ -150,4 +151,5 @@ def corners(rank: int, folder: Path) -> Found:
     return {
         **written_alone(rank, folder), **adapted_late(), **identities(), **rounded_forwards(),
         "in backward": scored_in_backward(sharded), "card": card(folder, sharded), "traffic": traffic(folder),
+        "followed": followed(sharded(routed("PEFT")), routed("PEFT")),
     }  # fmt: skip

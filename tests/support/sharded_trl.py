@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 import gradroute as gr
 from gradroute._sharding import splits, whole
+from support.engine_twin import followed
 from support.sharding_shims import deepspeed_on_cpu, fsdp_on_cpu
 from support.tiny_models import config
 from support.trl_runs import (
@@ -171,6 +172,7 @@ def run(case: str, engine: str, folder: Path) -> None:
         gr.export_deployed(built.model, folder / "deployed")
         gr.export_full(built.model, folder / "full")
         found["evaluated"] = built.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
+        found["followed"] = followed(built.model, wrapped())
     torch.save(found, folder / f"{case} {RANK}.pt")
 
 
