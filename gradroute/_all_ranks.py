@@ -52,8 +52,11 @@ def check_all_ranks(call: str, model: nn.Module) -> str | None:
         store.wait([f"{key} all here"], PATIENCE)
     except RuntimeError as error:
         # As if this rank had not come, so that the next call finds the ranks in step.
-        _CALLS[occasion] -= 1
         came = 1 + store.add(f"{key} count", -1)
+        if came == len(ranks):  # the last one came in between
+            store.wait([f"{key} all here"])
+            return key
+        _CALLS[occasion] -= 1
         raise GradRouteError(
             f"`{call}` reads a sharded model, so that all {len(ranks)} ranks which hold a part of it should call it. "
             f"Found that {came} did in {PATIENCE.seconds} seconds. Fix: call it on every rank, outside of `if "

@@ -83,12 +83,19 @@ def _kept(parameter: nn.Parameter) -> Callable[[], nn.Parameter | None]:
 
 
 def _stamp(parameter: nn.Parameter | None) -> tuple[int, int] | None:
-    """(version, address): a write changes the version, `.data =` the address."""
+    """(version, address): a write changes the version, `.data =` the address. Of shards, both versions.
+
+    Ranks of a sharded model have to find the same, since an identity is computed by all of them: no address of theirs.
+    """
     if parameter is None:
         return None
-    tensor = held(parameter)
-    # An inference tensor has no version.
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    share = held(parameter)
+    return _version(parameter), share.data_ptr() if share is parameter else _version(share)
+
+
+def _version(tensor: Tensor) -> int:
+    # An inference tensor has none.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def rows_hash(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:

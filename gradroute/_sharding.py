@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._torch_private import fsdp_groups, gathered_by_fsdp
 from gradroute.errors import GradRouteError, TargetError
 
 
@@ -25,7 +26,7 @@ def check_not_sharded(layer: str, module: nn.Module) -> None:
     Raises:
         TargetError: it is sharded.
     """
-    if any(is_sharded(parameter) for parameter in module.parameters()):
+    if is_fully_sharded(module):
         raise TargetError(
             f"`{layer}` is sharded already. Blocks that are added now would be trained by each rank alone, on its own "
             "rows. Fix: adapt the model first and call fully_shard then."
@@ -142,9 +143,15 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def splits(tensor: Tensor) -> bool:
-    """Whether this rank may hold less than all of it: FSDP2 or ZeRO-3."""
-    return is_partitioned(tensor) or is_sharded(tensor)
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a parameter of `module`, also where a forward has left the whole one in its place."""
+    parameters = list(module.parameters())
+    return any(is_sharded(p) for p in parameters) or not gathered_by_fsdp().isdisjoint(map(id, parameters))
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether a rank holds less than all of some parameter of `module` between forwards: FSDP2 or ZeRO-3."""
+    return is_fully_sharded(module) or any(is_partitioned(parameter) for parameter in module.parameters())
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -166,9 +173,10 @@ def reshard(model: nn.Module) -> None:
     After a forward without gradients the root group, and what is in no other, keeps whole parameters, rounded to the
     type that forwards run in. An optimizer would never step them.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    if not fsdp_groups():
         return
+    from torch.distributed import fsdp  # noqa: PLC0415 - slow to import, and loaded where something is sharded
+
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()

@@ -115,6 +115,26 @@ def forward_is_watched(module: nn.Module) -> bool:
     )
 
 
+def fsdp_groups() -> list[Any]:
+    """FSDP2's groups of parameters in all models of this process; whole copies of theirs lie beside the shards."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    if states is None:
+        return []
+    found: list[Any] = []
+    for each in list(states._module_state_mapping.values()):
+        state = each()
+        several = getattr(state, "_fsdp_param_groups", None)
+        one = getattr(state, "_fsdp_param_group", None) if several is None else None
+        found += several or ([] if one is None else [one])
+    return found
+
+
+def gathered_by_fsdp() -> set[int]:
+    """The `id` of each whole parameter that FSDP2 has made of a shard, whether it is in its module now or not."""
+    parameters = (parameter for group in fsdp_groups() for parameter in group.fsdp_params)
+    return {id(p._unsharded_param) for p in parameters if hasattr(p, "_unsharded_param")}
+
+
 def default_store() -> Any:
     """The key-value store by which the processes of the default group found each other."""
     return torch.distributed.distributed_c10d._get_default_store()

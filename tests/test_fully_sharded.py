@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.process_pairs import run_pair
+from support.processes import run_ranks
 from support.sharded_corners import card, scored_in_backward
 from support.sharded_figures import record
 from support.sharded_loop import CASES, alone
@@ -28,7 +28,7 @@ STEPS = [f"step {i}" for i in range(4)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what they found; all cases in one pair, which takes long to start."""
     made = tmp_path_factory.mktemp("sharded")
-    run_pair("sharded_loop.py", made)
+    run_ranks("sharded_loop.py", made)
     return made
 
 
@@ -208,6 +208,43 @@ def test_inner_products_with_gradients_in_hooks(corners: list[Found]) -> None:
     expected = scored_in_backward(whole_model)
     assert expected["scores"].abs().min() > 1e-4
     assert all(distance(found["in backward"], expected) < 1e-12 for found in corners)
+
+
+@pytest.mark.corner(
+    "FSDP2 has left whole parameters where blocks are added, initialised or merged, or an optimizer is made",
+    "raises as for shards; `block_groups` puts the shards back and gives those to the optimizer",
+)
+def test_parameters_that_a_forward_has_left_whole_are_known_as_sharded(corners: list[Found]) -> None:
+    reasons = {
+        "attach": "would be trained by each rank alone", "get_peft_model": "would be trained by each rank alone",
+        "merge_adapter": "its base weight could not be put back", "init": "initialise first, shard then",
+    }  # fmt: skip
+    for found in (each["after a forward"] for each in corners):
+        assert [name for name, reason in reasons.items() if reason not in found["refused"][name]] == []
+        assert found["grouped"]
+
+
+def test_a_write_to_the_shards_of_the_base_is_seen(corners: list[Found]) -> None:
+    assert [found["written"] for found in corners] == [True, True]
+
+
+def test_a_refresher_that_is_not_called_is_found_where_blocks_lie_in_the_root(corners: list[Found]) -> None:
+    assert all("should be called once after each optimizer step" in found["unwatched"] for found in corners)
+
+
+def test_a_card_is_read_by_the_rank_that_writes(corners: list[Found]) -> None:
+    assert corners[0]["card of one"] == corners[1]["card of one"]
+    assert "deployed_sha256" in corners[0]["card of one"]
+
+
+def test_an_engine_gets_both_views_of_the_shards(corners: list[Found], folder: Path) -> None:
+    for found in (each["synced"] for each in corners):
+        assert found["stale"]
+        assert found["current"]
+        for view in ("on", "ablated"):
+            expected = load_file(folder / "views" / view / "adapter_model.safetensors")
+            assert found[view].keys() == expected.keys()
+            assert all(torch.equal(found[view][name], expected[name]) for name in expected)
 
 
 def test_an_engine_is_checked_by_moved_shards_that_are_put_back(corners: list[Found]) -> None:

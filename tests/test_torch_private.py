@@ -159,3 +159,23 @@ def test_the_store_by_which_processes_found_each_other(tmp_path: Path) -> None:
             store.wait(["gradroute not said"], timedelta(milliseconds=10))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_a_whole_parameter_that_fsdp_left_in_its_place_is_known(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    plain, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = len(private.fsdp_groups())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        assert len(private.fsdp_groups()) == before + 1
+        shard = model.weight
+        with torch.no_grad():
+            model(torch.ones(1, 2))
+        assert model.weight is not shard
+        assert {id(model.weight), id(model.bias)} <= private.gathered_by_fsdp()
+        assert {id(shard), id(plain.weight)}.isdisjoint(private.gathered_by_fsdp())
+    finally:
+        torch.distributed.destroy_process_group()

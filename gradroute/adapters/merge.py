@@ -8,7 +8,7 @@ from torch import nn
 
 from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
-from gradroute._sharding import reshard, splits
+from gradroute._sharding import is_split, reshard
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
@@ -80,7 +80,7 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
             raise RouteError(f"merge_deployed(model): `{name}` is merged already. Fix: unmerge first.")
         if layer.has_open_route or layer.view != "on":
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
-        if any(splits(parameter) for parameter in layer.parameters()):
+        if is_split(layer):
             raise RouteError(
                 f"merge_deployed(model): `{name}` is sharded, by groups that hold its blocks and gather from the root. "
                 "Fix: export_deployed(model, path); load that onto a base model of its own, and merge there."

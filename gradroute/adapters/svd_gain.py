@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import Block, BlockName
-from gradroute._sharding import readable
+from gradroute._sharding import readable, whole
 from gradroute.adapters._singular import top_singular_triplets
 from gradroute.adapters.functional import StopGradient
 from gradroute.adapters.layer import WrappedLinear
@@ -63,7 +63,7 @@ class SvdGain(WrappedLinear):
         super().__init__(base_layer, r=r, r_quarantine=r_quarantine, lora_alpha=lora_alpha, stop_gradient=stop_gradient)
         if rotate and self.r_quarantine == 1:
             raise TargetError("`rotate` with `r_quarantine=1`: one axis cannot be rotated. Fix: r_quarantine >= 2.")
-        weight = base_layer.weight.detach()
+        weight = whole(base_layer.weight)
         if weight.is_meta or not torch.isfinite(weight).all():
             found = "a weight on the meta device" if weight.is_meta else "values that are not finite"
             raise TargetError(f"`base_layer` should have a finite weight to decompose. Found {found}.")

@@ -195,10 +195,10 @@ def _moved(model: nn.Module, check: _Check, far: float, scale: float, generator:
 
     The scale of the noise is at least `scale`; yields it.
     """
+    reshard(model)
     parameters = [
         p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
     ]
-    reshard(model)
     saved = [whole(parameter).clone() for parameter in parameters]
     noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in saved]
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradroute._before_use import before_use
 from gradroute._checks import instance_of
 from gradroute._protocol import routed_layers
-from gradroute._sharding import overwrite
+from gradroute._sharding import overwrite, reshard
 from gradroute.directions.parameter_rows import check_base_model
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
@@ -51,6 +51,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     before_use(f)
+    reshard(model)
     layers = routed_layers(model)
     parameters = [
         (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradroute._checks import instance_of
 from gradroute._optimized import check_held
 from gradroute._protocol import check_module, routed_layers
+from gradroute._sharding import reshard
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer, unwrapped
 from gradroute._torch_private import backward_task, call_after_backward, is_still_scaled
 from gradroute.errors import GradRouteError
@@ -158,6 +159,7 @@ def _is_of_engine(thing: object) -> bool:
 
 
 def _filtered_parameters(model: nn.Module, f: GradientFilter) -> Iterator[tuple[str, nn.Parameter]]:
+    reshard(model)
     for name, layer in routed_layers(model).items():
         for block in f.writes_blocks:
             for parameter in layer.block_parameters(block):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of
 from gradroute._protocol import routed_layers
-from gradroute._sharding import as_row, check_layout, whole
+from gradroute._sharding import as_row, check_layout, reshard, whole
 from gradroute.directions.directions import Directions
 from gradroute.directions.parameter_rows import check_base_model, check_directions, orthonormal_rows, warn_without_sign
 from gradroute.errors import GradRouteError
@@ -39,6 +39,7 @@ class DeployedRows:
         if side == "one":
             warn_without_sign(directions)
         self.directions, self.side = directions, side
+        reshard(model)
         self._layers = routed_layers(model)
         self.parameters = {name: list(layer.block_parameters("deployed")) for name, layer in self._layers.items()}
         for name, parameters in self.parameters.items():

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from gradroute._checks import integer_from_zero, positive_integer, share
 from gradroute._optimized import check_held
 from gradroute._protocol import BLOCKS, BlockName, routed_layers
+from gradroute._sharding import reshard
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.errors import FileFormatError, GradRouteError
@@ -39,6 +40,7 @@ def block_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = 
     Raises:
         GradRouteError: no routed layer, groups that are no dicts with "params", or nothing that can be trained.
     """
+    reshard(model)
     block_of: dict[int, BlockName] = {}
     parameters: dict[BlockName, list[nn.Parameter]] = {block: [] for block in BLOCKS}
     for layer in routed_layers(model).values():
@@ -237,6 +239,7 @@ _STARTED: "WeakSet[SlowStart]" = WeakSet()
 
 
 def _deployed(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    reshard(model)
     layers = routed_layers(model)
     return [(name, p) for name, layer in layers.items() for p in layer.block_parameters("deployed")]
 

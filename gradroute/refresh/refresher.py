@@ -7,7 +7,7 @@ modes, gradients and random numbers as found. A refresh that changes nothing alt
 this library exists because one such refresh went unnoticed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from gradroute._before_use import check_before_use
 from gradroute._checks import instance_of, integer_from_zero, positive_integer
-from gradroute._hashing import deployed_fingerprint
+from gradroute._hashing import bits_of, deployed_fingerprint
 from gradroute._logging import logger
 from gradroute._optimized import check_optimized
 from gradroute._protocol import routed_layers
 from gradroute._restore import left_as_found
+from gradroute._sharding import held, is_partitioned, reshard
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import torch_optimizer
 from gradroute._torch_private import times_written
@@ -108,7 +109,7 @@ class Refresher:
         self._readers: list[Gate | GradientFilter] = []
         self._layers = list(routed_layers(model).values())
         self._deployed = self._deployed_now()
-        self._written, self._changes = times_written(self._deployed), 0
+        self._written, self._changes = _writes(self._deployed), 0
         check_before_use(directions, self._check_heard)
 
     @property
@@ -146,7 +147,7 @@ class Refresher:
         self.steps += 1
         self._check()
         self._deployed = self._deployed_now()
-        self._written, self._changes = times_written(self._deployed), 0
+        self._written, self._changes = _writes(self._deployed), 0
         return self.refresh() if self.steps >= self.warm_up and self.age >= self.every else None
 
     def refresh(self) -> RefreshReport:
@@ -226,6 +227,7 @@ class Refresher:
         return fresh
 
     def _deployed_now(self) -> list[nn.Parameter]:
+        reshard(self.model)
         return [p for layer in self._layers for p in layer.block_parameters("deployed")]
 
     def _reported(self, previous: Directions, moved: bool) -> RefreshReport:
@@ -272,8 +274,8 @@ class Refresher:
             return
         deployed = self._deployed_now()
         if any(now is not before for now, before in zip(deployed, self._deployed, strict=True)):  # sharded since
-            self._deployed, self._written = deployed, times_written(deployed)
-        written = times_written(self._deployed)
+            self._deployed, self._written = deployed, _writes(deployed)
+        written = _writes(self._deployed)
         self._changes += written != self._written
         self._written = written
         if self._changes > max(self.every, self.warm_up - self.steps):
@@ -291,6 +293,12 @@ class Refresher:
                 f"A watched {type(reader).__name__} should hold the directions that are refreshed. Found {held}: no "
                 "refresh reaches it. Fix: build it and the Refresher on one object."
             )
+
+
+def _writes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """Changes with every write. torch does not count DeepSpeed's to the shares of ZeRO-3: those are read."""
+    shares = [bits_of(held(p)).sum(dtype=torch.int64) for p in parameters if is_partitioned(p)]
+    return times_written(parameters), int(torch.stack(shares).sum()) if shares else 0
 
 
 def _equal(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:

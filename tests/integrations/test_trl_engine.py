@@ -13,7 +13,7 @@ from trl.generation.vllm_client import VLLMClient
 
 import gradroute as gr
 from gradroute.integrations.trl._adapter_client import AdapterClient
-from gradroute.integrations.trl._engine import TwoViewGeneration, _WithViews
+from gradroute.integrations.trl._engine import TwoViewGeneration, _WithViews, check_engine
 from gradroute.integrations.trl._logs import logp_differences
 
 pytestmark = [*quiet]
@@ -136,3 +136,16 @@ def test_a_tolerance_that_is_none_is_refused_when_the_trainer_is_made(check: flo
 def test_without_vllm_the_trainer_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(gr.GradRouteError, match="vLLM should be installed.*pip install vllm"):
         trainer(tmp_path, detector=flags, args_use_vllm=True)
+
+
+def test_a_server_is_refused_where_the_model_is_sharded() -> None:
+    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=SimpleNamespace(fsdp_version=2))
+    sharded: Any = SimpleNamespace(
+        args=SimpleNamespace(use_vllm=True), vllm_mode="server", is_fsdp_enabled=True,
+        accelerator=SimpleNamespace(state=state),
+    )  # fmt: skip
+    with pytest.raises(gr.GradRouteError, match="`vllm_mode='server'` with a sharded model.*vllm_mode='colocate'"):
+        check_engine(sharded, None, True)
+    sharded.vllm_mode = "colocate"
+    with pytest.raises(gr.GradRouteError, match="should generate by gradroute's vLLM backend"):
+        check_engine(sharded, None, True)

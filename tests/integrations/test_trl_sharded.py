@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from support.process_pairs import run_pair
+from support.processes import run_ranks
 from support.sharded_figures import record
 from support.sharded_trl import CASES, ENGINES, FSDP2_ONLY, parameter_directions
 from support.tiny_models import config
@@ -37,7 +37,7 @@ def folder(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what they saw; all cases in one pair, which takes long to start."""
     made = tmp_path_factory.mktemp("ranks")
     cases = [case for case in CASES if engine == "FSDP2" or case not in FSDP2_ONLY]
-    run_pair("sharded_trl.py", made, [engine, *cases], ENGINES[engine], seconds=900)
+    run_ranks("sharded_trl.py", made, [engine, *cases], ENGINES[engine], seconds=900)
     return made
 
 

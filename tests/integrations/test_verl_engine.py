@@ -1,16 +1,13 @@
 """verl's FSDP2 engine with a quarantine: two processes and one, against rows one by one."""
 
 import importlib.util
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import run_ranks
 from support.sharded_figures import record
 from support.verl_batches import PROMPTS, RESPONSES, rollouts
 from support.verl_models import load_model, write_models
@@ -29,31 +26,8 @@ Found = dict[str, Any]
 
 
 def started(folder: Path, size: int, *cases: str) -> None:
-    script = Path(__file__).parents[1] / "support" / "distributed_verl.py"
-    root = Path(gr.__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        "PYTHONPATH": f"{root}:{script.parent.parent}", "HOME": str(folder), "PATH": os.environ["PATH"],
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1",
-        "VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "support.verl_cpu",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(folder), *cases],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=1800)
-            assert process.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    on_cpu = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "support.verl_cpu"}
+    run_ranks("distributed_verl.py", folder, cases, on_cpu, size=size, seconds=1800)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -17,6 +18,8 @@ import gradroute as gr
 from gradroute import _all_ranks
 from gradroute._hashing import deployed_hash, known_identity, model_identity
 from gradroute._sharding import is_sharded
+from gradroute.adapters.peft.plain_lora import PlainLora
+from gradroute.integrations.vllm._synced import SyncedViews
 from support.engine_twin import followed
 from support.sharded_loop import PAIRS, completions, loss_of, routed, sharded, tokens
 from support.tiny_models import base_model, config, llama
@@ -103,6 +106,102 @@ def rounded_forwards() -> Found:
     return {"rounded": rounded, "same": before == after, "trained": all(trained)}
 
 
+def gathered(model: nn.Module) -> nn.Module:
+    """Sharded in one group, whose parameters a forward without gradients leaves whole in their places."""
+    fully_shard(model)
+    with torch.no_grad():
+        model(input_ids=tokens(0))
+    return model
+
+
+def after_a_forward() -> Found:
+    """What is refused, and what an optimizer is given, where no parameter looks sharded."""
+    base, model = gathered(base_model("llama", torch.float64)), gathered(routed("PEFT"))
+    refused = {
+        "attach": error_of(lambda: gr.attach(base, r=2, lora_alpha=4)),
+        "get_peft_model": error_of(lambda: get_peft_model(base, config())),
+        "merge_adapter": error_of(lambda: gathered(routed("PEFT")).merge_adapter()),  # type: ignore[operator]
+        "init": error_of(lambda: gr.adapters.init.pissa_(gathered(routed("attach")))),
+    }
+    groups = gr.optim.block_groups(model)
+    return {"refused": refused, "grouped": all(is_sharded(p) for group in groups for p in group["params"])}
+
+
+def written_in_place() -> bool:
+    """Whether a write to the shards of the base is seen."""
+    model = sharded(routed("PEFT"))
+    before = known_identity(model)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.model.norm.weight").mul_(2)
+    return known_identity(model) != before
+
+
+def unwatched() -> str:
+    """A loop that never calls `refresher.step()`, on parameters in the root's group."""
+    model = fully_shard(routed("PEFT"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def extract() -> gr.Directions:
+        return gr.extract_activation_directions(model, PAIRS, progress=False)
+
+    with gr.ablate_quarantine(model):
+        directions = extract()
+    gate, refresher = gr.BandGate(directions), gr.Refresher(directions, extract, model=model, every=1)
+
+    def loop() -> None:
+        for seed in range(4):
+            ids = tokens(seed)
+            pool = completions(len(ids))
+            with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as acts:
+                model(input_ids=ids)
+            gate(directions.score(acts))
+            loss_of(model, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = error_of(loop)
+    assert refresher.steps == 0
+    return found
+
+
+def card_on_one_rank(rank: int, folder: Path) -> str:
+    """The card that an export on both ranks puts beside its files; one rank alone can read it."""
+    model = sharded(routed("attach"))
+    report = gr.evaluate_on_off(model, outcomes)
+    file = gr.write_card(model, report, folder / "seen by one", routed_by="Nothing.", masks="None.")
+    dist.barrier()
+    gr.export_deployed(model, folder / "with card", card=file if rank == 0 else folder / "not here" / "README.md")
+    return (folder / "with card" / "README.md").read_text()
+
+
+class Files(SyncedViews):
+    """Views for an engine that keeps what it reads of the files."""
+
+    def _load(self, name: str, path: Path) -> dict[str, Tensor]:
+        return load_file(path / "adapter_model.safetensors")
+
+    def _unload(self, held: dict[str, Tensor]) -> None:
+        held.clear()
+
+
+def synced(folder: Path) -> Found:
+    """Both views as an engine gets them after a step, and whether they were seen to be old before."""
+    model = sharded(routed("attach"))
+    views = Files(PlainLora(model), None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss_of(model, tokens(0)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(input_ids=tokens(0))
+    stale = not views.is_current
+    views.sync()
+    found = {"stale": stale, "current": views.is_current, **{view: dict(held) for view, held in views.held.items()}}
+    views.close()
+    gr.export_deployed(model, folder / "ablated")
+    gr.export_full(model, folder / "on")
+    return found
+
+
 def scored_in_backward(shard: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
     """Scores by parameter-shaped directions, whose inner products with gradients are taken in hooks."""
     model, ids = shard(routed("PEFT")), tokens(3)
@@ -123,7 +222,7 @@ def moved(call: Callable[[], Any]) -> dict[str, int]:
     return dict(traffic.bytes)
 
 
-def traffic(folder: Path) -> Found:
+def traffic() -> Found:
     """Bytes of a step by rank of the quarantine, of a refresh, and of writing both views; a small model in float32."""
     small, large = (
         sharded(gr.attach(llama(hidden_size=32, intermediate_size=64, head_dim=8), r=4, r_quarantine=r, lora_alpha=8))
@@ -138,18 +237,21 @@ def traffic(folder: Path) -> Found:
     with gr.ablate_quarantine(small):
         directions = extract()
     refresher = gr.Refresher(directions, extract, model=small)
+    views = Files(PlainLora(small), None)
     return {
         "steps": steps,
         "held": sum(p.to_local().numel() for _, p in gr.quarantine_parameters(small)),
         "refresh": moved(refresher.refresh),
         "features": sum(rows.nbytes for side in (directions.hack, directions.clean) for rows in side.values()),
-        "two views": moved(lambda: (gr.export_deployed(small, folder / "one"), gr.export_full(small, folder / "both"))),
+        "two views": moved(views.sync),
     }
 
 
 def corners(rank: int, folder: Path) -> Found:
     return {
         **written_alone(rank, folder), **adapted_late(), **identities(), **rounded_forwards(),
-        "in backward": scored_in_backward(sharded), "card": card(folder, sharded), "traffic": traffic(folder),
-        "followed": followed(sharded(routed("PEFT")), routed("PEFT")),
+        "in backward": scored_in_backward(sharded), "card": card(folder, sharded), "traffic": traffic(),
+        "followed": followed(gathered(routed("PEFT")), routed("PEFT")), "after a forward": after_a_forward(),
+        "written": written_in_place(), "unwatched": unwatched(), "synced": synced(folder / "views"),
+        "card of one": card_on_one_rank(rank, folder),
     }  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import gradroute as gr
-from gradroute._sharding import splits, whole
+from gradroute._sharding import is_split, whole
 from support.engine_twin import followed
 from support.sharding_shims import deepspeed_on_cpu, fsdp_on_cpu
 from support.tiny_models import config
@@ -82,6 +82,8 @@ class EndsOnRankOne(Watched):
         return ([[*ids[:-1], 2] if RANK == 1 else ids for ids in completions], *rest)
 
 
+# With directions that are made before: the first score is also the first that asks which base model it is.
+READY = "one rank without tokens"
 UNEQUAL = {**ONE_STEP, "detector": best(1, 2), "args_beta": 0.2}
 CHECKPOINTS = {
     f"checkpoints, use_reentrant={mode}": {
@@ -102,8 +104,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # One process has more rows that run twice than the other.
     **CHECKPOINTS,
-    "one rank without tokens": {
-        **ONE_STEP, "directions": extract, "cls": EndsOnRankOne, "args_mask_truncated_completions": True,
+    READY: {
+        **ONE_STEP, "cls": EndsOnRankOne, "args_mask_truncated_completions": True,
         "args_max_steps": 1,
     },
     "by name": {
@@ -137,6 +139,9 @@ def made(case: str, engine: str, folder: Path, seed: int = 0, **more: Any) -> An
     if engine.startswith("ZeRO"):
         options |= {"args_deepspeed": zero(int(engine[-1])), "args_use_cpu": False}
     model: Any = wrapped(seed)
+    if case == READY:
+        with gr.ablate_quarantine(model):
+            options["directions"] = extract(model)
     if case == "by name":
         model, options["peft_config"] = str(folder.parent / "base"), config()
     built = trainer(folder, model, **options)
@@ -153,7 +158,7 @@ def run(case: str, engine: str, folder: Path) -> None:
     class First(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             seen["before"] = values(built.model)
-            seen["split"] = any(splits(p) for p in built.model.parameters())
+            seen["split"] = is_split(built.model)
             directions = built._routing.resolve().directions
             seen["directions"] = {} if directions is None else dict(directions.rows)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import BLOCKS, Block, BlockName, RoutedLayer, routed_layers
-from gradroute._sharding import splits
+from gradroute._sharding import is_split
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
 
@@ -88,7 +88,7 @@ def _matrices(layer: RoutedLayer, block: BlockName) -> tuple[nn.Parameter, nn.Pa
             f"a {type(layer).__name__} does not train A and B themselves, so they cannot be set. "
             'Fix: attach(..., parametrization="lora").'
         )
-    if splits(values.A):
+    if is_split(layer):
         raise TargetError(
             f"the {block} block is sharded, so that each rank would write a part. Fix: initialise first, shard then."
         )

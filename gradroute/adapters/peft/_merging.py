@@ -12,6 +12,7 @@ from typing import Any
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from gradroute._sharding import is_split
 from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import RouteError
 
@@ -57,9 +58,14 @@ class MergedLayer(RoutedLinear):
         """Merge what the layer computes now: both blocks, or the deployed one alone under `ablate_quarantine`.
 
         Raises:
-            RouteError: under a route or an ablation of some rows, which no single weight can hold.
+            RouteError: under a route or an ablation of some rows, which no single weight can hold; a sharded layer.
         """
         peft_layer = self._peft_layer()
+        if is_split(peft_layer):
+            raise RouteError(
+                f"`{self.name}` is sharded, and its base weight could not be put back. Fix: export_deployed(model, "
+                "path) or export_full; load that onto a base model of its own, and merge there."
+            )
         if peft_layer.merged:
             self._check_merged_view()
         names = check_adapters_to_merge(peft_layer, adapter_names)

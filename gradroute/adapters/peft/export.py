@@ -10,13 +10,13 @@ Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to on
 from os import PathLike
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradroute._all_ranks import written_by_one
 from gradroute._hashing import deployed_hash, hash_in_card
 from gradroute._logging import warn
 from gradroute._protocol import BlockName, check_module
-from gradroute.adapters.peft.plain_lora import PREFIX, PlainLora
+from gradroute.adapters.peft.plain_lora import PREFIX, Factors, PlainLora
 from gradroute.errors import GradRouteError
 
 
@@ -37,10 +37,14 @@ def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | No
     folder = checked_folder(path)
     readme = folder / "README.md"
     with written_by_one("export_deployed", check_module(model)) as writes:
-        text = _card_of(model, readme if card is None else Path(card), given=card is not None)
-        _export(model, folder, ["deployed"], writes=writes)
-        if writes and text is not None:
-            readme.write_text(text, encoding="utf-8")
+        # All ranks read the model, one reads and writes files.
+        digest = deployed_hash(model)
+        plain, factors, others = _gathered(model, ["deployed"])
+        if writes:
+            text = _card_of(digest, readme if card is None else Path(card), given=card is not None)
+            plain.write(folder, factors, others)
+            if text is not None:
+                readme.write_text(text, encoding="utf-8")
 
 
 def export_full(model: nn.Module, path: str | Path) -> None:
@@ -54,7 +58,9 @@ def export_full(model: nn.Module, path: str | Path) -> None:
     """
     folder = checked_folder(path)
     with written_by_one("export_full", check_module(model)) as writes:
-        _export(model, folder, ["deployed", "quarantine"], writes=writes)
+        plain, factors, others = _gathered(model, ["deployed", "quarantine"])
+        if writes:
+            plain.write(folder, factors, others)
 
 
 def checked_folder(path: object, argument: str = "path") -> Path:
@@ -65,12 +71,12 @@ def checked_folder(path: object, argument: str = "path") -> Path:
     return Path(path)
 
 
-def _card_of(model: nn.Module, file: Path, *, given: bool) -> str | None:
-    """The text of a card that speaks of these weights; None where there is no card and none was given."""
+def _card_of(digest: str, file: Path, *, given: bool) -> str | None:
+    """The text of a card that speaks of weights with this hash; None where there is no card and none was given."""
     found = hash_in_card(file.read_text(encoding="utf-8")) if file.is_file() else None
     if found is None and given:
         raise GradRouteError(f"`card` should be a file that write_card wrote. Found none at {file}.")
-    if found is not None and found != deployed_hash(model):
+    if found is not None and found != digest:
         where = "`card`" if given else "The card in `path`"
         raise GradRouteError(
             f"{where} should be of the weights that are exported. Found one of other weights: {file}. "
@@ -89,7 +95,8 @@ def export_refusal(model: nn.Module) -> str | None:
     return None
 
 
-def _export(model: nn.Module, path: Path, blocks: list[BlockName], *, writes: bool) -> None:
+def _gathered(model: nn.Module, blocks: list[BlockName]) -> tuple[PlainLora, Factors, dict[str, Tensor]]:
+    """What a checkpoint of these blocks holds: factors, and modules that were trained whole."""
     plain = PlainLora(model)
     factors = plain.factors(blocks)
     plain.check(factors)
@@ -99,5 +106,4 @@ def _export(model: nn.Module, path: Path, blocks: list[BlockName], *, writes: bo
             f"The export holds whole modules, such as `{next(iter(whole)).removeprefix(PREFIX)}` (`modules_to_save`): "
             "PEFT loads them, vLLM refuses the adapter. Fix, for vLLM: merge_deployed(model) and save the model."
         )
-    if writes:
-        plain.write(path, factors, whole)
+    return plain, factors, whole

@@ -20,11 +20,11 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
 
     Args:
         model: the base model, on this rank maybe without values.
-        config: of new blocks; the ranks and the scaling of saved ones have to be these.
+        config: of new blocks; r, r_quarantine and lora_alpha of saved ones have to be these.
         path: a folder that `save_pretrained` wrote.
 
     Raises:
-        FileFormatError: saved blocks of other ranks or another scaling, or see `load_quarantined`.
+        FileFormatError: saved blocks of another r, r_quarantine or lora_alpha, or see `load_quarantined`.
     """
     base: Any = model
     dtype = next(model.parameters()).dtype

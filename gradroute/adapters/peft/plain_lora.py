@@ -104,7 +104,13 @@ class PlainLora:
         """The modules that PEFT trained whole (`modules_to_save`); every checkpoint carries them."""
         if self._adapter is None:
             return {}
-        state = get_peft_model_state_dict(self._model, adapter_name=self._adapter, save_embedding_layers=False)
+        # The parameters themselves: of those that ZeRO-3 has partitioned, a detached one is empty.
+        state = get_peft_model_state_dict(
+            self._model,
+            state_dict=self._model.state_dict(keep_vars=True),
+            adapter_name=self._adapter,
+            save_embedding_layers=False,
+        )
         others = {PREFIX + name.removeprefix(PREFIX): t for name, t in state.items() if ".lora_" not in name}
         # Copies: tied modules share memory, which the file format refuses.
         return {name: whole(tensor, name).cpu().clone().contiguous() for name, tensor in others.items()}

@@ -32,9 +32,10 @@ class LateRouting:
     def resolve(self) -> Routing:
         """The routing, made now unless it is there; on a sharded model all ranks come here together."""
         if self._resolved is None:
-            self._resolved = resolve(self._trainer.model, **self._keywords)
-            check_recall(self._resolved)
-            self._trainer._flagging = Flagging(self._trainer, self._resolved)
+            resolved = resolve(self._trainer.model, **self._keywords)
+            check_recall(resolved)
+            self._trainer._flagging = Flagging(self._trainer, resolved)
+            self._resolved = resolved
         return self._resolved
 
     def get(self) -> Routing:

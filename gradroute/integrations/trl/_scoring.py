@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from trl.models.utils import disable_gradient_checkpointing
 
+from gradroute._hashing import known_identity
 from gradroute._restore import left_as_found
 from gradroute._sharding import ranks_of
 from gradroute.adapters.views import ablate_quarantine
@@ -147,6 +148,8 @@ def captured_rollouts(
         for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
             called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
+    if together:
+        known_identity(model)  # collective, and read with the scores, which ranks without a row do not have
     if not len(rows):
         return None, rows
     return (capture.take(rows) if len(rows) < len(run) else capture), rows

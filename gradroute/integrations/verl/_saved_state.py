@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from gradroute._all_ranks import written_by_one
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError
 from gradroute.integrations._taken_over import take_over
@@ -18,7 +18,9 @@ _FORMAT = "gradroute-verl-1"
 
 def save(local_path: str, engine: Any) -> None:
     """Write both files, on the first rank."""
-    if dist.get_rank() == 0:
+    with written_by_one("save_checkpoint", engine.module) as writes:
+        if not writes:
+            return
         folder = Path(local_path) / "gradroute"
         folder.mkdir(parents=True, exist_ok=True)
         engine.directions.save(folder / "directions.safetensors")
@@ -29,7 +31,6 @@ def save(local_path: str, engine: Any) -> None:
             "refresher": None if refresher is None else refresher.state_dict(),
         }
         torch.save(state, folder / "state.pt")
-    dist.barrier()
 
 
 def load(local_path: str, engine: Any) -> None:
