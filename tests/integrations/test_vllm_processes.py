@@ -39,6 +39,9 @@ def free_port() -> str:
 
 def run(folder: Path, engine: str, processes: int = 2) -> list[dict[str, Any]]:
     shared = {**SHARED, "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
+    if engine == "sharded":
+        wrapped = {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        shared |= {**wrapped, "FSDP_VERSION": "2"}
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), engine],
@@ -71,7 +74,7 @@ def check(ranks: list[dict[str, Any]]) -> None:
     assert len(set(seen)) > 1
 
 
-@pytest.mark.parametrize("engine", ["each", "tensor_parallel"])
+@pytest.mark.parametrize("engine", ["each", "sharded", "tensor_parallel"])
 def test_two_processes(engine: str, tmp_path: Path) -> None:
     check(run(tmp_path, engine))
 
