@@ -5,8 +5,7 @@
 
 Trains a tiny language model from a base that seldom hacks, by several arms (see `loopholes/arms.py`), and evaluates
 each with its quarantine on and ablated, next to the model before training. Writes `results.json` and `curves.png` to
---out, and prints a table: hack rates on the exploits that the detector knows (monitored) and does not know (held out),
-solve rates with and without a hint.
+--out, and prints a table, and what it says: rates of hacks that the detector knows (monitored) and does not (held out).
 """
 
 import argparse
@@ -25,8 +24,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loopholes.arms import ARMS, DEFAULT_ARMS
+from loopholes.arms import ARMS, DEFAULT_ARMS, groups
 from loopholes.base_model import load_base
+from loopholes.conclusion import LEGEND, conclusion
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, train
 from loopholes.report import plot_curves, print_table, write_json
@@ -37,10 +37,13 @@ WORKERS, THREADS = 2, 1
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The checked command line; anything wrong ends with one line and exit code 2, before any training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=_arms_by_group(), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
-    arms = f"comma-separated, of {', '.join(ARMS)}; default %(default)s"
-    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=arms)
+    arms = "comma-separated, of those below; default %(default)s"
+    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), metavar="ARM,ARM", help=arms)
     parser.add_argument("--seeds", default="0", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--base-seed", type=int, default=0, help="seed of the base model; default %(default)s")
     env = (
@@ -103,6 +106,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--out: cannot write to {args.out} ({error.strerror})")
     return args
+
+
+def _arms_by_group() -> str:
+    lines = ["arms:"]
+    for group, names in groups().items():
+        lines += ["", f"  {group}", *(f"    {name:25}{ARMS[name].about}" for name in names)]
+    return "\n".join(lines)
 
 
 def start_worker(steps_done: Any) -> None:
@@ -175,7 +185,12 @@ def main(argv: list[str]) -> None:
             write_json(args.out / "results.json", config, runs)
     plot_curves(args.out / "curves.png", runs)
     print_table(runs, console)
-    console.print(f"{config['wall_s']:.0f} s; wrote results.json and curves.png to {args.out}", highlight=False)
+    for line in (*LEGEND, "", *conclusion(runs, Recipe.steps, args.steps)):
+        console.print(line, highlight=False, soft_wrap=True)
+    wrote = (
+        f"{config['wall_s']:.0f} s. The picture is {args.out / 'curves.png'}, every number {args.out / 'results.json'}."
+    )
+    console.print(wrote, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ class Arm:
         return self.explained != "no" or self.likelier
 
     @property
+    def is_control(self) -> bool:
+        """Whether what an arm reads is replaced by chance."""
+        return self.shuffled or self.random_direction != "no"
+
+    @property
     def has_flags(self) -> bool:
         """Whether anybody flags rollouts before the backward."""
         return self.flags != "none" or self.reads_log_ratios
@@ -122,7 +127,7 @@ ARMS = {
     "weak": Arm("true hack labels of the monitored modes only", flags="monitored"),
     **{f"weak-{name}": arm for name, arm in _WEAK.items()},
     "weak-explained": _explained("labels of the monitored modes, or explained by the quarantine", flags="monitored"),
-    "weak-explained-shuffle": _explained("the same flags, permuted within the batch", flags="monitored", shuffled=True),
+    "weak-explained-shuffle": _explained("weak-explained with its flags permuted", flags="monitored", shuffled=True),
     "weak-explained-fast": _explained("weak-explained without the slow start", flags="monitored", slow_start=False),
     "weak-explained-early": _explained(
         "weak-explained with ablated rollouts from the start", flags="monitored", ablated_rollouts="always"
@@ -155,15 +160,41 @@ ARMS = {
     "likelier": _one_block("gate", "the gate's", **_GATE)["likelier"],
     "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts="no"),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
-    "gradient-frozen": _gate("the same, never refreshed", "gradient", refreshed=False),
+    "gradient-frozen": _gate("the direction of gradients, never refreshed", "gradient", refreshed=False),
     "rollout-filter": Arm(
         "rollouts whose own gradient is hack-ward leave the deployed gradient",
         gradient_filter="rollouts", directions="gradient", refreshed=True,
     ),
     "vanilla-gain": Arm("plain GRPO on the lenient reward, gains", routed=False, parametrization="svd_gain"),
     "erase": _gains("hack-ward part of the gradient erased, gains", "erase", routed=False),
-    "erase-frozen": _gains("the same, directions never refreshed", "erase", routed=False, refreshed=False),
-    "erase-random": _gains("the same, a random direction", "erase", routed=False, random_direction="haar"),
+    "erase-frozen": _gains("erase with directions that are never refreshed", "erase", routed=False, refreshed=False),
+    "erase-random": _gains("erase along a random direction", "erase", routed=False, random_direction="haar"),
     "route-v1": _gains("hack-ward part of the gradient moved into quarantine gains", "route"),
 }  # fmt: skip
+
+
+def groups() -> dict[str, list[str]]:
+    """The arms by what they are for, each in one group."""
+    found: dict[str, list[str]] = {
+        "nobody flags anything": [], "routed by a direction": [], "routed by labels": [],
+        "routed by the quarantine alone": [], "one block, with the same flags": [],
+        "gradients changed after backward": [], "controls": [],
+    }  # fmt: skip
+    for name, arm in ARMS.items():
+        if arm.is_control:
+            group = "controls"
+        elif arm.gradient_filter != "none":
+            group = "gradients changed after backward"
+        elif not arm.has_flags:
+            group = "nobody flags anything"
+        elif not arm.routed:
+            group = "one block, with the same flags"
+        elif arm.has_labels:
+            group = "routed by labels"
+        else:
+            group = "routed by a direction" if arm.flags == "gate" else "routed by the quarantine alone"
+        found[group].append(name)
+    return found
+
+
 DEFAULT_ARMS = ("vanilla", "clean", "shuffle", "route")
