@@ -2,6 +2,8 @@
 
     python docs/update_results.py
 
+`results/first-run.json` is what `python examples/grpo_loopholes.py` wrote; the README's picture is drawn of it.
+
 A block begins with `<!-- table: NAME ... -->` and ends with `<!-- end -->`; what is in between is replaced.
 """
 
@@ -9,6 +11,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,10 @@ from directions_tables import left_out_table, read_study, transfer_table
 
 from benchmarks import sharding
 from loopholes.arms import ARMS
+from loopholes.conclusion import conclusion
 from loopholes.environment import MODES
+from loopholes.grpo import Recipe
+from loopholes.report import plot_curves
 from published.seeds import interval
 from reporting.markdown import markdown_table
 from reporting.staleness import difference_table, share_table, staleness_table
@@ -51,6 +57,13 @@ def judged(file: str, env: str) -> str:
 def draws(file: str, env: str) -> str:
     """Random directions one by one."""
     return draw_table(read_report(DOCS / "results" / file), env)
+
+
+def first_run() -> str:
+    """The sentences with which the main job ends."""
+    run = json.loads((DOCS / "results" / "first-run.json").read_text(encoding="utf-8"))
+    said = conclusion(run["runs"], Recipe.steps, run["config"]["steps"])
+    return "```text\n" + "\n".join(line for each in said for line in textwrap.wrap(each, 118)) + "\n```"
 
 
 def summary(file: str, env: str) -> str:
@@ -205,6 +218,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "rivals": rivals, "one-block": one_block, "thresholds": thresholds,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
+    "first-run": first_run,
 }  # fmt: skip
 
 
@@ -231,6 +245,8 @@ def main() -> None:
             path.write_text(updated(text), encoding="utf-8")
         elif updated(text) != text:
             sys.exit(f"{path.name} is not what the result files say; run {__file__}")
+    if sys.argv[1:] != ["--check"]:
+        plot_curves(DOCS / "curves.png", _runs("first-run.json"))
 
 
 if __name__ == "__main__":
