@@ -53,8 +53,7 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         GradRouteError: the option, what it should be, and what was found.
     """
-    if name in _CHECKS:
-        _CHECKS[name](name, value)
+    _CHECKS[name](name, value)
 
 
 def _agreed(name: str, keyword: Any, of_config: Any) -> Any:
