@@ -120,7 +120,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 @pytest.mark.slow
 def test_a_run_is_the_same_bit_for_bit_by_either_spelling(tmp_path: Path, values: dict[str, Any]) -> None:
-    run = {"detector": flags, "gate": seldom, "args_max_steps": 4}
+    run = {"detector": flags, "gate": seldom, "args_max_steps": 3}
     by_keywords = outcome(trained(tmp_path, **run, **values))
     by_config = trained(tmp_path, **run, **as_fields(values))
     assert not differing(by_keywords, outcome(by_config))
