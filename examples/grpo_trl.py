@@ -151,7 +151,7 @@ def policy(arguments: ModelConfig, *, smoke: bool) -> tuple[Any, Any]:
 
 def main() -> None:
     """Train, evaluate on and ablated, and write the adapter as it is deployed."""
-    asked = TrlParser(RoutingArguments).parse_args_and_config(return_remaining_strings=True)[0]
+    asked = TrlParser(RoutingArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)[0]
     parser = TrlParser((RoutingArguments, GradRouteGRPOConfig, ModelConfig))
     parser.set_defaults(output_dir="runs/grpo_trl", ablated_fraction=0.25, **(SMOKE if asked.smoke else {}))
     if asked.flag_by != "labels":

@@ -172,7 +172,7 @@ OTHERS: dict[str, Any] = {
 
 
 @pytest.mark.corner(
-    "an option is given to the TRL trainer and, otherwise, in its config", "`GradRouteError` that names both"
+    "an option is given to the TRL trainer and, with another value, in its config", "`GradRouteError` that names both"
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_a_keyword_and_a_field_that_differ_are_refused(name: str, tmp_path: Path) -> None:
