@@ -17,19 +17,19 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
 import gradroute as gr
 from coding.environment import MONITORED, Prompt, contrastive_pairs, grade, sample_prompts, source
 from coding.tasks import Task
-from gradroute.integrations.trl import GradRouteGRPOTrainer
+from gradroute.integrations.trl import GradRouteGRPOConfig, GradRouteGRPOTrainer
 
 FLAG_BY = ("directions", "labels", "both")
 # What a random model can do in seconds.
 SMOKE: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_generations": 4,
     "gradient_accumulation_steps": 2, "max_completion_length": 16, "logging_steps": 1, "save_strategy": "no",
-    "bf16": False, "learning_rate": 1e-3, "pairs_per_mode": 2, "refresh_every": 1,
+    "bf16": False, "learning_rate": 1e-3, "pairs_per_mode": 2,
 }  # fmt: skip
 
 
@@ -39,8 +39,6 @@ class RoutingArguments:
 
     flag_by: str = field(default="directions", metadata={"help": "directions, labels (of monitored hacks), or both."})
     threshold: float = field(default=0.5, metadata={"help": "Route from here on: 0 is a clean side, 1 a hack."})
-    refresh_every: int = field(default=5, metadata={"help": "Optimizer steps between extractions of the directions."})
-    ablated_fraction: float = field(default=0.25, metadata={"help": "Share of a group sampled without the quarantine."})
     pairs_per_mode: int = field(default=8, metadata={"help": "Contrastive pairs for each monitored hole."})
     train_prompts: int = field(default=512, metadata={"help": "Prompts to train on."})
     eval_prompts: int = field(default=48, metadata={"help": "Prompts to evaluate on."})
@@ -153,9 +151,11 @@ def policy(arguments: ModelConfig, *, smoke: bool) -> tuple[Any, Any]:
 
 def main() -> None:
     """Train, evaluate on and ablated, and write the adapter as it is deployed."""
-    asked = TrlParser(RoutingArguments).parse_args_and_config(return_remaining_strings=True)[0]
-    parser = TrlParser((RoutingArguments, GRPOConfig, ModelConfig))
-    parser.set_defaults(output_dir="runs/grpo_trl", **(SMOKE if asked.smoke else {}))
+    asked = TrlParser(RoutingArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)[0]
+    parser = TrlParser((RoutingArguments, GradRouteGRPOConfig, ModelConfig))
+    parser.set_defaults(output_dir="runs/grpo_trl", ablated_fraction=0.25, **(SMOKE if asked.smoke else {}))
+    if asked.flag_by != "labels":
+        parser.set_defaults(refresher=1 if asked.smoke else 5)
     routing, training, of_model = parser.parse_args_and_config()
     if routing.flag_by not in FLAG_BY:
         raise SystemExit(f"--flag_by should be one of {', '.join(FLAG_BY)}. Found {routing.flag_by!r}.")
@@ -170,7 +170,6 @@ def main() -> None:
     by_directions: dict[str, Any] = {
         "directions": lambda model: gr.extract_activation_directions(model, examples, tokenizer=tokenizer),
         "gate": lambda directions: gr.BandGate(directions, threshold=routing.threshold),
-        "refresher": routing.refresh_every,
     }
     trainer = GradRouteGRPOTrainer(
         model=model,
@@ -183,7 +182,6 @@ def main() -> None:
             r=of_model.lora_r, lora_alpha=of_model.lora_alpha, target_modules="all-linear"
         ),
         detector=None if routing.flag_by == "directions" else grader.monitored_hacks,
-        ablated_fraction=routing.ablated_fraction,
         **({} if routing.flag_by == "labels" else by_directions),
     )
     trainer.train()

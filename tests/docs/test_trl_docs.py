@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.tiny_models import base_model
 from support.trl_runs import PROMPTS, quiet, tokenizer
+from trl import TrlParser
 
 import gradroute as gr
-from gradroute.integrations.trl import GradRouteGRPOTrainer
+from gradroute.integrations.trl import GradRouteGRPOConfig, GradRouteGRPOTrainer
 
 pytestmark = [
     *quiet,
@@ -19,6 +20,7 @@ pytestmark = [
 ]
 TEXT = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
 (SCRIPT,) = re.findall(r"```py\n(.*?)```", TEXT, flags=re.DOTALL)
+(YAML,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
 DIFF, RECIPE = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
@@ -53,12 +55,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(script: str) -> Any:
+def run(script: str, **replaced: Any) -> Any:
+    """The trainer that the script has made, some names of its imports replaced."""
     names: dict[str, Any] = {}
     # TRL's default is bf16, for which it has to be told that there is no accelerator.
     assert script.count("max_steps=4") == 1
     # Completions of TRL's default length, 256 tokens, would take minutes.
     script = script.replace("max_steps=4", "max_steps=4, use_cpu=True, max_completion_length=24")
+    for name, by in replaced.items():
+        names[f"own_{name}"] = by
+        script = script.replace(f"args={name}(", f"args=own_{name}(")
     with torch.random.fork_rng():
         exec(compile(script, "docs/trl.md", "exec"), names)
     return names["trainer"]
@@ -91,3 +97,23 @@ def test_the_recipe_against_missed_hacks_runs(folder: Path) -> None:
     log = made.state.log_history[0]  # means over the four steps
     found = [log[f"routing/{name}"] for name in ("slow_start", "ablated", "log_ratio_empty")]
     assert found == [2 / 4, (0 + 0 + 0.25 + 0.25) / 4, 1 / 4]
+
+
+@pytest.mark.slow
+def test_the_options_may_come_from_a_file(folder: Path) -> None:
+    (folder / "run.yaml").write_text(YAML)
+    lines = routed(SCRIPT, DIFF).splitlines()
+    # What the text says: args=config, and no keywords for what the file holds.
+    kept = [line for line in lines if not line.strip().startswith(("directions=", "refresher="))]
+    assert len(kept) == len(lines) - 2
+    made = run("\n".join(kept), GRPOConfig=lambda *_, **options: parsed(options))
+    assert type(made.args) is GradRouteGRPOConfig
+    assert made.state.global_step == 4
+    assert len(made.routing.refresher.reports) == 2
+    assert made.state.log_history[0]["routing/slow_start"] == 2 / 4
+
+
+def parsed(options: dict[str, Any]) -> Any:
+    """run.yaml, and what a test needs besides, on the command line."""
+    command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return TrlParser(GradRouteGRPOConfig).parse_args_and_config(["--config", "run.yaml", *command])[0]

@@ -127,9 +127,9 @@ def test_arguments_of_an_engine_that_is_not_used_are_refused(name: str, value: A
 
 
 @pytest.mark.parametrize("check", [0.0, -1.0])
-def test_a_tolerance_that_is_none_is_refused_when_the_trainer_is_made(check: float) -> None:
+def test_a_tolerance_that_is_none_is_refused_when_the_trainer_is_made(check: float, tmp_path: Path) -> None:
     with pytest.raises(gr.GradRouteError, match="`engine_check` should be"):
-        TwoViewGeneration(engine={}, check=check)
+        trainer(tmp_path, detector=flags, engine_check=check)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -216,7 +216,7 @@ def test_filtered_gradients(engine: str, folder: Path) -> None:
         parts = zip(names, torch.split(flat, sizes), strict=True)
         erased["deployed"] |= {each: part.view_as(erased["deployed"][each]) for each, part in parts}
     assert distance(expected, erased) > 0.01
-    assert ranks[0]["log"]["filter/cin"] > 0.01 > 1e-5 > ranks[0]["log"]["filter/cout"]
+    assert ranks[0]["log"]["routing/filter_cin"] > 0.01 > 1e-5 > ranks[0]["log"]["routing/filter_cout"]
     record(
         f"TRL, {engine}", "filter", max(distance(step_of(r, erased), erased) for r in ranks), 5e-6, "rows one by one"
     )

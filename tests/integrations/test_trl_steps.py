@@ -145,9 +145,9 @@ def test_a_filter_runs_once_per_step_after_the_last_micro_batch_and_before_clipp
         )  # fmt: skip
         made.train()
         runs[mode] = look
-        logged = [entry for entry in made.state.log_history if "filter/cin" in entry]
+        logged = [entry for entry in made.state.log_history if "routing/filter_cin" in entry]
         assert len(logged) == 2
-        assert [entry["filter/cout"] for entry in logged] == pytest.approx(look.cin, abs=1e-5)
+        assert [entry["routing/filter_cout"] for entry in logged] == pytest.approx(look.cin, abs=1e-5)
     assert runs["measure"].cin[0] > 0.01
     assert max(runs["erase"].cin) < 1e-4
     if max_grad_norm:  # of what the filter has left
@@ -183,9 +183,10 @@ def test_directions_are_refreshed_by_optimizer_steps_and_not_by_micro_batches(tm
     made = trained(tmp_path, directions=extract, refresher=2, args_max_steps=4)
     assert [report.step for report in made.routing.refresher.reports] == [2, 4]
     assert made.routing.directions.version == 2
-    ages = [entry["directions/age"] for entry in made.state.log_history if "directions/age" in entry]
+    ages = [entry["routing/directions_age"] for entry in made.state.log_history if "routing/directions_age" in entry]
     assert ages == [1, 0, 1, 0]
-    overlaps = [entry["directions/overlap"] for entry in made.state.log_history if "directions/overlap" in entry]
+    name = "routing/directions_overlap"
+    overlaps = [entry[name] for entry in made.state.log_history if name in entry]
     assert overlaps == [report.overlap for report in made.routing.refresher.reports]
     assert overlaps[0] < 1
 

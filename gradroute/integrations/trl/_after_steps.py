@@ -54,7 +54,10 @@ class AfterSteps(TrainerCallback):
         if refresher is None or trainer.accelerator.optimizer_step_was_skipped:
             return
         report = refresher.step()
-        figures = {"directions/age": float(refresher.age)}
+        figures = {"routing/directions_age": float(refresher.age)}
         if report is not None:
-            figures |= {"directions/overlap": report.overlap, "directions/angle": report.largest_angle}
+            figures |= {
+                "routing/directions_overlap": report.overlap,
+                "routing/directions_angle": report.largest_angle,
+            }
         append_metrics(trainer, figures)

@@ -17,7 +17,6 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
-from gradroute._checks import positive_number
 from gradroute.errors import GradRouteError
 from gradroute.evaluation import assert_engine_follows
 from gradroute.integrations.trl._adapter_client import PAST_VIEWS, AdapterClient
@@ -57,8 +56,6 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
     llm: Any
 
     def __init__(self, *args: Any, engine: Mapping[str, Any], check: bool | float, **kwargs: Any) -> None:
-        if not isinstance(check, bool):
-            positive_number("engine_check", check)
         self._engine, self._check, self._checked = dict(engine), check, False
         super().__init__(*args, **kwargs)
 

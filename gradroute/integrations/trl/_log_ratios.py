@@ -23,7 +23,7 @@ from gradroute._sharding import reshard, wide
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import Gate
+from gradroute.gates.base import Below, Gate
 from gradroute.gates.log_ratio import QUANTILES, LogRatioGate
 from gradroute.integrations.trl._scoring import is_random, logps_of_state, loss_mask
 
@@ -140,13 +140,30 @@ def is_empty(model: nn.Module) -> bool:
     return not bool(torch.stack([size.to(sizes[0]) for size in sizes]).any())
 
 
-def check_log_ratio_gate(given: Any, gate: Gate | None) -> None:
-    """A gate on log ratios, alone or beside `gate`, whose mask is combined with its own by |.
+def made_log_ratio_gate(given: LogRatioGate | float | None, gate: Gate | None) -> LogRatioGate | None:
+    """A gate on log ratios, made of its threshold if given as one; beside `gate`, their masks are combined by |.
 
     Raises:
-        GradRouteError: another kind of gate; zones per token; a gate with weights; zones of one gate that the other's
-            would always override; or nothing that would ever train the quarantine.
+        GradRouteError: zones per token; a gate with weights; zones of one gate that the other's would always override;
+            or nothing that would ever train the quarantine.
     """
+    if isinstance(given, int | float):
+        given = LogRatioGate(given, below="absorb" if gate is None else _zone_beside(gate))
+    _check_log_ratio_gate(given, gate)
+    return given
+
+
+def _zone_beside(gate: Gate) -> Below:
+    """The zone of what neither gate routes: `keep | absorb` is absorb, so that both have to say the same.
+
+    A gate without `below` sets both zones: beside it, a gate on log ratios has to keep what it does not route, or no
+    row would be kept.
+    """
+    below: Below = getattr(gate, "below", "keep")
+    return below
+
+
+def _check_log_ratio_gate(given: LogRatioGate | None, gate: Gate | None) -> None:
     if gate is not None and gate.reads == "log_ratios":
         raise GradRouteError(
             f"`gate` should read flags, scores or features. Found a {type(gate).__name__}, which reads log ratios. "
@@ -154,8 +171,6 @@ def check_log_ratio_gate(given: Any, gate: Gate | None) -> None:
         )
     if given is None:
         return
-    if not isinstance(given, LogRatioGate):
-        raise GradRouteError(f"`log_ratio_gate` should be a LogRatioGate. Found {given!r}.")
     if given.per != "rollout":
         raise GradRouteError(
             f"`log_ratio_gate` should decide per rollout: TRL's rollouts carry a zone per row. Found {given!r}. Fix: "
@@ -173,9 +188,7 @@ def check_log_ratio_gate(given: Any, gate: Gate | None) -> None:
             "`log_ratio_gate` is combined with a gate of zones: a row is routed if either says so. Found a soft gate, "
             f"{gate!r}, which weighs rows. Fix: soft=False."
         )
-    # `keep | absorb` is absorb. A gate without `below` sets both zones: beside it, this gate has to keep what it does
-    # not route, or no row would be kept.
-    below = getattr(gate, "below", "keep")
+    below = _zone_beside(gate)
     if given.below != below:
         raise GradRouteError(
             f"The zone of rows that neither gate routes should be one. Found {gate!r} and {given!r}; of keep and "

@@ -6,7 +6,6 @@
 A missed hack that was sampled ablated trains the deployed block alone, so that the quarantine cannot absorb it.
 """
 
-from gradroute._checks import share
 from gradroute._logging import warn
 from gradroute.errors import GradRouteError
 from gradroute.gates.band import BandGate
@@ -21,14 +20,12 @@ def check_recall(routing: Routing) -> None:
     """Warn of the second line above, once, when the trainer is made.
 
     Raises:
-        GradRouteError: a `detector_recall` that is no share, or without a detector.
+        GradRouteError: a `detector_recall` without a detector.
     """
-    if routing.detector_recall is not None:
-        share("detector_recall", routing.detector_recall)
-        if routing.detector is None:
-            raise GradRouteError(
-                f"`detector_recall` is of a `detector`. Found {routing.detector_recall!r} and no detector."
-            )
+    if routing.detector_recall is not None and routing.detector is None:
+        raise GradRouteError(
+            f"`detector_recall` is of a `detector`. Found {routing.detector_recall!r} and no detector."
+        )
     if not routing.ablated_per_group or routing.gate is None or routing.log_ratio_gate is not None:
         return
     recall = known_recall(routing)

@@ -8,46 +8,36 @@ A rollout that was sampled ablated trains the deployed block alone, a missed hac
 
 from typing import Any
 
-from gradroute._checks import integer_from_zero, share
 from gradroute._state_dict import State
 from gradroute.errors import GradRouteError
+from gradroute.integrations.trl._options import Options
 from gradroute.optim.slow_start import SlowStart, slow_start
 
 FRACTION = 0.25
 
 
 class Schedule:
-    """The trainer's keywords of the same names, and the slow start of the run in progress.
+    """The trainer's options of a schedule, and the slow start of the run in progress.
 
     Raises:
         GradRouteError: an argument that nothing would read; an optimizer of the user's with both blocks in one group.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        *,
-        slow_start_steps: int,
-        slow_start_fraction: float | None,
-        ablated_from: int | None,
-        ablates: bool,
-    ) -> None:
-        self._trainer, self._ablates = trainer, ablates
-        self.steps = integer_from_zero("slow_start_steps", slow_start_steps)
-        if slow_start_fraction is not None and not self.steps:
+    def __init__(self, trainer: Any, options: Options) -> None:
+        self._trainer, self._ablates = trainer, options.ablated_fraction > 0
+        self.steps, self.ablated_from = options.slow_start_steps, options.ablated_from
+        fraction = options.slow_start_fraction
+        if fraction is not None and not self.steps:
             raise GradRouteError(
-                f"`slow_start_fraction` is read with `slow_start_steps`. Found {slow_start_fraction!r} and no steps. "
+                f"`slow_start_fraction` is read with `slow_start_steps`. Found {fraction!r} and no steps. "
                 "Fix: slow_start_steps=75, say."
             )
-        self._fraction = FRACTION if slow_start_fraction is None else share("slow_start_fraction", slow_start_fraction)
-        if self._fraction == 1:
-            raise GradRouteError("`slow_start_fraction` should be in [0, 1). Found 1: nothing would start slowly.")
-        if ablated_from is not None and not ablates:
+        self._fraction = FRACTION if fraction is None else fraction
+        if self.ablated_from is not None and not self._ablates:
             raise GradRouteError(
-                f"`ablated_from` is read with `ablated_fraction`. Found {ablated_from!r}, and no rollout that is "
+                f"`ablated_from` is read with `ablated_fraction`. Found {self.ablated_from!r}, and no rollout that is "
                 "sampled ablated. Fix: ablated_fraction=0.25, say, or leave `ablated_from` out."
             )
-        self.ablated_from = None if ablated_from is None else integer_from_zero("ablated_from", ablated_from)
         self._slow_start: SlowStart | None = None
         self._saved: State | None = None
         if self.steps and trainer.optimizer is not None:

@@ -6,7 +6,8 @@
     a gate on log ratios beside any of these      ->  a rollout is routed if either says so
 
 A function stands for what can be made once the model has its blocks: `directions(model)`, `gate(directions)`,
-`grad_filter(directions)`; `refresher=5` makes a `Refresher` out of such a function.
+`grad_filter(directions)`; `refresher=5` makes a `Refresher` out of such a function. So do a file of pairs for
+`directions`, and a threshold for a `log_ratio_gate`.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,15 @@ from gradroute.gates.band import BandGate
 from gradroute.gates.base import Gate
 from gradroute.gates.label import LabelGate
 from gradroute.gates.log_ratio import LogRatioGate
-from gradroute.integrations.trl._log_ratios import check_log_ratio_gate
+from gradroute.integrations.trl._log_ratios import made_log_ratio_gate
 from gradroute.refresh.refresher import Refresher
 
 Detector = Callable[..., Any]
+
+
+def extracted_from(directions: Any, tokenizer: Any) -> Any:
+    """`directions`, where it is a file of pairs, as the function that extracts them."""
+    return directions_from(directions, tokenizer) if isinstance(directions, str | Path) else directions
 
 
 def directions_from(pairs: str | Path, tokenizer: Any, **options: Any) -> Callable[[nn.Module], Directions]:
@@ -133,14 +139,14 @@ def resolve(
         if directions is None and isinstance(given, Refresher | Gate):
             directions = given.directions
     if directions is not None and not isinstance(directions, Directions):
-        raise GradRouteError(f"`directions` should be Directions, or a function of the model. Found {directions!r}.")
+        raise GradRouteError(f"`directions` should be a function that returns Directions. Found one of {directions!r}.")
     grad_filter = _made(grad_filter, "grad_filter", GradientFilter, directions)
     gate = _made(gate, "gate", Gate, directions)
     if gate is None and directions is not None and grad_filter is None:
         gate = BandGate(directions)
     elif gate is None and detector is not None:
         gate = LabelGate()
-    check_log_ratio_gate(log_ratio_gate, gate)
+    log_ratio_gate = made_log_ratio_gate(log_ratio_gate, gate)
     _check_gate(gate, detector, directions)
     refresher = _refresher(refresher, directions, extract, model)
     routing = Routing(
@@ -212,18 +218,19 @@ def _check_gate(gate: Gate | None, detector: Any, directions: Directions | None)
 
 
 def _refresher(
-    given: Any, directions: Directions | None, extract: Callable[[], Directions] | None, model: nn.Module
+    given: Refresher | int | None,
+    directions: Directions | None,
+    extract: Callable[[], Directions] | None,
+    model: nn.Module,
 ) -> Refresher | None:
-    if isinstance(given, int) and not isinstance(given, bool):
+    if isinstance(given, int):
         if extract is None or directions is None:
             raise GradRouteError(
                 f"`refresher={given}` extracts again what `directions` makes. Found no function to do so. Fix: "
                 "directions=lambda model: extract_activation_directions(model, pairs), or a Refresher."
             )
         return Refresher(directions, extract, model=model, every=given)
-    if given is None or isinstance(given, Refresher):
-        return given
-    raise GradRouteError(f"`refresher` should be a Refresher, or a number of optimizer steps. Found {given!r}.")
+    return given
 
 
 def _clean_baseline(routing: Routing, asked: bool | None) -> bool:

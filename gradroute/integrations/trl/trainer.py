@@ -31,10 +31,13 @@ from gradroute.integrations.trl._engine import check_engine, two_view_engine
 from gradroute.integrations.trl._flagging import sampled_ablated
 from gradroute.integrations.trl._late_routing import LateRouting
 from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
+from gradroute.integrations.trl._model_card import NAME, PAPER, TAG
+from gradroute.integrations.trl._options import Options
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
 from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
-from gradroute.integrations.trl.routing import Routing
+from gradroute.integrations.trl.config import check_config_is_read, config_among
+from gradroute.integrations.trl.routing import Routing, extracted_from
 from gradroute.optim.slow_start import block_groups
 
 _Trainer: Any = object
@@ -43,22 +46,28 @@ _Trainer: Any = object
 class GradRouteMixin(_Trainer):  # type: ignore[misc]
     """Put it before a subclass of TRL's GRPOTrainer: `class Mine(GradRouteMixin, MyGRPOTrainer)`.
 
+    Of a `GradRouteGRPOConfig`, given as `args`, it reads the fields that have the names of its keywords. A keyword and
+    a field that differ raise.
+
     Args:
         gate: from scores or flags to masks: a `BandGate`, `QuantileGate`, `ThresholdGate` or `LabelGate`, or a function
             that makes one of the directions. None: `BandGate(directions)` if there are directions and no
             filter, `LabelGate()` if there is a detector.
-        directions: `Directions`, or a function of the model that extracts them; called once the model has its blocks.
-        refresher: a `Refresher`, or the optimizer steps between two calls of the function given as `directions`.
+        directions: `Directions`; a function of the model that extracts them, called once the model has its blocks; or a
+            file of pairs, as for `directions_from`, which gets the trainer's `processing_class`.
+        refresher: a `Refresher`, or the optimizer steps between two extractions, where `directions` is a function or a
+            file.
         grad_filter: a `ProjectionFilter` or `RolloutFilter`, or a function that makes one of the directions.
         ablated_fraction: of the rollouts of a group; these are sampled without the quarantine, and train the deployed
-            block only.
+            block only. None: 0.
         detector: called like a reward function, and like one it may be async; returns a flag per rollout, or with a
             `ThresholdGate` a score, or None where it is undecided. With a gate on directions, a rollout is routed if
             either says so.
         detector_recall: the share of all hacks that the detector flags, as far as it is known. Where rollouts are
             sampled ablated and this is below 0.9 or not known, a warning says what missed hacks do.
-        log_ratio_gate: a `LogRatioGate`, alone or beside the others: a rollout is routed if either says so.
-        slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate.
+        log_ratio_gate: a `LogRatioGate`, alone or beside the others: a rollout is routed if either says so. A number is
+            its threshold in nats, with the `below` of the gate beside it.
+        slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate. None: 0.
         slow_start_fraction: of the learning rate in these steps. None: 0.25.
         ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
@@ -66,7 +75,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager, and `folder` for the
             adapters' files; for a server, `folder` and `timeout` of `gradroute.integrations.vllm.ServerViews`.
         engine_check: with `use_vllm=True`, whether `assert_engine_follows` checks the engine before the first rollout,
-            or its tolerance in nats.
+            or its tolerance in nats. None: True.
         args, kwargs: TRL's own.
 
     What the keywords were resolved to is `trainer.routing`: `gate`, `log_ratio_gate`, `directions`, `refresher`,
@@ -77,6 +86,11 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             `train()`, a run of too few steps for what was asked.
     """
 
+    # For TRL's model card.
+    _name = NAME
+    _paper = PAPER
+    _tag_names: list[str]
+
     def __init__(
         self,
         *args: Any,
@@ -84,46 +98,60 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         directions: Any = None,
         refresher: Any = None,
         grad_filter: Any = None,
-        ablated_fraction: float = 0.0,
+        ablated_fraction: float | None = None,
         detector: Any = None,
         detector_recall: float | None = None,
         log_ratio_gate: Any = None,
-        slow_start_steps: int = 0,
+        slow_start_steps: int | None = None,
         slow_start_fraction: float | None = None,
         ablated_from: int | None = None,
         clean_baseline: bool | None = None,
         engine: Mapping[str, Any] | None = None,
-        engine_check: bool | float = True,
+        engine_check: bool | float | None = None,
         **kwargs: Any,
     ) -> None:
         check_trl(super())
-        with two_view_engine(engine, engine_check):
+        self._tag_names = [*self._tag_names, TAG]  # TRL puts them on the model while it builds the trainer
+        config = config_among(*args, *kwargs.values())
+        options = Options.of(
+            config,
+            directions=directions,
+            refresher=refresher,
+            log_ratio_gate=log_ratio_gate,
+            ablated_fraction=ablated_fraction,
+            detector_recall=detector_recall,
+            slow_start_steps=slow_start_steps,
+            slow_start_fraction=slow_start_fraction,
+            ablated_from=ablated_from,
+            clean_baseline=clean_baseline,
+            engine=engine,
+            engine_check=engine_check,
+        )
+        with two_view_engine(options.engine, options.engine_check):
             super().__init__(*args, **kwargs)
+        check_config_is_read(self.args, config)
         check_attributes(self)
-        check_engine(self, engine, engine_check)
+        check_engine(self, options.engine, options.engine_check)
         check_run(
-            self, ablated_fraction=ablated_fraction, filters=grad_filter is not None, slow_start=bool(slow_start_steps)
+            self,
+            ablated_fraction=options.ablated_fraction,
+            filters=grad_filter is not None,
+            slow_start=bool(options.slow_start_steps),
         )
         self._routing = LateRouting(
             self,
             gate=gate,
-            directions=directions,
-            refresher=refresher,
+            directions=extracted_from(options.directions, self.processing_class),
+            refresher=options.refresher,
             grad_filter=grad_filter,
             detector=detector,
-            detector_recall=detector_recall,
-            log_ratio_gate=log_ratio_gate,
-            clean_baseline=clean_baseline,
-            ablated_per_group=group_share(ablated_fraction, self.num_generations),
+            detector_recall=options.detector_recall,
+            log_ratio_gate=options.log_ratio_gate,
+            clean_baseline=options.clean_baseline,
+            ablated_per_group=group_share(options.ablated_fraction, self.num_generations),
             autocast=self.accelerator.autocast,
         )
-        self._schedule = Schedule(
-            self,
-            slow_start_steps=slow_start_steps,
-            slow_start_fraction=slow_start_fraction,
-            ablated_from=ablated_from,
-            ablates=ablated_fraction > 0,
-        )
+        self._schedule = Schedule(self, options)
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward
         self._twice: RowsTwice | None = None  # while the losses of a micro-batch are computed
@@ -213,7 +241,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         if self.routing.filter is not None and self.accelerator.sync_gradients:
             stats = apply_filter(self.model, self.routing.filter)
             names = ("cin", "cout", "null", "fired")
-            _logs.append_metrics(self, {f"filter/{name}": getattr(stats, name) for name in names})
+            _logs.append_metrics(self, {f"routing/filter_{name}": getattr(stats, name) for name in names})
         return loss
 
     def compute_loss(
