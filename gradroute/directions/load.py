@@ -97,10 +97,11 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
     rows = source if isinstance(source, Iterable) else [source]
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
+            of = f" of {type(row).__name__}" if isinstance(source, Iterable) else ""
             raise GradRouteError(
-                f"`source` should be a file, or give rows with a value by column. Found {type(source).__name__}, whose "
-                f"row {i} is a {type(row).__name__}. Fix: one split of a DatasetDict; `select(range(n))` of a Dataset, "
-                'for a slice of it is columns; `to_dict("records")` of a data frame.'
+                f"`source` should be a file, or rows with a value by column. Found {type(source).__name__}{of}. Fix: "
+                "one split of a DatasetDict; `select(range(n))` of a Dataset, a slice of which is columns; "
+                '`to_dict("records")` of a data frame.'
             )
         yield f"row {i}", row
 
