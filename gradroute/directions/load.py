@@ -1,6 +1,6 @@
 """Reading pairs, from a file or from the rows of a data set: texts, token ids, or chat messages.
 
-Every entry is a pair, or raises: a pair that is left out in silence is missed by nobody.
+An entry that is no pair raises with its place; none is left out.
 """
 
 import json

@@ -199,6 +199,18 @@ def test_a_template_may_be_given_with_the_options() -> None:
     assert given == gr.load_pairs([row()], tokenizer=byte_tokenizer())
 
 
+def test_directions_for_the_trainer_are_made_of_a_file_or_of_pairs(tmp_path: Path) -> None:
+    from support.language_models import PAIRS, ids_only, routed_mixer
+
+    from gradroute.integrations.trl import directions_from
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({n: getattr(p, n) for n in ("prompt", "hack", "clean")}) + "\n" for p in PAIRS))
+    of_file, of_pairs = (directions_from(each, None, forward_fn=ids_only)(routed_mixer()) for each in (path, PAIRS))
+    assert of_file.content_hash == of_pairs.content_hash
+    assert of_pairs.provenance.pair_hash == of_file.provenance.pair_hash
+
+
 # Rows
 
 
