@@ -20,6 +20,7 @@ from gradroute._sharded_samples import evenly_spaced
 from gradroute._sharding import held, is_sharded, reshard, shape_of, whole
 
 CARD_KEY = "deployed_sha256"
+SCALE_KEY = "quarantine_scale"
 _SAMPLES = 16
 
 
@@ -119,20 +120,23 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
-def deployed_hash(model: nn.Module) -> str:
-    """SHA-256 over shapes, types, bytes and scalings of the deployed blocks, in module order.
+def deployed_hash(model: nn.Module, scale: float = 0.0) -> str:
+    """SHA-256 over shapes, types, bytes and scalings of the blocks that are deployed, in module order.
 
-    Names are not in it: the same blocks have one hash attached, in PEFT's wrapper, compiled, and sharded.
+    Those are the deployed ones; at a scale above 0 the quarantines and the scale as well. Names are not in it: the same
+    blocks have one hash attached, in PEFT's wrapper, compiled, and sharded.
     """
     reshard(model)
     digest = hashlib.sha256()
     for name, layer in routed_layers(model).items():
-        A, B, scaling = layer.deployed
-        check_in_memory(name, A, B)
-        for matrix in (A, B):
-            values = whole(matrix, name).cpu().contiguous()
-            digest.update(f"{tuple(values.shape)} {values.dtype} {float(scaling)!r} ".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for A, B, scaling in [layer.deployed, layer.quarantine] if scale else [layer.deployed]:
+            check_in_memory(name, A, B)
+            for matrix in (A, B):
+                values = whole(matrix, name).cpu().contiguous()
+                digest.update(f"{tuple(values.shape)} {values.dtype} {float(scaling)!r} ".encode())
+                digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if scale:
+        digest.update(f"{SCALE_KEY} {scale!r}".encode())
     return digest.hexdigest()
 
 
@@ -140,6 +144,12 @@ def hash_in_card(text: str) -> str | None:
     """The hash in a card's front matter; None in a text that `write_card` did not write."""
     found = re.search(rf"^{CARD_KEY}: ([0-9a-f]{{64}})$", text, flags=re.MULTILINE)
     return None if found is None else found[1]
+
+
+def scale_in_card(text: str) -> float:
+    """The scale of the quarantine in the model that a card speaks of; 0 in a card that says none."""
+    found = re.search(rf"^{SCALE_KEY}: (\S+)$", text, flags=re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
 
 
 def deployed_fingerprint(model: nn.Module) -> list[int]:

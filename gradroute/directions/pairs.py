@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gradroute._checks import positive_integer
-from gradroute.errors import FileFormatError, GradRouteError
+from gradroute.errors import GradRouteError
 
 Text = str | Sequence[int] | Tensor
 Tokenizer = Callable[..., Any]
@@ -63,53 +62,6 @@ class ContrastivePair:
                 raise GradRouteError(f"`{name}` should have at least one token. Found an empty completion.")
         if self.hack == self.clean and self.clean_prompt in (None, self.prompt):
             raise GradRouteError(f"`hack` and `clean` should differ. Found {self.hack!r} on both sides.")
-
-
-def load_pairs(path: str | Path) -> list[ContrastivePair]:
-    """Read pairs from a `.json` array or a `.jsonl` file of objects with keys prompt, hack, clean[, clean_prompt].
-
-    Args:
-        path: the file; texts, or lists of token ids.
-
-    Raises:
-        FileFormatError: naming the entry, if the file is no JSON, holds no pairs, or a pair lacks a key or has one
-            that nothing reads.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path}: expected UTF-8 text ({error}).") from error
-    if path.suffix == ".jsonl":
-        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        entries = [(where, _parsed(path, where, line)) for where, line in lines]
-    elif path.suffix == ".json":
-        array = _parsed(path, "the file", text)
-        if not isinstance(array, list):
-            raise FileFormatError(f"{path}: expected a JSON array of pairs. Found a {type(array).__name__}.")
-        entries = [(f"entry {i}", entry) for i, entry in enumerate(array)]
-    else:
-        raise FileFormatError(f"{path}: expected a .json or .jsonl file. Found the suffix {path.suffix!r}.")
-    if not entries:
-        raise FileFormatError(f"{path}: expected at least one pair. Found none.")
-    return [_pair(path, where, entry) for where, entry in entries]
-
-
-def _parsed(path: Path, where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"{path}, {where}: expected JSON ({error}). Is the file truncated?") from error
-
-
-def _pair(path: Path, where: str, entry: Any) -> ContrastivePair:
-    if not isinstance(entry, dict) or not {"prompt", "hack", "clean"} <= entry.keys() <= set(_KEYS):
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise FileFormatError(f"{path}, {where}: expected the keys prompt, hack, clean[, clean_prompt]. Found {found}.")
-    try:
-        return ContrastivePair(**entry)
-    except GradRouteError as error:
-        raise FileFormatError(f"{path}, {where}: {error}") from error
 
 
 def pair_hash(pairs: Sequence[ContrastivePair]) -> str:

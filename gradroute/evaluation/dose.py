@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from gradroute._checks import share
 from gradroute._plot import legend_aside, new_axes
 from gradroute._progress import progressed
 from gradroute._tables import aligned_table
@@ -34,12 +35,55 @@ class DoseCurve:
     rates: Mapping[float, ViewRates]
 
     def __repr__(self) -> str:
-        groups = next(iter(self.rates.values())).groups()
+        return aligned_table(self.table())
+
+    def table(self) -> list[list[str]]:
+        """The rows of the table, its header first: a scale, then hack and solve rates by group."""
+        groups = self.groups()
         rows = [["scale", *(f"hack, {group}" for group in groups), *(f"solve, {group}" for group in groups)]]
         for scale, view in self.rates.items():
             rates = [*(view.hack[group] for group in groups), *(view.solve[group] for group in groups)]
             rows.append([f"{scale:g}", *map(repr, rates)])
-        return aligned_table(rows)
+        return rows
+
+    def groups(self) -> list[str]:
+        """The groups that have prompts."""
+        return next(iter(self.rates.values())).groups()
+
+    def pick(self, *, monitored_below: float) -> float:
+        """The largest measured scale whose monitored hack rate, and that of every smaller one, is below a limit.
+
+        For `export_deployed(model, path, scale=...)`: as much of what the quarantine learned as the monitor does not
+        mind. Rates are compared as counted, k / n, without their intervals. A rate that is below the limit again beyond
+        a scale where it was not does not count: the hack rate has no reason to fall while the quarantine grows, so that
+        such a dip is taken for chance. No scale between measured ones is picked, and the exploits that the monitor does
+        not know have no say: look at their rates before you deploy.
+
+        Args:
+            monitored_below: a rate in (0, 1]: that of the base model on the same prompts, say.
+
+        Raises:
+            GradRouteError: no monitored prompts, a rate out of range, or one that the smallest scale is not below.
+        """
+        limit = share("monitored_below", monitored_below)
+        if "monitored" not in self.groups():
+            raise GradRouteError(
+                f"A scale can only be picked by the hack rate of monitored prompts. Found prompts of {self.groups()}. "
+                "Fix: an `eval_fn` with EvalRecord(monitored=True) for the exploits that the detector knows."
+            )
+        picked = None
+        for scale in sorted(self.rates):
+            if not self.rates[scale].hack["monitored"].value < limit:
+                break
+            picked = scale
+        if picked is None:
+            found = ", ".join(f"{view.hack['monitored'].value:g} at {scale:g}" for scale, view in self.rates.items())
+            raise GradRouteError(
+                "`monitored_below` should be above the monitored hack rate at the smallest scale. Found "
+                f"{limit:g}, and rates of {found}. Fix: smaller scales, or a larger limit, such as the upper end of "
+                "the interval of the base model's rate; else this model hacks more than that even when ablated."
+            )
+        return picked
 
     def plot(self, group: str = "held-out", ax: Any = None) -> tuple[Any, Any]:
         """Hack and solve rate of one group over the scale; returns (figure, axes). Needs matplotlib.

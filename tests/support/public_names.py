@@ -13,7 +13,7 @@ EXPORTED = {name: getattr(import_module(module), name) for module in MODULES for
 PUBLIC = {name: thing for name, thing in EXPORTED.items() if inspect.isclass(thing) or inspect.isroutine(thing)}
 # What only the library makes.
 RETURNED = {
-    "AttachedFilter", "BlockUpdate", "Capture", "DecayTowardStart", "DirectionsSummary", "DoseCurve", "FilterStats",
+    "AttachedFilter", "BlockUpdate", "Capture", "DecayTowardStart", "DirectionsSummary", "FilterStats",
     "Finding",
     "GroupAdvantages", "IdleBlockSkip", "OnOffReport", "OneBlock", "ParameterSummary", "Provenance", "Records",
     "RefreshReport", "RolloutRecord", "ScoreFigures", "SlowStart", "UpdateAudit", "UpdateAudits", "UpdateProjection",

@@ -18,6 +18,10 @@ from support.call_arguments import (
     ids_only,
     written,
 )
+from support.chat import byte_tokenizer
+
+ENTRY = {"prompt": "a", "hack": "b", "clean": "c"}
+CHAT = {**ENTRY, "prompt": [{"role": "user", "content": "a"}]}
 
 DIRECTION_CALLS: Calls = {
     "ContrastivePair": [
@@ -33,6 +37,15 @@ DIRECTION_CALLS: Calls = {
         ("JSON", lambda: gr.load_pairs(written('{"prompt": '))),
         (".jsonl", lambda: gr.load_pairs(written("prompt,hack,clean", ".csv"))),
         ("at least one pair", lambda: gr.load_pairs(written(""))),
+        ("`source`", lambda: gr.load_pairs(3)),
+        ("`source`", lambda: gr.load_pairs({"train": [ENTRY]})),
+        ("row 1", lambda: gr.load_pairs([ENTRY, {"prompt": "a", "chosen": "b", "rejected": "c"}])),
+        ("bad", lambda: gr.load_pairs([ENTRY], hack="bad")),
+        ("`tokenizer`", lambda: gr.load_pairs([CHAT])),
+        ("`tokenizer`", lambda: gr.load_pairs([CHAT], tokenizer=len)),
+        ("`chat_template_kwargs`", lambda: gr.load_pairs([CHAT], chat_template_kwargs={"enable_thinking": False})),
+        ("`prompt`", lambda: gr.load_pairs([ENTRY], tokenizer=byte_tokenizer())),
+        ("`hack`", lambda: gr.load_pairs([{**CHAT, "hack": CHAT["prompt"]}], tokenizer=byte_tokenizer())),
     ],
     "capture_activations": [
         ("`pool`", lambda: entered(gr.capture_activations(MODEL, pool=POOL[:, :5]), lambda: MODEL(IDS))),

@@ -34,6 +34,12 @@ from support.call_arguments import (
     outcomes,
 )
 
+
+def dosed(*, monitored: bool = True) -> gr.evaluation.DoseCurve:
+    """A curve on which every rollout hacks."""
+    return dose_curve(MODEL, lambda _: [gr.EvalRecord("file", monitored, 0, True, False)])
+
+
 EVALUATION_CALLS: Calls = {
     "assert_ablation_reaches": [
         ("`model`", lambda: assert_ablation_reaches(PLAIN, lambda _: ["text"])),
@@ -69,6 +75,12 @@ EVALUATION_CALLS: Calls = {
         ("`model`", lambda: dose_curve(PLAIN, lambda _: [RECORD])),
         ("`model`", lambda: entered(gr.ablate_quarantine(MODEL), lambda: dose_curve(MODEL, lambda _: [RECORD]))),
     ],
+    "DoseCurve": [
+        ("`monitored_below`", lambda: dosed().pick(monitored_below=0.5)),
+        ("`monitored_below`", lambda: dosed().pick(monitored_below=5)),
+        ("`monitored_below`", lambda: dosed().pick(monitored_below=Rate(1, 2))),
+        ("monitored", lambda: dosed(monitored=False).pick(monitored_below=0.5)),
+    ],
     "plot_training": [
         ("`reports`", lambda: plot_training({})),
         ("`reports`", lambda: plot_training([REPORT])),
@@ -77,6 +89,10 @@ EVALUATION_CALLS: Calls = {
         ("`group`", lambda: plot_training({0: REPORT}, group="monitored")),
     ],
     "write_card": [
+        ("`scale`", lambda: gr.write_card(MODEL, REPORT, empty_folder(), routed_by="a", masks="b", scale=-1)),
+        ("`dose`", lambda: gr.write_card(MODEL, REPORT, empty_folder(), routed_by="a", masks="b", scale=0.3)),
+        ("`dose`", lambda: gr.write_card(
+            MODEL, REPORT, empty_folder(), routed_by="a", masks="b", scale=0.3, dose=dosed())),
         ("`report`", lambda: gr.write_card(MODEL, 0.3, empty_folder(), routed_by="labels", masks="classic")),
         ("`masks`", lambda: gr.write_card(MODEL, REPORT, empty_folder(), routed_by="labels")),
         ("`routed_by`", lambda: gr.write_card(MODEL, REPORT, empty_folder(), routed_by=0.5)),

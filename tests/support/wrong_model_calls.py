@@ -98,6 +98,8 @@ MODEL_CALLS: Calls = {
         ("`path`", lambda: gr.export_deployed(MODEL, None)),
         ("`card`", lambda: gr.export_deployed(MODEL, empty_folder(), card="nowhere.md")),
         ("`path`", lambda: gr.export_deployed(MODEL, written("a file"))),
+        ("`scale`", lambda: gr.export_deployed(MODEL, empty_folder(), scale=2)),
+        ("`scale`", lambda: gr.export_deployed(MODEL, empty_folder(), scale="0.5")),
     ],
     "export_full": [
         ("`model`", lambda: gr.export_full(PLAIN, empty_folder())),

@@ -1,7 +1,8 @@
 """Plain LoRA checkpoints of a routed model, for engines that know nothing of gradroute.
 
-    deployed:  A = A_d,         B = s_d B_d
-    full:      A = [A_d; A_q],  B = [s_d B_d, s_q B_q]
+    deployed:             A = A_d,         B = s_d B_d
+    deployed at a scale:  A = [A_d; A_q],  B = [s_d B_d, scale s_q B_q]
+    full:                 the same, scale 1
 
 Scalings are folded into B (alpha / r = 1) and ranks are padded with zeros to one r, for readers such as vLLM's ignore
 `rank_pattern` and `alpha_pattern`.
@@ -13,35 +14,40 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gradroute._all_ranks import written_by_one
-from gradroute._hashing import deployed_hash, hash_in_card
+from gradroute._checks import share
+from gradroute._hashing import deployed_hash, hash_in_card, scale_in_card
 from gradroute._logging import warn
 from gradroute._protocol import BlockName, check_module
 from gradroute.adapters.peft.plain_lora import PREFIX, Factors, PlainLora
 from gradroute.errors import GradRouteError
 
 
-def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | None = None) -> None:
+def export_deployed(model: nn.Module, path: str | Path, *, card: str | Path | None = None, scale: float = 0.0) -> None:
     """Write the deployed block alone, rank r, as a plain LoRA checkpoint that stock `peft` loads.
+
+    At a scale above 0 a part of the quarantine is in it too, rank r + r_quarantine: the model under
+    `ablate_quarantine(model, scale)`. `DoseCurve.pick` picks a scale.
 
     Of a sharded model every rank calls it: all gather the blocks, the first one writes, and none returns before that.
 
     Args:
         model: from `attach`, `get_peft_model`, or with an adapter injected by PEFT or transformers.
         path: a folder; it is created, and files of an earlier export in it are overwritten.
-        card: the file that `write_card` returned for these weights; copied beside them as `README.md`.
+        card: the file that `write_card` returned for these weights and this scale; copied beside them as `README.md`.
+        scale: of the quarantine, in [0, 1].
 
     Raises:
-        GradRouteError: a block is not finite; a card of other weights, given or left in `path`; a sharded model that
-            some rank does not export.
+        GradRouteError: a block is not finite; a card of other weights or another scale, given or left in `path`; a
+            scale out of range; a sharded model that some rank does not export.
     """
-    folder = checked_folder(path)
+    folder, scale = checked_folder(path), share("scale", scale)
     readme = folder / "README.md"
     with written_by_one("export_deployed", check_module(model)) as writes:
         # All ranks read the model, one reads and writes files.
-        digest = deployed_hash(model)
-        plain, factors, others = _gathered(model, ["deployed"])
+        digest = deployed_hash(model, scale)
+        plain, factors, others = _gathered(model, ["deployed", "quarantine"] if scale else ["deployed"], scale)
         if writes:
-            text = _card_of(digest, readme if card is None else Path(card), given=card is not None)
+            text = _card_of(digest, scale, readme if card is None else Path(card), given=card is not None)
             plain.write(folder, factors, others)
             if text is not None:
                 readme.write_text(text, encoding="utf-8")
@@ -71,18 +77,24 @@ def checked_folder(path: object, argument: str = "path") -> Path:
     return Path(path)
 
 
-def _card_of(digest: str, file: Path, *, given: bool) -> str | None:
+def _card_of(digest: str, scale: float, file: Path, *, given: bool) -> str | None:
     """The text of a card that speaks of weights with this hash; None where there is no card and none was given."""
-    found = hash_in_card(file.read_text(encoding="utf-8")) if file.is_file() else None
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = hash_in_card(text)
     if found is None and given:
         raise GradRouteError(f"`card` should be a file that write_card wrote. Found none at {file}.")
     if found is not None and found != digest:
         where = "`card`" if given else "The card in `path`"
+        if scale_in_card(text) != scale:
+            raise GradRouteError(
+                f"{where} should be of the scale that is exported, {scale:g}. Found one of scale "
+                f"{scale_in_card(text):g}: {file}. Fix: write_card(..., scale={scale:g}), or the scale of the card."
+            )
         raise GradRouteError(
             f"{where} should be of the weights that are exported. Found one of other weights: {file}. "
             "Fix: write_card(...) of this model."
         )
-    return None if found is None else file.read_text(encoding="utf-8")
+    return None if found is None else text
 
 
 def export_refusal(model: nn.Module) -> str | None:
@@ -95,10 +107,12 @@ def export_refusal(model: nn.Module) -> str | None:
     return None
 
 
-def _gathered(model: nn.Module, blocks: list[BlockName]) -> tuple[PlainLora, Factors, dict[str, Tensor]]:
-    """What a checkpoint of these blocks holds: factors, and modules that were trained whole."""
+def _gathered(
+    model: nn.Module, blocks: list[BlockName], scale: float = 1.0
+) -> tuple[PlainLora, Factors, dict[str, Tensor]]:
+    """What a checkpoint of these blocks holds: factors, with the quarantine at `scale`, and modules trained whole."""
     plain = PlainLora(model)
-    factors = plain.factors(blocks)
+    factors = plain.factors(blocks, scale=scale)
     plain.check(factors)
     whole = plain.whole_modules()
     if whole:

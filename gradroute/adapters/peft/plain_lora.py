@@ -1,6 +1,6 @@
 """The plain LoRA that a routed model's blocks make: names, config and factors, worked out once and written many times.
 
-    A = [A_d; A_q],   B = [s_d B_d, s_q B_q]        of the blocks asked for; ranks are padded with zeros to one r
+    A = [A_d; A_q],   B = [s_d B_d, scale s_q B_q]        of the blocks asked for; ranks are padded with zeros to one r
 
 What takes walking the model (names, targets, whether stock PEFT loads it) happens once; a write reads the blocks alone.
 """
@@ -55,12 +55,13 @@ class PlainLora:
         widths = (shape_of(layer.deployed.A)[1] + shape_of(layer.deployed.B)[0] for layer in self.layers.values())
         return self.rank(blocks) * sum(widths)
 
-    def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None) -> Factors:
+    def factors(self, blocks: Sequence[BlockName], dtype: torch.dtype | None = None, scale: float = 1.0) -> Factors:
         """Name in the base model -> A (r, d_in) and B (d_out, r), on the CPU; of a sharded model, on every rank.
 
         Args:
             blocks: which of the two, one after the other.
             dtype: to round to; None: that of the blocks, float32 at least.
+            scale: of the quarantine.
 
         Raises:
             GradRouteError: a block is not finite, or the layers or the active adapter are no longer those of the start.
@@ -69,7 +70,7 @@ class PlainLora:
         self.reshard()
         r = self.rank(blocks)
         return {
-            name: _padded(*_folded(name, [_block(layer, block) for block in blocks], dtype), r)
+            name: _padded(*_folded(name, [_block(layer, block, scale) for block in blocks], dtype), r)
             for name, layer in self.layers.items()
         }
 
@@ -145,8 +146,11 @@ class PlainLora:
         return None if configs is None or self._adapter is None else configs[self._adapter]
 
 
-def _block(layer: RoutedLayer, name: BlockName) -> Block:
-    return layer.deployed if name == "deployed" else layer.quarantine
+def _block(layer: RoutedLayer, name: BlockName, scale: float = 1.0) -> Block:
+    """A block; the quarantine times `scale`."""
+    if name == "deployed":
+        return layer.deployed
+    return layer.quarantine._replace(scaling=scale * layer.quarantine.scaling)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:

@@ -44,12 +44,14 @@ class Blocks:
             f"{_listed(self.quarantine_ranks)} quarantine"
         )
 
-    def removed(self) -> str:
-        """The net delta that ablation takes away, and the one that is left."""
+    def removed(self, scale: float) -> str:
+        """The net delta that ablation takes away, and the one that is left, with the quarantine at `scale`."""
+        what = f"A share of {1 - scale:g} of the quarantine" if scale else "The quarantine"
+        rest = f" in the deployed block, {scale * self.quarantine_norm:.4g} in the quarantine" if scale else ""
         return (
-            f"The quarantine of {sum(self.kinds.values())} layers: rank {_listed(self.quarantine_ranks)}, "
+            f"{what} of {sum(self.kinds.values())} layers: rank {_listed(self.quarantine_ranks)}, "
             f"{self.removed_parameters:,d} parameters. Frobenius norm of the weight change that was removed: "
-            f"{self.quarantine_norm:.4g}; of the one that is left: {self.deployed_norm:.4g}."
+            f"{(1 - scale) * self.quarantine_norm:.4g}; of the one that is left: {self.deployed_norm:.4g}{rest}."
         )
 
 

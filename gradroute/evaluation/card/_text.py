@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from gradroute._hashing import CARD_KEY
+from gradroute._hashing import CARD_KEY, SCALE_KEY
 from gradroute._tables import markdown_table
 from gradroute.evaluation.card._blocks import Blocks
 from gradroute.evaluation.card._method import Method
+from gradroute.evaluation.dose import DoseCurve
 from gradroute.evaluation.on_off import OnOffReport
 from gradroute.evaluation.rates import GROUPS, rate_rows
 from gradroute.evaluation.verdict.criteria import Criteria
@@ -19,8 +20,8 @@ class CardText:
     """The content of a card; `str` is the card.
 
     Args:
-        base, weights: hashes of the base model and of the deployed block.
-        blocks, method, report, verdict: see `write_card`.
+        base, weights: hashes of the base model and of what is deployed.
+        blocks, method, report, scale, dose, verdict: see `write_card`.
         more_caveats: after those that follow from the rest.
     """
 
@@ -29,6 +30,8 @@ class CardText:
     blocks: Blocks
     method: Method
     report: OnOffReport
+    scale: float
+    dose: DoseCurve | None
     verdict: Verdict | None
     more_caveats: Sequence[str]
 
@@ -39,30 +42,53 @@ class CardText:
         front += ["tags:", "- lora", "- gradient-routing", f"gradroute: {version('gradroute')}"]
         on, ablated = self.report.on, self.report.ablated
         parts = [
-            "\n".join([*front, f"{CARD_KEY}: {self.weights}", "---"]),
+            "\n".join([*front, f"{CARD_KEY}: {self.weights}", f"{SCALE_KEY}: {self.scale!r}", "---"]),
             f"# Deployed block of a gradient-routed {self.blocks.model_class}",
             "Two low-rank blocks were trained side by side in every adapted layer. Rollouts that looked like hacks "
-            "trained the quarantine block; it is not part of this model. What is left is the deployed block, a plain "
-            "LoRA adapter.",
+            f"trained the quarantine block; {self._kept()}",
             "## Method",
             markdown_table([
                 ["what", "value"],
                 ["base model", f"{self.blocks.base_name or 'no name'}, weights {self.base}"],
                 ["blocks", str(self.blocks)],
+                ["quarantine in this model", f"scale {self.scale:g} (0: as ablated, 1: as trained)"],
                 *self.method.rows(),
             ]),
             "## On and ablated",
-            "Hack and solve rates [95 % Wilson interval over rollouts]. On: as trained, with the quarantine. Ablated: "
-            "this model.",
+            f"Hack and solve rates [95 % Wilson interval over rollouts]. {self._views()}",
             markdown_table(rate_rows(on, ablated, on.groups())),
+            *self._over_scales(),
             "## Verdict",
             repr(self.verdict) if self.verdict else "None: this run was not compared with a control.",
             "## What was removed",
-            self.blocks.removed(),
+            self.blocks.removed(self.scale),
             "## Caveats",
             "\n".join(f"- {caveat}" for caveat in [*self._caveats(), *self.more_caveats]),
         ]  # fmt: skip
         return "\n\n".join(parts) + "\n"
+
+    def _kept(self) -> str:
+        if not self.scale:
+            return "it is not part of this model. What is left is the deployed block, a plain LoRA adapter."
+        return f"it is part of this model, a plain LoRA adapter of both blocks, at scale {self.scale:g}."
+
+    def _views(self) -> str:
+        if not self.scale:
+            return "On: as trained, with the quarantine. Ablated: this model."
+        if self.scale == 1:
+            return "On: this model, as trained. Ablated: without the quarantine."
+        return "On: as trained, with the quarantine. Ablated: without it. This model is between them."
+
+    def _over_scales(self) -> list[str]:
+        """The section of the dose curve."""
+        if self.dose is None:
+            return []
+        said = f"This model is the one at scale {self.scale:g}." if self.scale in self.dose.rates else ""
+        return [
+            "## Over the scale of the quarantine",
+            f"Hack and solve rates with a part of the quarantine left in. {said}".rstrip(),
+            markdown_table(self.dose.table()),
+        ]
 
     def _caveats(self) -> list[str]:
         """Caveats that follow from verdict, method, report and blocks."""
@@ -72,6 +98,11 @@ class CardText:
         elif self.verdict.word not in ("effective", "directional"):
             found.append(f"The verdict is *{self.verdict.word}*: the drop is no evidence for the method.")
         found += self.method.caveats()
+        if self.scale:
+            found.append(
+                f"The quarantine is left in at scale {self.scale:g}: what it learned of any exploit, known to the "
+                "detector or not, is in this model to that extent."
+            )
         least, unlearned = Criteria().discovered, self._modes_below(Criteria().discovered)
         if unlearned:
             found.append(

@@ -1,7 +1,8 @@
 """The card of a deployed block: how it was trained, what its quarantine took along, and what was measured.
 
 `write_card` reads everything from the objects that were used, and claims nothing that they do not know. The card holds
-a hash of the deployed block: `export_deployed(..., card=...)` raises where it belongs to other weights.
+a hash of what is deployed, and the scale of its quarantine: `export_deployed(..., card=...)` raises where it belongs to
+other weights or another scale.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 from torch import nn
 
 from gradroute._all_ranks import written_by_one
-from gradroute._checks import instance_of
+from gradroute._checks import instance_of, share
 from gradroute._hashing import deployed_hash, model_identity
 from gradroute.adapters.check import check_model
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.card._blocks import blocks_of
 from gradroute.evaluation.card._method import RoutedBy, method_of
 from gradroute.evaluation.card._text import CardText
+from gradroute.evaluation.dose import DoseCurve
 from gradroute.evaluation.on_off import OnOffReport
 from gradroute.evaluation.verdict.verdict import Verdict
 from gradroute.refresh.refresher import Refresher
@@ -31,6 +33,8 @@ def write_card(
     masks: str | None = None,
     refresher: Refresher | None = None,
     verdict: Verdict | None = None,
+    scale: float = 0.0,
+    dose: DoseCurve | None = None,
     caveats: Sequence[str] = (),
 ) -> Path:
     """Write the model card of the deployed block as Markdown; returns the file.
@@ -48,12 +52,14 @@ def write_card(
         masks: the zones or weights, in words; None for `describe()` of gate and filter.
         refresher: of the directions; None for that of `routed_by`, or for directions that were frozen.
         verdict: of `compare`; this model should be one of the runs that were compared.
+        scale: of the quarantine in the model that is deployed, as for `export_deployed`.
+        dose: of `dose_curve(model, ...)`; needed, with its rates at `scale`, where the report has none.
         caveats: sentences to add.
 
     Raises:
         GradRouteError: no report; a gate and a refresher of different directions; directions of another base model; a
-            verdict on runs that this report is none of; masks that nothing tells; a sharded model whose ranks do not
-            all call.
+            verdict on runs that this report is none of; masks that nothing tells; a scale at which nothing was
+            measured; a sharded model whose ranks do not all call.
     """
     if not isinstance(report, OnOffReport):
         raise GradRouteError(
@@ -62,6 +68,8 @@ def write_card(
     if isinstance(caveats, str) or not all(isinstance(caveat, str) and caveat.strip() for caveat in caveats):
         raise GradRouteError(f"`caveats` should be a list of sentences. Found {caveats!r}.")
     method = method_of(model, routed_by, masks, refresher)
+    scale = share("scale", scale)
+    _check_measured(scale, dose, report)
     if verdict is not None:
         _check_judged(verdict, report)
     file = Path(path)
@@ -71,10 +79,12 @@ def write_card(
         findings = [str(finding) for finding in check_model(model)]
         card = CardText(
             model_identity(model),
-            deployed_hash(model),
+            deployed_hash(model, scale),
             blocks_of(model),
             method,
             report,
+            scale,
+            dose,
             verdict,
             more_caveats=[*findings, *caveats],
         )
@@ -82,6 +92,24 @@ def write_card(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(str(card), encoding="utf-8")
     return file
+
+
+def _check_measured(scale: float, dose: DoseCurve | None, report: OnOffReport) -> None:
+    if dose is not None:
+        groups = instance_of("dose", dose, DoseCurve, "dose_curve(...).").groups()
+        if groups != report.on.groups():
+            raise GradRouteError(
+                f"`dose` should have the groups of `report`. Found {groups} and {report.on.groups()}. Fix: both "
+                "from one `eval_fn`."
+            )
+    # The report has the rates at both ends.
+    scales = [0.0, 1.0] if dose is None else [0.0, 1.0, *dose.rates]
+    if scale not in scales:
+        found = "None" if dose is None else f"rates at {', '.join(f'{each:g}' for each in dose.rates)}"
+        raise GradRouteError(
+            f"`dose` should have the rates at the scale that is deployed, {scale:g}. Found {found}. Fix: "
+            f"dose=dose_curve(model, eval_fn, scales=(0, {scale:g}, 1))."
+        )
 
 
 def _check_judged(verdict: Verdict, report: OnOffReport) -> None:

@@ -10,7 +10,7 @@ A function stands for what can be made once the model has its blocks: `direction
 `directions`, and a threshold for a `log_ratio_gate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from gradroute._restore import left_as_found
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.directions.directions import Directions
 from gradroute.directions.extract import extract_activation_directions
-from gradroute.directions.pairs import load_pairs
+from gradroute.directions.load import load_pairs
+from gradroute.directions.pairs import ContrastivePair
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.rollout import RolloutFilter
@@ -41,16 +42,19 @@ def extracted_from(directions: Any, tokenizer: Any) -> Any:
     return directions_from(directions, tokenizer) if isinstance(directions, str | Path) else directions
 
 
-def directions_from(pairs: str | Path, tokenizer: Any, **options: Any) -> Callable[[nn.Module], Directions]:
+def directions_from(
+    pairs: str | Path | Sequence[ContrastivePair], tokenizer: Any, **options: Any
+) -> Callable[[nn.Module], Directions]:
     """For `directions=`: model -> `extract_activation_directions(model, load_pairs(pairs), tokenizer=..., ...)`.
 
     Args:
-        pairs: a file that `load_pairs` reads; it is read now.
+        pairs: a file of texts or token ids, which is read now; or pairs, such as those that `load_pairs` makes of chat
+            messages.
         tokenizer, options: as the extractor takes them.
 
     The trainer calls the function with the quarantine ablated, which is the view that it scores rollouts in.
     """
-    loaded = load_pairs(pairs)
+    loaded = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs
     return lambda model: extract_activation_directions(model, loaded, tokenizer=tokenizer, **options)
 
 
