@@ -36,7 +36,7 @@ from gradroute.integrations.trl._options import Options
 from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
 from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
-from gradroute.integrations.trl.config import check_config_is_read, config_among
+from gradroute.integrations.trl.grpo_config import check_config_is_read, config_among
 from gradroute.integrations.trl.routing import Routing, extracted_from
 from gradroute.optim.slow_start import block_groups
 
