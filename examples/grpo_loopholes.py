@@ -29,6 +29,7 @@ from loopholes.base_model import load_base
 from loopholes.conclusion import LEGEND, conclusion
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, train
+from loopholes.names import ABOUT, letter_of
 from loopholes.report import plot_curves, print_table, write_json
 
 # Two OpenMP threads compete badly on matrices this small; two processes of one thread do not.
@@ -46,11 +47,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), metavar="ARM,ARM", help=arms)
     parser.add_argument("--seeds", default="0", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--base-seed", type=int, default=0, help="seed of the base model; default %(default)s")
-    env = (
-        "C: hacks of different modes share a token, N: they share none, S: as N, and answers are as rare, A and M: as "
-        "C, milder, L: answers look like hacks; default %(default)s"
-    )
-    parser.add_argument("--env", default="C", choices=list(ENVIRONMENTS), help=env)
+    env = f"{ABOUT}; by name or letter, default shared-token"
+    parser.add_argument("--env", default="C", type=letter_of, choices=list(ENVIRONMENTS), metavar="NAME", help=env)
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="GRPO steps; default %(default)s")
     every = f"optimizer steps between refreshes; {Recipe.refresh_every} if not given"
     parser.add_argument("--refresh-every", type=int, help=every)

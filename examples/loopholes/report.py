@@ -13,6 +13,7 @@ import gradroute as gr
 
 from .arms import ARMS
 from .language import MODES
+from .names import title_of
 
 GROUPS = {
     "hack_monitored": "hack, monitored",
@@ -47,7 +48,7 @@ def pooled_rate(runs: list[dict[str, Any]], view: str, group: str) -> gr.evaluat
 def print_table(runs: list[dict[str, Any]], console: Console) -> None:
     """Rates with 95 % intervals, per arm, on and ablated; with several seeds also each seed's ablated hack rates."""
     seeds = sorted({(run["base_seed"], run["seed"]) for run in runs})
-    table = Table(title=f"env {runs[0]['env']}, {len(seeds)} seed(s): rate [95 % Wilson interval]")
+    table = Table(title=f"{title_of(runs[0]['env'])}, {len(seeds)} seed(s): rate [95 % Wilson interval]")
     table.add_column("arm")
     table.add_column("view")
     for group, title in GROUPS.items():

@@ -30,6 +30,7 @@ from loopholes.arms import ARMS
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS, MODES
 from loopholes.grpo import Recipe, train
+from loopholes.names import NAMES, letter_of
 from reporting.staleness import write_staleness
 from reporting.store import Job, ResultError, read_result, stored_jobs, write_result
 from reporting.suite_report import read_report, write_report
@@ -43,7 +44,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
     parser.add_argument(
-        "--envs", default="C", help=f"comma-separated, of {', '.join(ENVIRONMENTS)}; default %(default)s"
+        "--envs",
+        default="shared-token",
+        help=f"comma-separated, of {', '.join(NAMES)}, or letters; default %(default)s",
     )
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated; default: all of them")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated RL seeds; default %(default)s")
@@ -62,6 +65,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="run nothing: report on all that lies in --out")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    args.envs = ",".join(map(letter_of, args.envs.split(",")))
     for name, known in (("envs", ENVIRONMENTS), ("arms", ARMS), ("monitored", MODES)):
         values = (getattr(args, name) or "").split(",") if getattr(args, name) is not None else None
         setattr(args, name, values)

@@ -1,12 +1,16 @@
 """The sentences at the end of the main job: what they say of planted rates, and the arms that `--help` explains."""
 
+from pathlib import Path
 from typing import Any
 
 import grpo_loopholes
 import pytest
+import suite
 
 from loopholes.arms import ARMS, groups
 from loopholes.conclusion import conclusion
+from loopholes.environment import ENVIRONMENTS
+from loopholes.names import ABOUT, NAMES, letter_of, title_of
 
 
 def run(arm: str, monitored: float, held_out: float, solved: float, seed: int = 0) -> dict[str, Any]:
@@ -57,6 +61,16 @@ def test_short_runs_and_several_seeds_are_said_to_be_so() -> None:
         "This was a short run: 20 of 150 steps. Its rates are not those of a trained policy."
     ]
     assert conclusion(runs[:4], usual_steps=150, steps=150)[1].startswith("2 seeds show what can happen.")
+
+
+def test_environments_go_by_name_and_by_letter(tmp_path: Path) -> None:
+    assert sorted(NAMES.values()) == sorted(ENVIRONMENTS)
+    for name, letter in NAMES.items():
+        assert letter_of(name) == letter_of(letter) == letter
+        assert title_of(letter) == f"{name} ({letter})"
+        assert title_of(letter) in ABOUT
+        assert grpo_loopholes.parse_arguments(["--env", name, "--out", str(tmp_path)]).env == letter
+        assert suite.parse_arguments(["--envs", name, "--out", str(tmp_path)]).envs == [letter]
 
 
 def test_help_explains_every_arm_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def plain_adapter(
         ranks.add(A.shape[0])
     if left or len(ranks) != 1:
         raise GradRouteError(
-            f"The adapter should consist of blocks of one rank. Found the ranks {sorted(ranks)} and besides "
+            f"The adapter should consist of blocks of one rank. Found the ranks {sorted(ranks)} and, in addition, "
             f"{sorted(left)[:3]}, which the rollouts would not see. Fix: actor_rollout_ref.model.lora.merge=True."
         )
     rank = ranks.pop()
