@@ -149,7 +149,8 @@ class SlowStart(StepHooks):
         return self.done >= self.steps
 
     def __repr__(self) -> str:
-        return f"SlowStart(deployed block at {self.fraction:g} of the rate, step {self.done} of {self.steps})"
+        done = f"step {self.done} of {self.steps}" if self.done < self.steps else f"over after {self.steps} steps"
+        return f"SlowStart(deployed block at {self.fraction:g} of the rate, {done})"
 
     def state_dict(self) -> State:
         """How many steps are done."""

@@ -155,10 +155,10 @@ def main() -> None:
         world_size=WORLD_SIZE,
         timeout=timedelta(seconds=60),
     )
-    try:
-        run(rank, folder)
-    finally:
-        dist.destroy_process_group()
+    run(rank, folder)
+    # Once both have written everything. Taking gloo down now and then aborts the process ("terminate called").
+    dist.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from gradroute.filters.projection import ProjectionFilter
 from gradroute.filters.rollout import RolloutFilter
 from support.gradient_directions import drawn_directions
 from support.models import randomize_blocks
+from support.processes import leave
 
 CASES = ["ddp-erase", "ddp-rollout", "fsdp-erase", "fsdp-route", "ddp-updates", "fsdp-updates"]
 ROWS = 8
@@ -133,7 +134,7 @@ def run_rank(rank: int, folder: str) -> None:
     found["sharded rollouts"] = refusal(build(), record=True)
     found["flat parameters"] = refusal(build(), record=False)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

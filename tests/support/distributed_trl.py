@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import gradroute as gr
+from support.processes import leave
 from support.trl_runs import Watched, extract, flags, move_reference, reward, trainer
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -69,3 +70,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
         run(name, Path(sys.argv[1]))
+    leave()

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 
 import gradroute as gr
 from gradroute.integrations.verl import register
+from support.processes import leave
 from support.verl_batches import PAIRS, rollouts, routed_loss
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -203,4 +204,4 @@ if __name__ == "__main__":
     )  # fmt: skip
     for name in sys.argv[2:]:
         refusals(Path(sys.argv[1])) if name == "refusals" else run(name, Path(sys.argv[1]))
-    dist.destroy_process_group()
+    leave()

@@ -7,10 +7,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+import torch
 
 import gradroute as gr
 
 TESTS = Path(__file__).parents[1]
+
+
+def leave() -> NoReturn:
+    """End this rank once all have written what they found: taking gloo down now and then aborts the process."""
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 def run_ranks(

@@ -29,6 +29,7 @@ from gradroute._hashing import deployed_fingerprint, deployed_hash, model_identi
 from gradroute._sharding import is_sharded, whole
 from gradroute.filters import ProjectionFilter, apply_filter
 from support.models import randomize_blocks
+from support.processes import leave
 from support.tiny_models import VOCAB, base_model, peft_model
 
 ROWS, LENGTH, PROMPT = 8, 7, 3
@@ -218,7 +219,7 @@ def main(folder: Path) -> None:
         (folder / case).mkdir(exist_ok=True)
         torch.save(run(case, half, folder / case, sharded), folder / case / f"rank{rank}.pt")
     torch.save(corners(rank, folder), folder / f"corners {rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 import gradroute as gr
 from gradroute._sharding import is_split, whole
 from support.engine_twin import followed
+from support.processes import leave
 from support.sharding_shims import deepspeed_on_cpu, fsdp_on_cpu
 from support.tiny_models import config
 from support.trl_runs import (
@@ -205,6 +206,7 @@ def main(folder: Path, engine: str, cases: list[str]) -> None:
         (folder / "base.part").rename(folder / "base")
     for case in cases:
         (run_resumed if case.startswith("resumed") else run)(case, engine, folder)
+    leave()
 
 
 if __name__ == "__main__":

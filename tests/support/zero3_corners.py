@@ -19,6 +19,7 @@ import gradroute as gr
 from gradroute._sharding import whole
 from gradroute.integrations.deepspeed import register_blocks
 from support.models import randomize_blocks
+from support.processes import leave
 from support.sharded_loop import PAIRS, ROWS, completions, loss_of, tokens
 from support.sharding_shims import deepspeed_on_cpu
 from support.tiny_models import base_model, config, peft_model
@@ -143,6 +144,7 @@ def main(folder: Path) -> None:
         "gains": gains(),
     }
     torch.save(found, folder / f"{rank}.pt")
+    leave()
 
 
 if __name__ == "__main__":
