@@ -72,7 +72,7 @@ def written_by_one(call: str, model: nn.Module) -> Iterator[bool]:
 
     Args:
         call: the function that was called.
-        model: that is read, sharded or not; one that is not sharded is written by whoever calls.
+        model: the model that is read. If it is not sharded, every caller writes.
 
     Raises:
         GradRouteError: some rank did not come, or the rank that writes could not.

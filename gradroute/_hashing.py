@@ -6,7 +6,7 @@ rows_hash             what scores depend on                             deployed
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
 from gradroute._sharded_samples import evenly_spaced
-from gradroute._sharding import held, is_sharded, reshard, shape_of, whole
+from gradroute._sharding import held, is_partitioned, is_sharded, reshard, shape_of, whole
+from gradroute._torch_private import times_written
 
 CARD_KEY = "deployed_sha256"
 SCALE_KEY = "quarantine_scale"
@@ -159,6 +160,12 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     bits = [bits_of(p).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
+
+
+def writes_to(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """Changes with every write. torch does not count DeepSpeed's writes to the shares of ZeRO-3: those are read."""
+    shares = [bits_of(held(p)).sum(dtype=torch.int64) for p in parameters if is_partitioned(p)]
+    return times_written(parameters), int(torch.stack(shares).sum()) if shares else 0
 
 
 def bits_of(tensor: Tensor) -> Int[Tensor, " n"]:

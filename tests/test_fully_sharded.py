@@ -180,7 +180,7 @@ def test_a_card_is_that_of_the_whole_model_once_any_rank_returns(corners: list[F
         ("attach", "would be trained by each rank alone"),
         ("get_peft_model", "would be trained by each rank alone"),
         ("init", "initialise first, shard then"),
-        ("merge", "load that onto a base model of its own"),
+        ("merge", "load the export onto another copy of the base model"),
     ],
 )
 def test_what_has_to_be_done_before_sharding_is_refused_after_it(call: str, reason: str, corners: list[Found]) -> None:

@@ -83,7 +83,8 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
         if is_split(layer):
             raise RouteError(
                 f"merge_deployed(model): `{name}` is sharded, by groups that hold its blocks and gather from the root. "
-                "Fix: export_deployed(model, path); load that onto a base model of its own, and merge there."
+                "Fix: export_deployed(model, path), load the export onto another copy of the base model, and merge "
+                "there."
             )
         block = layer.deployed
         check_in_memory(name, block.A, block.B)

@@ -7,7 +7,7 @@ modes, gradients and random numbers as found. A refresh that changes nothing alt
 this library exists because one such refresh went unnoticed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 
@@ -17,15 +17,14 @@ from torch.optim import Optimizer
 
 from gradroute._before_use import check_before_use
 from gradroute._checks import instance_of, integer_from_zero, positive_integer
-from gradroute._hashing import bits_of, deployed_fingerprint
+from gradroute._hashing import deployed_fingerprint, writes_to
 from gradroute._logging import logger
 from gradroute._optimized import check_optimized
 from gradroute._protocol import routed_layers
 from gradroute._restore import left_as_found
-from gradroute._sharding import held, is_partitioned, reshard
+from gradroute._sharding import reshard
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import torch_optimizer
-from gradroute._torch_private import times_written
 from gradroute.adapters.views import ablate_quarantine, without_route
 from gradroute.directions.directions import Directions
 from gradroute.errors import RefreshError
@@ -109,7 +108,7 @@ class Refresher:
         self._readers: list[Gate | GradientFilter] = []
         self._layers = list(routed_layers(model).values())
         self._deployed = self._deployed_now()
-        self._written, self._changes = _writes(self._deployed), 0
+        self._written, self._changes = writes_to(self._deployed), 0
         check_before_use(directions, self._check_heard)
 
     @property
@@ -147,7 +146,7 @@ class Refresher:
         self.steps += 1
         self._check()
         self._deployed = self._deployed_now()
-        self._written, self._changes = _writes(self._deployed), 0
+        self._written, self._changes = writes_to(self._deployed), 0
         return self.refresh() if self.steps >= self.warm_up and self.age >= self.every else None
 
     def refresh(self) -> RefreshReport:
@@ -274,8 +273,8 @@ class Refresher:
             return
         deployed = self._deployed_now()
         if any(now is not before for now, before in zip(deployed, self._deployed, strict=True)):  # sharded since
-            self._deployed, self._written = deployed, _writes(deployed)
-        written = _writes(self._deployed)
+            self._deployed, self._written = deployed, writes_to(deployed)
+        written = writes_to(self._deployed)
         self._changes += written != self._written
         self._written = written
         if self._changes > max(self.every, self.warm_up - self.steps):
@@ -293,12 +292,6 @@ class Refresher:
                 f"A watched {type(reader).__name__} should hold the directions that are refreshed. Found {held}: no "
                 "refresh reaches it. Fix: build it and the Refresher on one object."
             )
-
-
-def _writes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Changes with every write. torch does not count DeepSpeed's to the shares of ZeRO-3: those are read."""
-    shares = [bits_of(held(p)).sum(dtype=torch.int64) for p in parameters if is_partitioned(p)]
-    return times_written(parameters), int(torch.stack(shares).sum()) if shares else 0
 
 
 def _equal(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:

@@ -33,14 +33,6 @@ def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder whose cache holds the base model, pretrained once for all tests of this file."""
-    folder = tmp_path_factory.mktemp("home")
-    load_base(ENVIRONMENT, 0, cache_dir=folder / ".cache" / "gradroute-examples")
-    return folder
-
-
 def base(home: Path) -> LlamaForCausalLM:
     return load_base(ENVIRONMENT, 0, cache_dir=home / ".cache" / "gradroute-examples")
 

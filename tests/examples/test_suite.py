@@ -13,8 +13,6 @@ import pytest
 import suite
 
 from loopholes.arms import ARMS
-from loopholes.base_model import load_base
-from loopholes.environment import ENVIRONMENTS
 from reporting.staleness import write_staleness
 from reporting.store import Job, ResultError, read_result, write_result
 from reporting.suite_report import cell, draw_table, markdown, one_block_table, read_report, verdicts, write_report
@@ -23,15 +21,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "suite.py"
 COMMAND = ["--arms", "vanilla,clean", "--seeds", "0,1", "--base-seeds", "0", "--steps", "1", "--no-progress"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    load_base(ENVIRONMENTS["C"], 0, cache_dir=folder / "gradroute-examples")
-    return folder
-
-
 def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(home / ".cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         env=environment,

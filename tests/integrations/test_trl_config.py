@@ -1,6 +1,7 @@
 """An option that is a value means the same as a keyword of the trainer and as a field of its config, wherever kept."""
 
 import json
+import pickle
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from support.models import randomize_blocks
 from support.trl_runs import PAIRS, WORDS, arguments, extract, flags, quiet, tokenizer, trained, trainer, wrapped
 from transformers import HfArgumentParser
-from trl import GRPOConfig, TrlParser
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 import gradroute as gr
 from gradroute.integrations.trl import GradRouteGRPOConfig, GradRouteGRPOTrainer, GradRouteMixin
@@ -293,3 +294,15 @@ def test_a_config_that_was_not_given_to_the_trainer_is_refused(tmp_path: Path) -
         trainer(tmp_path, detector=flags, cls=Mine)
     fine = trainer(tmp_path, detector=flags, detector_recall=1.0, cls=Mine, **as_fields({"ablated_fraction": 0.25}))
     assert fine.routing.ablated_per_group == 1
+
+
+def test_a_trainer_that_does_not_route_refuses_fields_of_the_routing(tmp_path: Path) -> None:
+    asked = {"ablated_fraction": 0.25, "detector_recall": 1.0}
+    plain = trainer(tmp_path, cls=GRPOTrainer, **as_fields(asked), args_max_steps=1)
+    with pytest.raises(gr.GradRouteError, match="trainer that routes. Found one that does not read its `ablated_frac"):
+        plain.train()
+    trained(tmp_path, cls=GRPOTrainer, **as_fields({}), args_max_steps=1)
+    routed = trained(tmp_path, detector=flags, **as_fields(asked), args_max_steps=1)
+    # What is saved, or copied, was read by nobody.
+    with pytest.raises(gr.GradRouteError, match="does not read its"):
+        pickle.loads(pickle.dumps(routed.args)).get_warmup_steps(1)

@@ -24,6 +24,7 @@ from support.engine_twin import followed
 from support.sharded_loop import PAIRS, completions, loss_of, routed, sharded, tokens
 from support.tiny_models import base_model, config, llama
 from support.traffic import Traffic
+from support.unwatched import unwatched
 
 Found = dict[str, Any]
 
@@ -136,32 +137,18 @@ def written_in_place() -> bool:
     return known_identity(model) != before
 
 
-def unwatched() -> str:
-    """A loop that never calls `refresher.step()`, on parameters in the root's group."""
+def not_refreshed() -> str:
+    """What is said of a loop that never calls `refresher.step()`, on parameters in the root's group."""
     model = fully_shard(routed("PEFT"))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
-    def extract() -> gr.Directions:
-        return gr.extract_activation_directions(model, PAIRS, progress=False)
-
-    with gr.ablate_quarantine(model):
-        directions = extract()
-    gate, refresher = gr.BandGate(directions), gr.Refresher(directions, extract, model=model, every=1)
-
-    def loop() -> None:
-        for seed in range(4):
-            ids = tokens(seed)
-            pool = completions(len(ids))
-            with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as acts:
-                model(input_ids=ids)
-            gate(directions.score(acts))
+    def train(ids: Tensor, mask: gr.RouteMask) -> None:
+        with gr.route(model, mask):
             loss_of(model, ids).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    found = error_of(loop)
-    assert refresher.steps == 0
-    return found
+    return unwatched(model, train, slice(None))
 
 
 def card_on_one_rank(rank: int, folder: Path) -> str:
@@ -252,6 +239,6 @@ def corners(rank: int, folder: Path) -> Found:
         **written_alone(rank, folder), **adapted_late(), **identities(), **rounded_forwards(),
         "in backward": scored_in_backward(sharded), "card": card(folder, sharded), "traffic": traffic(),
         "followed": followed(gathered(routed("PEFT")), routed("PEFT")), "after a forward": after_a_forward(),
-        "written": written_in_place(), "unwatched": unwatched(), "synced": synced(folder / "views"),
+        "written": written_in_place(), "unwatched": not_refreshed(), "synced": synced(folder / "views"),
         "card of one": card_on_one_rank(rank, folder),
     }  # fmt: skip

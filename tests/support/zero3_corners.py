@@ -20,9 +20,10 @@ from gradroute._sharding import whole
 from gradroute.integrations.deepspeed import register_blocks
 from support.models import randomize_blocks
 from support.processes import leave
-from support.sharded_loop import PAIRS, ROWS, completions, loss_of, tokens
+from support.sharded_loop import ROWS, loss_of, tokens
 from support.sharding_shims import deepspeed_on_cpu
 from support.tiny_models import base_model, config, peft_model
+from support.unwatched import unwatched
 
 ZONES = gr.RouteMask.zones(torch.tensor([0, 1, 2, 1, 2, 0, 1, 2]))
 # Nothing is so small that it would be kept whole.
@@ -79,31 +80,17 @@ def step(rows: slice) -> Found:
     return values(model)
 
 
-def unwatched(rows: slice) -> str:
-    """A loop that never calls `refresher.step()`."""
+def not_refreshed(rows: slice) -> str:
+    """What is said of a loop that never calls `refresher.step()`."""
     model = routed()
     engine = partitioned(model)
 
-    def extract() -> gr.Directions:
-        return gr.extract_activation_directions(model, PAIRS, progress=False)
+    def train(ids: Tensor, mask: gr.RouteMask) -> None:
+        with gr.route(model, mask):
+            engine.backward(loss_of(engine, ids))
+        engine.step()
 
-    with gr.ablate_quarantine(model):
-        directions = extract()
-    gate, refresher = gr.BandGate(directions), gr.Refresher(directions, extract, model=model, every=1)
-
-    def loop() -> None:
-        for seed in range(4):
-            ids = tokens(seed)[rows]
-            pool = completions(len(ids))
-            with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as acts:
-                model(input_ids=ids)
-            with gr.route(model, gate(directions.score(acts))):
-                engine.backward(loss_of(engine, ids))
-            engine.step()
-
-    found = message(loop)
-    assert refresher.steps == 0
-    return found
+    return unwatched(model, train, rows)
 
 
 def exported_modules(folder: Path) -> dict[str, Tensor]:
@@ -138,7 +125,7 @@ def main(folder: Path) -> None:
     partitioned(merged)
     found = {
         "step": step(rows),
-        "unwatched": unwatched(rows),
+        "unwatched": not_refreshed(rows),
         "modules": exported_modules(folder / "modules"),
         "merge": message(merged.merge_adapter),  # type: ignore[operator]
         "gains": gains(),

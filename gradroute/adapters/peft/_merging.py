@@ -64,7 +64,7 @@ class MergedLayer(RoutedLinear):
         if is_split(peft_layer):
             raise RouteError(
                 f"`{self.name}` is sharded, and its base weight could not be put back. Fix: export_deployed(model, "
-                "path) or export_full; load that onto a base model of its own, and merge there."
+                "path) or export_full, load the export onto another copy of the base model, and merge there."
             )
         if peft_layer.merged:
             self._check_merged_view()

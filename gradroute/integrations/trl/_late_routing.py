@@ -10,9 +10,10 @@ from typing import Any
 
 from gradroute.errors import GradRouteError
 from gradroute.integrations.trl._flagging import Flagging
+from gradroute.integrations.trl._options import Options
 from gradroute.integrations.trl._recall import check_recall
-from gradroute.integrations.trl._requirements import shards
-from gradroute.integrations.trl.routing import Routing, is_function, resolve
+from gradroute.integrations.trl._requirements import group_share, shards
+from gradroute.integrations.trl.routing import Routing, extracted_from, is_function, resolve
 
 
 class LateRouting:
@@ -20,13 +21,27 @@ class LateRouting:
 
     Args:
         trainer: whose keywords they are; it gets a `_flagging` when they are resolved.
-        keywords: as `resolve` takes them.
+        options: those that are values.
+        objects: the others, as `resolve` takes them.
     """
 
-    def __init__(self, trainer: Any, **keywords: Any) -> None:
-        self._trainer, self._keywords = trainer, keywords
+    def __init__(self, trainer: Any, options: Options, **objects: Any) -> None:
+        directions = extracted_from(options.directions, trainer.processing_class)
+        self._trainer, self._keywords = (
+            trainer,
+            {
+                **objects,
+                "directions": directions,
+                "refresher": options.refresher,
+                "detector_recall": options.detector_recall,
+                "log_ratio_gate": options.log_ratio_gate,
+                "clean_baseline": options.clean_baseline,
+                "ablated_per_group": group_share(options.ablated_fraction, trainer.num_generations),
+                "autocast": trainer.accelerator.autocast,
+            },
+        )
         self._resolved: Routing | None = None
-        if not (shards(trainer) and is_function(keywords["directions"])):
+        if not (shards(trainer) and is_function(directions)):
             self.resolve()
 
     def resolve(self) -> Routing:

@@ -33,7 +33,8 @@ class GradRouteGRPOConfig(GRPOConfig):
         ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from, clean_baseline, engine,
             engine_check: the trainer's keywords of the same names.
 
-    Only a trainer with `GradRouteMixin` reads these fields: TRL's own would not route.
+    Only a trainer with `GradRouteMixin` reads these fields. With one of them set, any other raises when its training
+    begins.
 
     Raises:
         GradRouteError: a value that the trainer would refuse, or an object that no file of options can hold.
@@ -110,6 +111,7 @@ class GradRouteGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self._is_read = False
         if isinstance(self.engine_check, str):
             self.engine_check = _from_command_line(self.engine_check)
         for name in Options.names():
@@ -119,6 +121,25 @@ class GradRouteGRPOConfig(GRPOConfig):
                 check_option(name, value)
         if self.ablated_fraction is not None:
             group_share(self.ablated_fraction, cast("int", self.num_generations))
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """transformers', which every trainer asks for as its training begins.
+
+        Raises:
+            GradRouteError: a trainer that does not route, with fields of the routing set.
+        """
+        given = [name for name in Options.names() if getattr(self, name) is not None]
+        if given and not self._is_read:
+            raise GradRouteError(
+                f"A GradRouteGRPOConfig should be given to a trainer that routes. Found one that does not read its "
+                f"`{given[0]}`. Fix: GradRouteGRPOTrainer, or GradRouteMixin before your trainer; or a GRPOConfig."
+            )
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In a file, or as a copy, nobody has read it yet.
+        return {**self.__dict__, "_is_read": False}
 
 
 def _from_command_line(text: str) -> Any:
@@ -145,7 +166,7 @@ def config_among(*given: Any) -> GradRouteGRPOConfig | None:
 
 
 def check_config_is_read(used: Any, read: GradRouteGRPOConfig | None) -> None:
-    """The trainer's `args` say of the routing what was read before it was built.
+    """The trainer's `args` say of the routing what was read before it was built; they note that it was.
 
     Raises:
         GradRouteError: a class between the mixin and TRL's trainer has made another config, of which nothing was read.
@@ -157,5 +178,6 @@ def check_config_is_read(used: Any, read: GradRouteGRPOConfig | None) -> None:
         if value != known:
             raise GradRouteError(
                 f"`args` should be given to the trainer with its `{name}`. Found {known!r} there and {value!r} once it "
-                f"was built: a class after GradRouteMixin made a config of its own. Fix: set `{name}` in the `args`."
+                f"was built: a class after GradRouteMixin made another config. Fix: set `{name}` in the `args`."
             )
+    used._is_read = True

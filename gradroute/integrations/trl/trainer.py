@@ -33,11 +33,11 @@ from gradroute.integrations.trl._late_routing import LateRouting
 from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
 from gradroute.integrations.trl._model_card import NAME, PAPER, TAG
 from gradroute.integrations.trl._options import Options
-from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, group_share
+from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl
 from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
 from gradroute.integrations.trl.grpo_config import check_config_is_read, config_among
-from gradroute.integrations.trl.routing import Routing, extracted_from
+from gradroute.integrations.trl.routing import Routing
 from gradroute.optim.slow_start import block_groups
 
 _Trainer: Any = object
@@ -64,7 +64,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             `ThresholdGate` a score, or None where it is undecided. With a gate on directions, a rollout is routed if
             either says so.
         detector_recall: the share of all hacks that the detector flags, as far as it is known. Where rollouts are
-            sampled ablated and this is below 0.9 or not known, a warning says what missed hacks do.
+            sampled ablated and this is below 0.9 or not known, a warning says what missed hacks do. The model card
+            names it.
         log_ratio_gate: a `LogRatioGate`, alone or beside the others: a rollout is routed if either says so. A number is
             its threshold in nats, with the `below` of the gate beside it.
         slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate. None: 0.
@@ -138,19 +139,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             filters=grad_filter is not None,
             slow_start=bool(options.slow_start_steps),
         )
-        self._routing = LateRouting(
-            self,
-            gate=gate,
-            directions=extracted_from(options.directions, self.processing_class),
-            refresher=options.refresher,
-            grad_filter=grad_filter,
-            detector=detector,
-            detector_recall=options.detector_recall,
-            log_ratio_gate=options.log_ratio_gate,
-            clean_baseline=options.clean_baseline,
-            ablated_per_group=group_share(options.ablated_fraction, self.num_generations),
-            autocast=self.accelerator.autocast,
-        )
+        self._routing = LateRouting(self, options, gate=gate, grad_filter=grad_filter, detector=detector)
         self._schedule = Schedule(self, options)
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward

@@ -29,15 +29,15 @@ def check_engine(engine: Any) -> None:
     model, config = engine.model_config, engine.engine_config
     refused = {
         "no LoRA (model.lora_rank=0), so that there are no blocks. Fix: model.lora_rank=16.": model.lora_rank <= 0,
-        "a model that is not trained (forward_only), such as a reference of its own. Fix: leave the reference to the "
-        "model without its adapters, as verl does with model.lora_rank.": config.forward_only,
+        "a model that is not trained (forward_only), such as a separate reference model. Fix: use the model without "
+        "its adapters as the reference, as verl does with model.lora_rank.": config.forward_only,
         "ulysses_sequence_parallel_size > 1: a rank has parts of rollouts only, and no features of them. Fix: "
         "ulysses_sequence_parallel_size=1.": config.ulysses_sequence_parallel_size > 1,
         "pad_to_length=True: a packed batch has tokens of no rollout. Fix: pad_to_length=False.": config.pad_to_length,
         "offload_policy=True: blocks that are on the CPU cannot be gathered. Fix: param_offload=True.": (
             config.offload_policy
         ),
-        "QAT, which puts layers of its own into the place of linears. Fix: leave qat off.": engine._qat_enabled,
+        "QAT, which replaces linears by other layers. Fix: leave qat off.": engine._qat_enabled,
         "activation offloading, under which routed layers were not tested. Fix: "
         "model.enable_activation_offload=False.": model.enable_activation_offload,
         "fp16, whose gradient scaler may skip a step unseen. Fix: mixed_precision.param_dtype=bf16.": (

@@ -138,7 +138,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             modules=list(self.directions.hack),
         ) as features:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        # In the state that rollouts are sampled in: measured to gate as well as an ablated pass of its own.
+        # With the quarantine on, as rollouts are sampled. This was measured to gate as well as a separate ablated pass.
         scores = self.directions.score(features, view="on").masked_fill(~known, math.nan)
         output["model_output"][SCORE] = nested(scores)
         return loss, output
