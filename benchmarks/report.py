@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.findings import findings
+
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "results" / "performance.json", DOCS / "performance.md"
 BLOCK = re.compile(r"(<!-- table: performance (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,7 +87,8 @@ def setting(found: Figures) -> str:
 
 
 TABLES: dict[str, Callable[[Figures], str]] = {
-    "setting": setting, "goals": goals, "others": others, "counts": counts, "grid": grid, "plan": plan,
+    "findings": findings, "setting": setting, "goals": goals, "others": others, "counts": counts, "grid": grid,
+    "plan": plan,
 }  # fmt: skip
 
 

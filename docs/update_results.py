@@ -1,4 +1,4 @@
-"""Writes the tables of `results.md`, the README and others from committed result files; `--check` only compares.
+"""Writes the tables and first sentences of the research pages, and more, from committed files; `--check` only compares.
 
     python docs/update_results.py
 
@@ -22,15 +22,17 @@ WRITTEN = (
     DOCS / "howto" / "sharded.md", DOCS.parent / "README.md",
 )  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
+sys.path[:0] = [str(DOCS), str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
 
+import findings
 from directions_tables import left_out_table, read_study, transfer_table
 
 from benchmarks import sharding
-from loopholes.arms import ARMS
+from loopholes.arms import ARMS, groups
 from loopholes.conclusion import conclusion
 from loopholes.environment import MODES
 from loopholes.grpo import Recipe
+from loopholes.names import letter_of
 from loopholes.report import plot_curves
 from published.seeds import interval
 from reporting.markdown import markdown_table
@@ -95,17 +97,24 @@ def rivals(env: str, arms: str, *files: str) -> str:
 
 
 def thresholds(arms: str, *files: str) -> str:
-    """The deployed view of `arms` by environment and threshold of log ratios; each file as ENV:FILE."""
+    """The deployed view of `arms` by environment and threshold of log ratios; each file as ENVIRONMENT:FILE."""
     rows = []
-    for env, file in (each.split(":") for each in files):
+    for name, file in (each.split(":") for each in files):
+        env = letter_of(name)
         path = DOCS / "results" / file
         nats = json.loads(path.read_text(encoding="utf-8"))["recipe"]["explained_nats"]
         for arm in arms.split(","):
             runs = of_arm(read_report(path), env, arm).values()
             cells = [cell([entry[view][rate] for entry in runs]) for view, rate in DEPLOYED]
-            rows.append([env, f"{nats:g}", arm, str(len(runs)), *cells])
+            rows.append([f"`{name}`", f"{nats:g}", arm, str(len(runs)), *cells])
     rows.sort(key=lambda row: (row[0], row[2], float(row[1])))
     return markdown_table(["environment", "nats", "arm", "runs", *(COLUMNS[column] for column in DEPLOYED)], rows)
+
+
+def arms() -> str:
+    """What each arm does, by what it is for."""
+    rows = [[f"`{arm}`", group, ARMS[arm].about] for group, members in groups().items() for arm in members]
+    return markdown_table(["arm", "group", "what it does"], rows)
 
 
 def one_block(file: str, env: str) -> str:
@@ -215,7 +224,7 @@ def sharding_plan() -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
-    "rivals": rivals, "one-block": one_block, "thresholds": thresholds,
+    "rivals": rivals, "one-block": one_block, "thresholds": thresholds, "arms": arms, "findings": findings.findings,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
     "first-run": first_run,
@@ -227,7 +236,8 @@ def updated(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name, *arguments = match[2].split()
-        return f"{match[1]}\n{TABLES[name](*arguments)}\n\n{match[3]}"
+        # Pages name an environment, result files have its letter.
+        return f"{match[1]}\n{TABLES[name](*map(letter_of, arguments))}\n\n{match[3]}"
 
     return BLOCK.sub(replace, text)
 

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -134,10 +135,18 @@ def table() -> str:
     empty = [str(cell) for cell in all_cells() if cell not in RESULTS]
     if empty:
         raise ValueError(f"{len(empty)} cells of the matrix were not run, such as: {empty[0]}. Fix: {COMMAND}")
+    sections: list[str] = []
+    for section, members in SECTIONS.items():
+        title, _, text = section.partition(": ")
+        sections += ["", f"## {title}", "", text[0].upper() + text[1:], ""]
+        sections += ["| cell | model | adapters | result |", "|---|---|---|---|"]
+        sections += _rows(members)
     lines = [
         "# Where routing is exact, and where it refuses",
         "",
-        "Written by the test run itself:",
+        findings("\n".join(sections)),
+        "",
+        "The page is written by the test run itself. A cell is a situation on one model, with one kind of adapters:",
         "",
         f"    {COMMAND}",
         "",
@@ -145,12 +154,44 @@ def table() -> str:
         "",
         inspect.cleandoc(_LEGEND),
     ]
-    for section, members in SECTIONS.items():
-        title, _, text = section.partition(": ")
-        lines += ["", f"## {title}", "", text[0].upper() + text[1:], ""]
-        lines += ["| cell | model | adapters | result |", "|---|---|---|---|"]
-        lines += _rows(members)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *sections]) + "\n"
+
+
+def findings(markdown: str) -> str:
+    """The sentences that the page begins with, counted from a written table.
+
+    Raises:
+        ValueError: a result that none of the sentences counts.
+    """
+    rows = [line.removesuffix(" |").split(" | ", 3) for line in _table_rows(markdown)]
+    results = [result for _, models, _, result in rows for _ in models.split(", ")]
+
+    def cells_with(pattern: str) -> list[re.Match[str]]:
+        return [found for result in results if (found := re.match(pattern, result))]
+
+    double, single = (cells_with(rf"exact: (\S+) \({tolerance}\)") for tolerance in ("1e-12", "0.0001"))
+    zero, close, refused, same = map(cells_with, ("exact: 0$", "close: ", r"`\w+`: ", "the tokens "))
+    if len(results) != sum(map(len, (double, single, zero, close, refused, same))):
+        raise ValueError("The first sentences of the page should count every result. Fix: add the new kind to them.")
+    largest = [max((found[1] for found in group), key=float) for group in (double, single)]
+    sentences = f"""
+        Routing is exact in float64: in {len(double)} cells no block's gradient, and no ablated row, is off by more than
+        {largest[0]}, relative to rows that run alone. In float32 it is {largest[1]} ({len(single)} cells).
+
+        Low precision adds no error of routing to that of the type ({len(close)} cells), and a block that no row trains
+        has a gradient of exactly zero ({len(zero)} cells).
+
+        What cannot be right raises an error that says why ({len(refused)} cells): a route closed too early, masks that
+        do not fit, experts, double backward.
+
+        Generation with some rows ablated gives each row the tokens that it gets alone ({len(same)} cells).
+
+        No cell that was tested, of {len(results)}, is wrong in silence.
+    """
+    return "\n".join(
+        textwrap.fill(" ".join(each.split()), 118, initial_indent="- ", subsequent_indent="  ")
+        for each in sentences.strip().split("\n\n")
+    )
 
 
 def _rows(members: list[Cell]) -> list[str]:
@@ -181,11 +222,15 @@ _LEGEND = """
 def cells_in(markdown: str) -> list[str]:
     """The cells that a written table lists."""
     found = []
-    for line in markdown.partition(OTHERS)[0].splitlines():
-        if line.startswith("| ") and not line.startswith("| cell |"):
-            name, models, adapters, _ = line.removeprefix("| ").split(" | ", 3)
-            found += [str(Cell(name, model, adapters)) for model in models.split(", ")]
+    for line in _table_rows(markdown):
+        name, models, adapters, _ = line.removeprefix("| ").split(" | ", 3)
+        found += [str(Cell(name, model, adapters)) for model in models.split(", ")]
     return found
+
+
+def _table_rows(markdown: str) -> list[str]:
+    lines = markdown.partition(OTHERS)[0].splitlines()
+    return [line for line in lines if line.startswith("| ") and not line.startswith("| cell |")]
 
 
 def write(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two processes (gloo): what every rank ends with is the average of the ranks' own reference gradients."""
+"""Two processes (gloo): every rank ends with the average of the reference gradients of all ranks."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Generation: a row ablated among others is the row ablated alone; what has lost its rows is refused."""
+"""Generation: a row ablated among others gives what it gives alone; batches that have lost their rows are refused."""
 
 from typing import Any
 

@@ -24,6 +24,15 @@ def test_the_committed_table_lists_exactly_the_cells_of_the_tests(committed: str
     assert sorted(matrix.cells_in(committed)) == sorted(declared), f"run: {matrix.COMMAND}"
 
 
+def test_the_committed_page_begins_with_what_its_table_holds(committed: str) -> None:
+    assert matrix.findings(committed) in committed
+    row = "| a cell | llama, qwen3 | PEFT | exact: 2e-15 (1e-12) |\n"
+    assert matrix.findings(committed + row) == matrix.findings(committed)  # what other tests measured is not counted
+    assert matrix.findings(committed.replace(matrix.OTHERS, row + matrix.OTHERS)) != matrix.findings(committed)
+    with pytest.raises(ValueError, match="every result"):
+        matrix.findings(row.replace("exact:", "about"))
+
+
 @pytest.mark.parametrize("blemish", ["FAILED", "NOT EXACT", "NOT CLOSE", "not run here"])
 def test_every_cell_of_the_committed_table_holds(blemish: str, committed: str) -> None:
     assert blemish not in committed

@@ -12,6 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from loopholes.names import title_of
+
 from .markdown import markdown_table
 from .store import Job
 from .suite_figures import STYLES, axes_in_rows, line
@@ -91,28 +93,30 @@ def share_table(results: Results, env: str) -> str:
 
 
 def staleness_figure(results: Results, env: str) -> Figure:
-    """Overlap with the first directions, AUROC on the policy's rollouts, and shares of student and teacher."""
-    figure, (overlap, auroc, share) = axes_in_rows(3, 6.5, 7.5)
+    """Overlap with the first directions, AUROC on the policy's rollouts, and with a teacher the shares of both."""
+    taught = any(_any_at(results, env, step, "cin_teacher") for step in _steps(results, env))
+    figure, panels = axes_in_rows(3 if taught else 2, 6.5, 7.5 if taught else 5.0)
+    overlap, auroc = panels[:2]
     n = 0
     for style, arm in zip(STYLES, (arm for pair in COMPARED.items() for arm in pair), strict=False):
         runs = list(of_arm(results, env, arm).values())
         n = max(n, len(runs))
         for panel, name in ((overlap, "overlap_first"), (auroc, "auroc_held_out")):
             line(panel, runs, lambda run, name=name: [(p["step"], p.get(name)) for p in run["drift"]], arm, style)
-        for who, colour in (("student", "black"), ("teacher", "0.6")):
+        for who, colour in (("student", "black"), ("teacher", "0.6")) if taught else ():
             key = f"cin_{who}"
             line(
-                share, runs, lambda run, key=key: [(p["step"], p.get(key)) for p in run["drift"]],
+                panels[2], runs, lambda run, key=key: [(p["step"], p.get(key)) for p in run["drift"]],
                 f"{arm}, {who}", style, colour,
             )  # fmt: skip
     names = ("overlap with the first", "AUROC, held out", "hack-ward share, cin")
-    for panel, label in zip((overlap, auroc, share), names, strict=True):
+    for panel, label in zip(panels, names, strict=False):
         panel.set_ylabel(label, fontsize=8)
         if panel.lines:
             panel.legend(frameon=False, fontsize=6, ncols=2)
-    share.set_xlabel("step")
+    panels[-1].set_xlabel("step")
     figure.suptitle(
-        f"environment {env}, {n} runs an arm\nrefreshed directions, and the same frozen as control", fontsize=9
+        f"{title_of(env)}, {n} runs an arm\nrefreshed directions, and the same frozen as control", fontsize=9
     )
     return figure
 

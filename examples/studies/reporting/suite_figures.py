@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loopholes.arms import ARMS
+from loopholes.names import title_of
 
 from .store import Job
 
@@ -30,7 +31,7 @@ def write_figures(folder: Path, results: Mapping[Job, Mapping[str, Any]]) -> Non
             if figure is not None:
                 counts = sorted({len(entries) for entries in runs.values()})
                 n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-                figure.suptitle(f"environment {env}, {n} runs an arm\n{figure.get_suptitle()}", fontsize=9)
+                figure.suptitle(f"{title_of(env)}, {n} runs an arm\n{figure.get_suptitle()}", fontsize=9)
                 figure.savefig(folder / f"{name}-{env}.png", dpi=130, metadata={"Software": None})
 
 
@@ -47,7 +48,7 @@ def bars(runs: Runs) -> Figure:
         row.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
         row.set_ylabel(f"hack rate, {view}")
         row.set_ylim(0, 1.03)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # over no bar
     figure.suptitle("hack rates on and ablated, controls are shuffle and random-oriented; dots are runs")
     return figure
 

@@ -1,0 +1,99 @@
+"""The sentences that research pages begin with: their words hold for the figures that are put into them."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import report
+from reporting.suite_report import judged
+
+DOCS = Path(__file__).parents[2] / "docs"
+BEGUN = ("results", "real-model", "directions-study", "performance", "exactness")
+
+
+@pytest.fixture(scope="module")
+def findings() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("findings", DOCS / "findings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_bullets(page: str) -> str:
+    """What stands between the title and the first paragraph that is no bullet."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    body = re.sub(r"<!--.*?-->\n+", "", text.split("\n", 1)[1]).strip()
+    return body.split("\n\n", 1)[0]
+
+
+@pytest.mark.parametrize("page", BEGUN)
+def test_a_research_page_begins_with_what_was_found(page: str) -> None:
+    bullets = re.findall(r"^- ", first_bullets(page), flags=re.MULTILINE)
+    assert 3 <= len(bullets) <= 6
+    assert re.search(r"\.\d\d|1e-\d\d", first_bullets(page))
+
+
+def test_what_the_small_environments_say(findings: ModuleType) -> None:
+    for env in ("shared-token", "own-tokens"):
+        runs = findings.Suite("loopholes.json", env)
+        route, shuffle, vanilla = (max(runs.values(arm)) for arm in ("route", "shuffle", "vanilla"))
+        assert route < 0.1 < min(runs.values("shuffle"))
+        assert min(shuffle, vanilla) > 0.8
+        drawn = runs.values("random-oriented")
+        assert sum(rate < 0.065 for rate in drawn) > len(drawn) / 2
+    for name, env in (("L.json", "lookalike"), ("loopholes.json", "shared-token"), ("loopholes.json", "own-tokens")):
+        verdicts = judged(findings.read_report(findings.RESULTS / name), findings.letter_of(env))
+        words = {verdict.treatment.name: verdict.word for modes, verdict in verdicts if modes == "held-out"}
+        assert words["route"] == ("underpowered" if env == "lookalike" else "effective")
+    missed = findings.Suite("missed-N.json", "own-tokens")
+    ours, *rivals = (
+        sum(missed.values(arm)) / len(missed.values(arm)) for arm in ("weak-explained", *findings.ONE_BLOCK)
+    )
+    assert ours < min(rivals) == rivals[-1]
+    assert findings.largest_effect_of_freezing() < 0.02
+
+
+def test_what_the_language_model_says(findings: ModuleType) -> None:
+    plain, harder = (findings.Markers("smollm.json", variant) for variant in ("plain", "harder"))
+    assert max(plain.means("route")) < max(plain.means("base"))
+    assert max(plain.means("random-oriented")) < max(plain.means("base"))
+    assert max(harder.means("route")) > 2 * max(harder.means("base"))
+    missed, missed_harder = (findings.Markers("smollm-missed.json", variant) for variant in ("plain", "harder"))
+    assert max(missed.means("weak-explained")) < max(missed.means("base")) + 0.01
+    assert min(max(missed.means(arm)) for arm in findings.ONE_BLOCK) > 2 * max(missed.means("base"))
+    best = min(findings.ONE_BLOCK, key=lambda arm: max(missed_harder.means(arm)))
+    assert best == "weak-likelier"
+    for arm in (best, "weak-explained", "oracle"):
+        assert max(missed_harder.means(arm)) > max(missed_harder.means("base"))
+
+
+def test_what_the_directions_say(findings: ModuleType) -> None:
+    model, untrained = findings.Study("directions.json"), findings.Study("directions-random.json")
+    assert min(model.areas("pairs", model.activations + model.gradients)) > 0.6
+    assert max(untrained.areas("pairs", untrained.gradients)) < min(untrained.areas("pairs", untrained.activations))
+    assert max(value for name, value in model.transfer["false_claims"].items() if name != "false_claims") < 0.5
+
+
+def test_figures_are_written_as_in_the_tables(findings: ModuleType) -> None:
+    assert [findings.short(value) for value in (0.034, 0.0, 1.0)] == [".03", ".00", "1.00"]
+    assert findings.span([0.3, 0.1, 0.2]) == ".10 to .30"
+    assert findings.span([0.101, 0.102]) == ".10"
+    assert findings.bullets("a\n b\n\nc") == "- a b\n- c"
+
+
+def test_a_goal_that_is_missed_is_named() -> None:
+    row = {"goal": "P4", "what": "step with RolloutFilter", "threads": 1, "value": 1.2, "unit": "ratio", "met": False}
+    others = (
+        "peak memory of a routed step / LoRA", "ablated forward / LoRA of rank r",
+        "one-token decode, on / LoRA of rank 2r", "merged forward / bare model",
+        "activation extraction / bare forward", "extraction of 4 pairs every 5 steps, share of a step",
+    )  # fmt: skip
+    rows = [row, *({**row, "what": what, "met": True} for what in others)]
+    text = " ".join(report.findings({"rows": rows}).split())
+    assert "adds 20% to a step" in text
+    assert "Goals missed: 1 of 7: P4 (step with RolloutFilter, one thread)." in text
