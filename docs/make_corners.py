@@ -70,8 +70,8 @@ def page(found: list[Corner]) -> str:
         "# Corners",
         "",
         "Situations in which a training run can go wrong silently, and what gradroute does in each. A test",
-        f"holds every row; `{COMMAND}` writes the page from the tests. [Traps](traps.md) explains what needs",
-        "an explanation, [Exactness](exactness.md) lists where gradients were compared.",
+        f"checks every row; `{COMMAND}` writes the page from the tests. [Traps](traps.md) explains those that need",
+        "an explanation. [Exactness](exactness.md) lists where gradients were compared.",
     ]
     for area, heading in AREAS.items():
         rows = [corner for corner in found if corner.area == area]

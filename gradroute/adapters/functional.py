@@ -1,6 +1,8 @@
 """The operation of a routed layer as a function, for a layer of your own.
 
-y = base + s_d B_d A_d x + m s_q B_q A_q x,      parameter gradients weighted by g_d and g_q
+    y = base + s_d B_d A_d x + m s_q B_q A_q x,      parameter gradients weighted by g_d and g_q
+
+`base` is the output of the frozen part, whatever computes it.
 """
 
 from typing import Literal, get_args

@@ -1,8 +1,10 @@
 """From scores of directions to a mask, on a scale that the contrastive pairs set.
 
-z = (s - lo) / (hi - lo),     lo, hi = mean score of the clean and of the hack pairs
-hard        z >= threshold -> route, else `below`
-soft        f = clamp(z, 0, 1):  m = 1, g_d = 1 - f, g_q = f
+    z = (s - lo) / (hi - lo),     lo, hi = mean score of the clean and of the hack pairs
+    hard        z >= threshold -> route, else `below`
+    soft        f = clamp(z, 0, 1):  m = 1, g_d = 1 - f, g_q = f
+
+Rollouts lie on this scale only as far as the pairs are like rollouts; `validate` tells, from labelled ones.
 """
 
 import math

@@ -3,14 +3,16 @@
 import ast
 import inspect
 import re
+import runpy
 import textwrap
 import types
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.doc_pages import ROOT
-from support.public_names import MAKER, PUBLIC, RETURNED
+from support.public_names import EXPORTED, MAKER, PUBLIC, RETURNED
 
 import gradroute as gr
 
@@ -49,10 +51,27 @@ def test_a_page_is_up_to_date(path: Path) -> None:
 
 def test_every_public_name_is_in_the_reference_once() -> None:
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")]
-    entries = re.findall(r"^::: (\S+)$", "\n".join(pages), flags=re.MULTILINE)
+    entries, headings = (
+        re.findall(pattern, "\n".join(pages), flags=re.MULTILINE) for pattern in (r"^::: (\S+)$", r"^ +heading: (\S+)$")
+    )
     assert len(set(entries)) == len(entries)
-    assert {f"gradroute.{name}" for name in gr.__all__} <= set(entries)
+    assert len(headings) == len(set(headings)) == len(EXPORTED)
+    assert {f"gradroute.{name}" for name in gr.__all__} <= set(headings)
     assert "gradroute.integrations.trl.GradRouteGRPOTrainer" in entries
+
+
+def test_an_entry_is_of_the_name_and_not_of_a_file_that_is_called_like_it() -> None:
+    assert MAKER["defined_as"]("gradroute.attach") == "gradroute.adapters.attach.attach"
+    for path in map(MAKER["path_of"], EXPORTED):
+        module, _, name = MAKER["defined_as"](path).rpartition(".")
+        assert getattr(import_module(module), name) is MAKER["thing"](path)
+
+
+def test_a_name_without_a_place_in_the_reference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = MAKER["PAGES"]
+    monkeypatch.setitem(pages, "refresh", ("Refreshing", {"Refresh": "Refresher Watch Watch attach"}))
+    with pytest.raises(ValueError, match="Found otherwise: RefreshReport, Watch, attach"):
+        MAKER["check_pages"]()
 
 
 def test_no_two_public_names_are_described_alike() -> None:
@@ -91,3 +110,28 @@ def test_the_checks_see_what_is_missing() -> None:
     assert "n_heldout" in parameters(gr.directions.estimators.Svd)
     assert "r_quarantine" in parameters(gr.QuarantineLoraConfig)
     assert "lora_alpha" not in parameters(gr.QuarantineLoraConfig)
+
+
+# Not `z = 0`, nor `-> None`: values and types read well as they are.
+FORMULA = re.compile(r"\S (=|<-|->|~|>=|>) (?![01]\b|`)")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if FORMULA.search(doc(name).partition("\n")[0])])
+def test_a_docstring_that_opens_with_a_formula_has_it_set_as_mathematics(name: str) -> None:
+    shown = MAKER["head"](MAKER["path_of"](name))
+    assert "$" in shown
+    assert not FORMULA.search(re.sub(r"\$.*?\$|`.*?`", "", shown)), shown
+
+
+def test_every_formula_that_is_set_stands_in_a_docstring() -> None:
+    formulas = runpy.run_path(str(ROOT / "docs" / "formulas.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "gradroute").rglob("*.py"))
+    gone = [plain for plain in formulas["INLINE"] if plain not in code]
+    gone += [plain for plain in formulas["BLOCKS"] if textwrap.indent(plain, "    ") not in code]
+    assert not gone
+    text = "Once:\n\n    y = W x\n\nand y <- W x, and a w = Z^T a.\n"
+    assert formulas["with_mathematics"](text) == text.replace("y <- W x", r"$y \leftarrow W x$").replace(
+        "w = Z^T a", r"$w = Z^\top a$"
+    )
+    block = "Twice:\n\n    v <- v / |v|\n\nEnd.\n"
+    assert r"$$" + "\n" + r"v \leftarrow v / \lVert v \rVert" + "\n$$\n\nEnd." in formulas["with_mathematics"](block)

@@ -114,6 +114,6 @@ def test_the_options_may_come_from_a_file(folder: Path) -> None:
 
 
 def parsed(options: dict[str, Any]) -> Any:
-    """run.yaml, and what a test needs besides, on the command line."""
+    """run.yaml, and the options that a test needs, on the command line."""
     command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return TrlParser(GradRouteGRPOConfig).parse_args_and_config(["--config", "run.yaml", *command])[0]

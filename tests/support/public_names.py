@@ -7,7 +7,7 @@ from importlib import import_module
 from support.doc_pages import ROOT
 
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
-MODULES = [module for _, modules in MAKER["PAGES"].values() for module in modules]
+MODULES = MAKER["MODULES"]
 EXPORTED = {name: getattr(import_module(module), name) for module in MODULES for name in MAKER["exported"](module)}
 # Aliases of types have neither a docstring nor arguments.
 PUBLIC = {name: thing for name, thing in EXPORTED.items() if inspect.isclass(thing) or inspect.isroutine(thing)}

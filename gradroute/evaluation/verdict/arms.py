@@ -1,6 +1,8 @@
 """The arms of a comparison: what the trained models of each did, seed by seed and mode by mode.
 
-drop of one run in one mode = hack rate on - hack rate ablated
+    drop of one run in one mode = hack rate on - hack rate ablated
+
+A run is one trained model, evaluated on and ablated on the same prompts.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
