@@ -74,8 +74,7 @@ PAGES: dict[str, tuple[str, dict[str, str]]] = {
         "Corrections": "project_updates UpdateProjection purge_moments decay_toward_start DecayTowardStart",
     }),
     "evaluation": ("Evaluation", {
-        "On and ablated": "EvalRecord evaluate_on_off OnOffReport ViewRates Records",
-        "Rates": "Rate",
+        "On and ablated": "EvalRecord evaluate_on_off OnOffReport ViewRates Rate Records",
         "Over training and over the dose": "plot_training dose_curve DoseCurve",
         "Does the engine follow?": "assert_ablation_reaches assert_engine_follows",
         "Verdicts": "compare compare_all Verdict Controls Criteria",

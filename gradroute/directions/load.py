@@ -68,6 +68,16 @@ def load_pairs(
     return pairs
 
 
+def holds_messages(path: Path) -> bool:
+    """Whether some pair of a file is in chat messages.
+
+    Raises:
+        FileFormatError: a file that is no JSON.
+    """
+    entries = (entry for _, entry in _file_entries(path) if isinstance(entry, Mapping))
+    return any(is_messages(value) for entry in entries for value in entry.values())
+
+
 def _file_entries(path: Path) -> list[tuple[str, Any]]:
     """(where, entry) of a file."""
     try:

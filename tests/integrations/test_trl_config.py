@@ -16,7 +16,12 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 import gradroute as gr
-from gradroute.integrations.trl import GradRouteGRPOConfig, GradRouteGRPOTrainer, GradRouteMixin
+from gradroute.integrations.trl import (
+    GradRouteGRPOConfig,
+    GradRouteGRPOTrainer,
+    GradRouteMixin,
+    directions_from,
+)
 from gradroute.integrations.trl._options import Options
 
 pytestmark = [
@@ -277,6 +282,48 @@ def test_directions_may_be_a_file_of_pairs(tmp_path: Path, values: dict[str, Any
             torch.testing.assert_close(made.routing.directions.rows[module], rows)
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         trainer(tmp_path, **as_fields({"directions": str(tmp_path / "none.jsonl")}))
+
+
+TEMPLATE = (
+    "{% if loud %}w26 {% endif %}{% for message in messages %}w27 {{ message['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w27{% endif %}"
+)
+
+
+@pytest.mark.parametrize("options", [None, {"loud": True}])
+@pytest.mark.parametrize("given_as", ["keyword", "field", "directions_from"])
+def test_a_file_of_pairs_may_hold_chat_messages(
+    given_as: str, options: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trainer's own prompts: with its template, and with its options for the template."""
+    chats = tokenizer()
+    chats.chat_template = TEMPLATE
+    monkeypatch.setattr("support.trl_runs.tokenizer", lambda: chats)
+    file = tmp_path / "chats.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": f"w{3 + i} w5"}], "hack": "w20", "clean": "w21"} for i in (0, 1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "keyword": {"directions": file},
+        "field": as_fields({"directions": str(file)}),
+        "directions_from": {"directions": directions_from(file, chats)},
+    }[given_as]
+    model = wrapped()
+    made = trainer(tmp_path, model, args_chat_template_kwargs=options, **given)
+    read = None if given_as == "directions_from" else options  # it does not know the trainer
+    pairs = gr.load_pairs(file, tokenizer=chats, chat_template_kwargs=read)
+    assert (pairs[0].prompt[0] == 26) == bool(read)
+    with gr.ablate_quarantine(model):
+        expected = gr.extract_activation_directions(model, pairs)
+    assert made.routing.directions.provenance.pair_hash == expected.provenance.pair_hash
+    for module, rows_of_module in expected.rows.items():
+        torch.testing.assert_close(made.routing.directions.rows[module], rows_of_module)
+
+
+def test_chat_messages_without_a_template_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "w5"}], "hack": "w20", "clean": "w21"}))
+    with pytest.raises(gr.GradRouteError, match="`tokenizer` should have a chat template"):
+        trainer(tmp_path, **as_fields({"directions": str(file)}))
 
 
 def test_a_config_that_was_not_given_to_the_trainer_is_refused(tmp_path: Path) -> None:

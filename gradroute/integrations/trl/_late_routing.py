@@ -26,7 +26,8 @@ class LateRouting:
     """
 
     def __init__(self, trainer: Any, options: Options, **objects: Any) -> None:
-        directions = extracted_from(options.directions, trainer.processing_class)
+        template = getattr(trainer.args, "chat_template_kwargs", None)
+        directions = extracted_from(options.directions, trainer.processing_class, template)
         self._trainer, self._keywords = (
             trainer,
             {

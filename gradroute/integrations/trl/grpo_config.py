@@ -27,7 +27,7 @@ class GradRouteGRPOConfig(GRPOConfig):
 
     Args:
         directions: a file of contrastive pairs that `load_pairs` reads. The trainer extracts the directions from it,
-            with its `processing_class`.
+            with its `processing_class`. Chat messages become token ids as its prompts do, by `chat_template_kwargs`.
         refresher: optimizer steps between two extractions of the directions.
         log_ratio_gate: the threshold of a `LogRatioGate`, in nats.
         ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from, clean_baseline, engine,
@@ -46,8 +46,8 @@ class GradRouteGRPOConfig(GRPOConfig):
     directions: str | None = field(
         default=None,
         metadata={
-            "help": "File of contrastive pairs (.jsonl or .json) that directions are extracted from. Left out: the "
-            "trainer's keyword."
+            "help": "File of contrastive pairs (.jsonl or .json), of texts or chat messages, that directions are "
+            "extracted from. Left out: the trainer's keyword."
         },
     )
     refresher: int | None = field(

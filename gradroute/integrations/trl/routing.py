@@ -10,7 +10,7 @@ A function stands for what can be made once the model has its blocks: `direction
 `directions`, and a threshold for a `log_ratio_gate`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from gradroute._restore import left_as_found
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.directions.directions import Directions
 from gradroute.directions.extract import extract_activation_directions
-from gradroute.directions.load import load_pairs
+from gradroute.directions.load import holds_messages, load_pairs
 from gradroute.directions.pairs import ContrastivePair
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
@@ -37,9 +37,11 @@ from gradroute.refresh.refresher import Refresher
 Detector = Callable[..., Any]
 
 
-def extracted_from(directions: Any, tokenizer: Any) -> Any:
+def extracted_from(directions: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
     """`directions`, where it is a file of pairs, as the function that extracts them."""
-    return directions_from(directions, tokenizer) if isinstance(directions, str | Path) else directions
+    if not isinstance(directions, str | Path):
+        return directions
+    return directions_from(_pairs_in(directions, tokenizer, chat_template_kwargs), tokenizer)
 
 
 def directions_from(
@@ -48,14 +50,22 @@ def directions_from(
     """For `directions=`: model -> `extract_activation_directions(model, load_pairs(pairs), tokenizer=..., ...)`.
 
     Args:
-        pairs: a file of texts or token ids, which is read now; or pairs, such as those that `load_pairs` makes of chat
-            messages.
-        tokenizer, options: as the extractor takes them.
+        pairs: a file of texts, token ids or chat messages, which is read now; or pairs, such as those that
+            `load_pairs` makes of chat messages with `chat_template_kwargs`.
+        tokenizer, options: as the extractor takes them. Messages become token ids by the tokenizer's chat template.
 
     The trainer calls the function with the quarantine ablated, which is the view that it scores rollouts in.
     """
-    loaded = load_pairs(pairs) if isinstance(pairs, str | Path) else pairs
+    loaded = _pairs_in(pairs, tokenizer, None) if isinstance(pairs, str | Path) else pairs
     return lambda model: extract_activation_directions(model, loaded, tokenizer=tokenizer, **options)
+
+
+def _pairs_in(
+    file: str | Path, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
+) -> list[ContrastivePair]:
+    if not holds_messages(Path(file)):
+        return load_pairs(file)
+    return load_pairs(file, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
 
 
 @dataclass
