@@ -31,7 +31,7 @@ from gradroute._protocol import Block
 from gradroute._torch_private import unsafe_view
 from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
-from gradroute.adapters._gates import Columns, Gates
+from gradroute.adapters._gates import Columns, Gates, Undecided
 from gradroute.errors import RouteError
 
 Linear = tuple[Tensor, Tensor | None]
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
         base: weight and bias of the frozen linear, if W x + b is computed here.
         s_d, s_q: the scalings of the blocks.
         M: [1, m] in the columns of the blocks; None for 1.
-        G: [g_d, g_q] in the columns of the blocks; None for 1.
+        G: [g_d, g_q] in the columns of the blocks; None for 1. What is not decided yet is read in backward.
         base_dtype, compute: the types that W x and the blocks are computed in.
         branch: whether G weighs dx too.
         record: the forward's, compared with the state in backward.
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
     s_d: float
     s_q: float
     M: Columns | None
-    G: Columns | None
+    G: Columns | Undecided | None
     base_dtype: torch.dtype
     compute: torch.dtype
     branch: bool = False
@@ -275,6 +275,7 @@ def _backward(  # noqa: PLR0917
     ctx: Any, dy: Tensor, block_input: Tensor | None, u: Tensor | None, weight: Tensor | None, factors: Factors
 ) -> tuple[Tensor | None, ...]:
     (A_d, B_d, A_q, B_q), (_, s_d, s_q, M, G, base_dtype, compute, branch, _) = factors, ctx.setting
+    G = G.columns() if isinstance(G, Undecided) else G
     need_x, need_dropped, need_output, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
     need_A, need_B = need_A_d or need_A_q, need_B_d or need_B_q
     rank = A_d.shape[0]
