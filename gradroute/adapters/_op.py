@@ -84,6 +84,7 @@ def add_lora_blocks(
     branch: bool = False,
     dropped: Float[Tensor, "*batch d_in"] | None = None,
     record: ForwardRecord | None = None,
+    bottlenecks: list[Tensor] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """base + s_d B_d A_d x + m s_q B_q A_q x, for gates that are known to fit.
 
@@ -95,6 +96,7 @@ def add_lora_blocks(
         gates, branch: see `quarantine_lora`.
         dropped: the input of the blocks, where it is not x.
         record: ties the backward to the state of its forward, so that a recomputation in another one raises.
+        bottlenecks: where a forward without gradients leaves A_d x, (tokens, r).
     """
     output, linear_of_base = (base, None) if isinstance(base, Tensor) else (None, base)
     A_d, B_d, s_d = deployed
@@ -106,8 +108,11 @@ def add_lora_blocks(
     setting = Setting(linear_of_base, s_d, s_q, M, G, base_dtype, compute, branch, record)
     with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)[0]
-        y: Tensor = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
+            y, u, _ = _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)
+            if bottlenecks is not None:
+                bottlenecks.append(u[:, : A_d.shape[0]])
+        else:
+            y = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -158,17 +163,25 @@ def _forward(
     return unsafe_view(_cast(total, y.dtype), y.shape), u, block_input
 
 
-def plain_forward(
-    x: Float[Tensor, "*batch d_in"], weight: Tensor, bias: Tensor | None, deployed: Block, quarantine: Block | None
+def plain_forward(  # noqa: PLR0917
+    x: Float[Tensor, "*batch d_in"],
+    weight: Tensor,
+    bias: Tensor | None,
+    deployed: Block,
+    quarantine: Block | None,
+    bottlenecks: list[Tensor] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
     y = linear(x, weight, bias)
     rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     A, B, scaling = deployed
+    u = linear(rows, A)
+    if bottlenecks is not None:
+        bottlenecks.append(u)
     if quarantine is None:
-        _plus(total, linear(rows, A), B, scaling, in_place=True, stepwise=True)
+        _plus(total, u, B, scaling, in_place=True, stepwise=True)
         return y
-    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
+    total.addmm_(u, B.t(), alpha=scaling)
     A, B, scaling = quarantine
     total.addmm_(linear(rows, A), B.t(), alpha=scaling)
     return y
