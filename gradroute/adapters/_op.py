@@ -96,7 +96,7 @@ def add_lora_blocks(
         gates, branch: see `quarantine_lora`.
         dropped: the input of the blocks, where it is not x.
         record: ties the backward to the state of its forward, so that a recomputation in another one raises.
-        bottlenecks: where a forward without gradients leaves A_d x, (tokens, r).
+        bottlenecks: where a forward without gradients leaves [A_d x, ...], the first r columns of its tokens.
     """
     output, linear_of_base = (base, None) if isinstance(base, Tensor) else (None, base)
     A_d, B_d, s_d = deployed
@@ -110,7 +110,7 @@ def add_lora_blocks(
         if not torch.is_grad_enabled():
             y, u, _ = _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)
             if bottlenecks is not None:
-                bottlenecks.append(u[:, : A_d.shape[0]])
+                bottlenecks.append(u)
         else:
             y = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
     return y

@@ -47,7 +47,7 @@ class RoutedLinear(RoutedLayer):
     ran: bool = False
     ran_under_route: bool = False
     bottlenecks: list[Tensor] | None = None
-    """Given a list, forwards without gradients append A_d x to it, (tokens, r)."""
+    """Given a list, forwards without gradients append to it, per token, A_d x in the first r columns."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.

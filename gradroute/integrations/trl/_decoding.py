@@ -37,6 +37,7 @@ class DecodedFeatures:
         layers = routed_layers(root)
         self._model, self._root = model, root
         self._layers: dict[str, Any] = {name: layers[name] for name in modules}
+        self._ranks = {name: layer.deployed.A.shape[0] for name, layer in self._layers.items()}
         self._ending = list(ends)
         self._weights: list[Bool[Tensor, " rows"]] = []
         self._running: Bool[Tensor, " rows"] | None = None
@@ -121,7 +122,8 @@ class DecodedFeatures:
                 self._stop(f"`{name}` did not run once for every token, or is compiled")
                 return
             # A token that is not read does not count, also where it is not finite.
-            found = wide(torch.stack(kept)).masked_fill(unread, 0).sum(0)
+            r = self._ranks[name]
+            found = wide(torch.stack(kept)[..., :r]).masked_fill(unread, 0).sum(0)
             self._sums[name] = self._sums[name] + found if name in self._sums else found
         counts = weights.sum(0)
         self._counts = counts if self._counts is None else self._counts + counts
