@@ -15,6 +15,7 @@ from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.merge import merge_deployed
+from gradroute.adapters.pending import PendingMask
 from gradroute.adapters.route import clear_route, route, set_route
 from gradroute.adapters.summary import ParameterSummary, parameter_summary
 from gradroute.adapters.svd_gain import SvdGain
@@ -40,6 +41,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Finding",
     "ParameterSummary",
+    "PendingMask",
     "QuarantineLoRA",
     "QuarantineLoraConfig",
     "RouteMask",

@@ -5,6 +5,7 @@
 In the type of x, but at least float32: a weight of 0.3 rounded to bf16 would be off by 0.2 %.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,15 +30,32 @@ class Gates:
     """m, g_d and g_q of one forward, a float per leading index of its input; None means 1 everywhere.
 
     `binary`: all of them are known to be 0 or 1.
+    `decided`: of a mask that is decided after the forward, all three once it is; `m` and `binary` are then of m alone.
     """
 
     m: Weights | None = None
     g_d: Weights | None = None
     g_q: Weights | None = None
     binary: bool = False
-    _columns: dict[tuple[int, int], tuple[Columns | None, Columns | None]] = field(default_factory=dict, repr=False)
+    decided: Callable[[], "Gates"] | None = None
+    _columns: dict[tuple[int, int], tuple[Columns | None, "Columns | Undecided | None"]] = field(
+        default_factory=dict, repr=False
+    )
 
-    def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
+    @property
+    def known(self) -> "Gates":
+        """All three gates; raises if they have not been decided."""
+        return self if self.decided is None else self.decided()
+
+    @property
+    def trained(self) -> Bool[Tensor, "2"]:
+        """Whether some row trains the deployed block, and whether some row trains the quarantine."""
+        m, g_d, g_q = (None if gate is None else gate != 0 for gate in (self.m, self.g_d, self.g_q))
+        uses = m if g_q is None else g_q if m is None else m & g_q
+        like = next((rows for rows in (g_d, uses) if rows is not None), torch.tensor(True))
+        return torch.stack([like.new_ones(()) if rows is None else rows.any() for rows in (g_d, uses)])
+
+    def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, "Columns | Undecided | None"]:
         """[1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks (rows, r + r_quarantine); None for 1.
 
         Made once for all layers of one width: spread out in memory, they cost a tenth of what a broadcast along narrow
@@ -49,10 +67,25 @@ class Gates:
             self._columns[r, r_quarantine] = self._spread(r, r_quarantine)
         return self._columns[r, r_quarantine]
 
-    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, Columns | None]:
-        sides = (None, self.m), (self.g_d, self.g_q)
-        first, second = (_side_by_side(*each, r, r_quarantine, binary=self.binary) for each in sides)
-        return first, second
+    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, "Columns | Undecided | None"]:
+        M = _side_by_side(None, self.m, r, r_quarantine, binary=self.binary)
+        if self.decided is not None:
+            return M, Undecided(self, r, r_quarantine)
+        return M, _side_by_side(self.g_d, self.g_q, r, r_quarantine, binary=self.binary)
+
+
+class Undecided(NamedTuple):
+    """In the place of [g_d, g_q] in a forward whose mask is decided after it."""
+
+    gates: Gates
+    r: int
+    r_quarantine: int
+
+    def columns(self) -> Columns | None:
+        """[g_d, g_q], in backward; raises if they have not been decided."""
+        _, G = self.gates.known.columns(self.r, self.r_quarantine)
+        assert not isinstance(G, Undecided)
+        return G
 
 
 NO_GATES = Gates()

@@ -31,7 +31,7 @@ from gradroute._protocol import Block
 from gradroute._torch_private import unsafe_view
 from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
-from gradroute.adapters._gates import Columns, Gates
+from gradroute.adapters._gates import Columns, Gates, Undecided
 from gradroute.errors import RouteError
 
 Linear = tuple[Tensor, Tensor | None]
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
         base: weight and bias of the frozen linear, if W x + b is computed here.
         s_d, s_q: the scalings of the blocks.
         M: [1, m] in the columns of the blocks; None for 1.
-        G: [g_d, g_q] in the columns of the blocks; None for 1.
+        G: [g_d, g_q] in the columns of the blocks; None for 1. What is not decided yet is read in backward.
         base_dtype, compute: the types that W x and the blocks are computed in.
         branch: whether G weighs dx too.
         record: the forward's, compared with the state in backward.
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
     s_d: float
     s_q: float
     M: Columns | None
-    G: Columns | None
+    G: Columns | Undecided | None
     base_dtype: torch.dtype
     compute: torch.dtype
     branch: bool = False
@@ -84,6 +84,7 @@ def add_lora_blocks(
     branch: bool = False,
     dropped: Float[Tensor, "*batch d_in"] | None = None,
     record: ForwardRecord | None = None,
+    bottlenecks: list[Tensor] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """base + s_d B_d A_d x + m s_q B_q A_q x, for gates that are known to fit.
 
@@ -95,6 +96,7 @@ def add_lora_blocks(
         gates, branch: see `quarantine_lora`.
         dropped: the input of the blocks, where it is not x.
         record: ties the backward to the state of its forward, so that a recomputation in another one raises.
+        bottlenecks: where a forward without gradients leaves [A_d x, ...], the first r columns of its tokens.
     """
     output, linear_of_base = (base, None) if isinstance(base, Tensor) else (None, base)
     A_d, B_d, s_d = deployed
@@ -106,8 +108,11 @@ def add_lora_blocks(
     setting = Setting(linear_of_base, s_d, s_q, M, G, base_dtype, compute, branch, record)
     with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
-            return _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)[0]
-        y: Tensor = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
+            y, u, _ = _forward(x, dropped, output, Factors(A_d, B_d, A_q, B_q), setting, without_graph=True)
+            if bottlenecks is not None:
+                bottlenecks.append(u)
+        else:
+            y = QuarantineLoraFunction.apply(x, dropped, output, A_d, B_d, A_q, B_q, setting)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -158,17 +163,25 @@ def _forward(
     return unsafe_view(_cast(total, y.dtype), y.shape), u, block_input
 
 
-def plain_forward(
-    x: Float[Tensor, "*batch d_in"], weight: Tensor, bias: Tensor | None, deployed: Block, quarantine: Block | None
+def plain_forward(  # noqa: PLR0917
+    x: Float[Tensor, "*batch d_in"],
+    weight: Tensor,
+    bias: Tensor | None,
+    deployed: Block,
+    quarantine: Block | None,
+    bottlenecks: list[Tensor] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
     y = linear(x, weight, bias)
     rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     A, B, scaling = deployed
+    u = linear(rows, A)
+    if bottlenecks is not None:
+        bottlenecks.append(u)
     if quarantine is None:
-        _plus(total, linear(rows, A), B, scaling, in_place=True, stepwise=True)
+        _plus(total, u, B, scaling, in_place=True, stepwise=True)
         return y
-    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
+    total.addmm_(u, B.t(), alpha=scaling)
     A, B, scaling = quarantine
     total.addmm_(linear(rows, A), B.t(), alpha=scaling)
     return y
@@ -275,6 +288,7 @@ def _backward(  # noqa: PLR0917
     ctx: Any, dy: Tensor, block_input: Tensor | None, u: Tensor | None, weight: Tensor | None, factors: Factors
 ) -> tuple[Tensor | None, ...]:
     (A_d, B_d, A_q, B_q), (_, s_d, s_q, M, G, base_dtype, compute, branch, _) = factors, ctx.setting
+    G = G.columns() if isinstance(G, Undecided) else G
     need_x, need_dropped, need_output, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
     need_A, need_B = need_A_d or need_A_q, need_B_d or need_B_q
     rank = A_d.shape[0]

@@ -10,13 +10,15 @@ import re
 import threading
 import uuid
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradroute.adapters._gates import NO_GATES, Gates, weights_for, weights_type
+from gradroute.adapters._gates import NO_GATES, Gates, Weights, weights_for, weights_type
 from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.pending import PendingMask
 from gradroute.errors import RouteError
 
 
@@ -31,23 +33,52 @@ class ActiveRoute:
         forward_only: opened where gradients are off, so that forwards without gradients are what it is for.
     """
 
-    mask: RouteMask
+    mask: RouteMask | PendingMask
     sticky: bool
     closed: bool = False
     forward_only: bool = field(default_factory=lambda: not torch.is_grad_enabled())
-    weights: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+    m: Tensor = field(init=False, repr=False)
+    parameter_gates: tuple[Tensor, Tensor] | None = field(init=False, repr=False, default=None)
     is_binary: bool = field(init=False, repr=False)
+    is_on: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Copies of one type, whatever the mask was made of: a compiled forward is compiled for the type.
-        wide = torch.float32 if self.mask.m.device.type == "mps" else torch.float64
-        m, g_d, g_q = (weight.to(wide) for weight in (self.mask.m, self.mask.g_d, self.mask.g_q))
-        self.weights, self.is_binary = (m, g_d, g_q), self.mask.is_binary
+        self.m = _wide(self.mask.m)
+        if isinstance(self.mask, PendingMask):
+            self.mask.open()
+        else:
+            self.parameter_gates = _wide(self.mask.g_d), _wide(self.mask.g_q)
+        self.is_binary, self.is_on = self.mask.is_binary, bool((self.m == 1).all())
 
     @property
     def is_per_row(self) -> bool:
         """Whether one weight serves all tokens of a row."""
-        return self.weights[0].ndim == 1
+        return self.m.ndim == 1
+
+    def gates(self, x: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
+        """All three gates for an input, of which `m` is given."""
+        if self.parameter_gates is not None:
+            g_d, g_q = (weights_for(gate, x, layer, "mask") for gate in self.parameter_gates)
+            return Gates(m, g_d, g_q, binary=binary and self.is_binary)
+        if torch.compiler.is_compiling():
+            raise RouteError(
+                f"A mask that is decided after the forward needs an eager one. Found `{layer}` inside torch.compile. "
+                "Fix: decide before the forward, or leave the model uncompiled."
+            )
+        # An input of the same axes, type and device, that holds nothing.
+        like = x.detach().new_empty(()).expand(x.shape)
+        return Gates(m, binary=binary and self.is_binary, decided=cache(lambda: self._decided(like, layer, m, binary)))
+
+    def _decided(self, like: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
+        assert isinstance(self.mask, PendingMask)
+        mask = self.mask.decided
+        g_d, g_q = (weights_for(_wide(gate), like, layer, "mask") for gate in (mask.g_d, mask.g_q))
+        return Gates(m, g_d, g_q, binary=binary and mask.is_binary)
+
+
+def _wide(weights: Tensor) -> Tensor:
+    return weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
 
 
 def _new_id() -> Tensor:
@@ -156,20 +187,20 @@ class ForwardState:
             )
 
     def _spread(self, x: Float[Tensor, "*batch d_in"], layer: str) -> Gates:
-        m = None if self.route is None else weights_for(self.route.weights[0], x, layer, "mask")
+        route = self.route
+        # A compiled forward is not to depend on a mask's values.
+        eager = not torch.compiler.is_compiling()
+        m = None if route is None else weights_for(route.m, x, layer, "mask")
+        if route is not None and route.is_on and eager:
+            m = None
         if isinstance(self.scale, Tensor):
             scale = weights_for(self.scale, x, layer, "ablation rows")
             m = scale if m is None else m * scale
         elif self.scale != 1.0:
             scale = torch.full(x.shape[:-1], self.scale, dtype=weights_type(x), device=x.device)
             m = scale if m is None else m * scale
-        # A compiled forward is not to depend on a mask's values.
-        simple = not torch.compiler.is_compiling() and isinstance(self.scale, float) and self.scale in (0.0, 1.0)
-        if self.route is None:
-            return Gates(m, binary=simple)
-        _, *parameter_gates = self.route.weights
-        g_d, g_q = (weights_for(gate, x, layer, "mask") for gate in parameter_gates)
-        return Gates(m, g_d, g_q, binary=simple and self.route.is_binary)
+        simple = eager and isinstance(self.scale, float) and self.scale in (0.0, 1.0)
+        return Gates(m, binary=simple) if route is None else route.gates(x, layer, m, simple)
 
 
 _ONE_OF_SEVERAL = re.compile(r"(^|\.)\d+(\.|$)")
@@ -203,8 +234,8 @@ def _aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
 def _ablates_what_trains(route: ActiveRoute | None, scale: float | Tensor) -> bool:
     if route is None or (isinstance(scale, float) and scale != 0.0):
         return False
-    m, _, g_q = route.weights
-    trains = (m != 0) & (g_q != 0)
+    # Of rows that are not decided yet, any that uses the quarantine may come to train it.
+    trains = route.m != 0 if route.parameter_gates is None else (route.m != 0) & (route.parameter_gates[1] != 0)
     if not isinstance(scale, Tensor):
         return bool(trains.any())
     aligned = _aligned(trains, scale == 0)

@@ -46,10 +46,12 @@ class RoutedLinear(RoutedLayer):
     # Marks that the blocks in force clear when they open and read when they close.
     ran: bool = False
     ran_under_route: bool = False
+    bottlenecks: list[Tensor] | None = None
+    """Given a list, forwards without gradients append to it, per token, A_d x in the first r columns."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        temporary = ("state", "ran", "ran_under_route")
+        temporary = ("state", "ran", "ran_under_route", "bottlenecks")
         return {name: value for name, value in self.__dict__.items() if name not in temporary}
 
     @property
@@ -104,7 +106,7 @@ class RoutedLinear(RoutedLayer):
         if base is not None and dropped is None and not grad and not compiling:
             one_by_one = quarantine is None or (gates is NO_GATES and few_rows(x) and quarantine.A.dtype == x.dtype)
             if one_by_one and deployed.A.dtype == x.dtype and autocast_type(x) is None:
-                return plain_forward(x, *base, deployed, quarantine)
+                return plain_forward(x, *base, deployed, quarantine, self.bottlenecks)
         return add_lora_blocks(
             x,
             (call or base_layer)(x) if base is None else base,
@@ -114,6 +116,7 @@ class RoutedLinear(RoutedLayer):
             branch=self.stop_gradient == "branch",
             dropped=dropped,
             record=record,
+            bottlenecks=self.bottlenecks,
         )
 
     def _blocks(self, adapter: str, alone: bool) -> tuple[Block, Block | None]:  # noqa: ARG002

@@ -3,10 +3,12 @@
 The mask is read when a routed layer runs forward, and saved with its activations. So closing a route before backward
 is exact, except under gradient checkpointing, where the forward runs again inside backward: there it raises.
 Without a route every row is absorbed: m = g_d = g_q = 1.
+Of a `PendingMask` the forward reads m, and backward the gates that were decided in between.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 from torch import nn
 
@@ -15,10 +17,13 @@ from gradroute.adapters._in_force import Layers, changed_state, marks_of, set_st
 from gradroute.adapters._state import INITIAL, ActiveRoute, ForwardState
 from gradroute.adapters.layer import routed_linears
 from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.pending import PendingMask
 from gradroute.errors import RouteError
 
+Mask = TypeVar("Mask", bound=RouteMask | PendingMask)
 
-def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask]:
+
+def route(model: nn.Module, mask: Mask) -> AbstractContextManager[Mask]:
     """Forwards inside use `mask`; enclose both forward and backward.
 
     Nests: an inner route replaces the outer one for its duration. On leaving without an exception, raises `RouteError`
@@ -27,17 +32,19 @@ def route(model: nn.Module, mask: RouteMask) -> AbstractContextManager[RouteMask
 
     Args:
         model: with routed layers.
-        mask: a row per sequence of the batches that run inside, or an entry per token.
+        mask: a row per sequence of the batches that run inside, or an entry per token. A `PendingMask` has to be
+            decided before backward.
 
     Raises:
-        RouteError: `mask` is no `RouteMask`; its rows do not fit a batch; rows that train the quarantine are ablated;
-            a routed layer did not run; a backward inside belongs to a forward that ran without a route.
+        RouteError: `mask` is no mask; its rows do not fit a batch; rows that train the quarantine are ablated; a routed
+            layer did not run; a backward inside belongs to a forward that ran without a route; a pending mask was not
+            decided.
     """
     return _routed(routed_linears(model), _checked(mask))
 
 
 @contextmanager
-def _routed(layers: Layers, mask: RouteMask) -> Iterator[RouteMask]:
+def _routed(layers: Layers, mask: Mask) -> Iterator[Mask]:
     active = ActiveRoute(mask, sticky=False)
     try:
         with (
@@ -45,12 +52,12 @@ def _routed(layers: Layers, mask: RouteMask) -> Iterator[RouteMask]:
             changed_state(layers, lambda state: _with_route(state, active)),
         ):
             yield mask
-            _check_all_ran({name: layer.ran_under_route for name, layer in layers.items()})
+            _check_used(active, {name: layer.ran_under_route for name, layer in layers.items()})
     finally:
         active.closed = True
 
 
-def set_route(model: nn.Module, mask: RouteMask) -> None:
+def set_route(model: nn.Module, mask: RouteMask | PendingMask) -> None:
     """Put `mask` in force until `clear_route(model)` or the next `set_route`; for loops that own no `with` block.
 
     Args:
@@ -97,14 +104,16 @@ def _close_sticky(layers: Layers, caller: str) -> None:
         layer.ran_under_route = False
     for active in {id(active): active for active in routes.values()}.values():
         active.closed = True
-        _check_all_ran({name: ran[name] for name, of_layer in routes.items() if of_layer is active})
+        _check_used(active, {name: ran[name] for name, of_layer in routes.items() if of_layer is active})
 
 
-def _checked(mask: RouteMask) -> RouteMask:
-    return instance_of("mask", mask, RouteMask, "RouteMask.classic(flags) or .zones(...).", RouteError)
+def _checked(mask: Mask) -> Mask:
+    if not isinstance(mask, PendingMask):
+        instance_of("mask", mask, RouteMask, "RouteMask.classic(flags) or .zones(...).", RouteError)
+    return mask
 
 
-def _check_all_ran(ran: Mapping[str, bool]) -> None:
+def _check_used(active: ActiveRoute, ran: Mapping[str, bool]) -> None:
     idle = [name for name, did in ran.items() if not did]
     if idle:
         raise RouteError(
@@ -112,3 +121,5 @@ def _check_all_ran(ran: Mapping[str, bool]) -> None:
             "Their mask was asked for and not applied. Fix: run the forward of the loss inside `route(...)`, or "
             "exclude these modules when attaching."
         )
+    if isinstance(active.mask, PendingMask):
+        _ = active.mask.decided

@@ -99,6 +99,16 @@ class Capture(Mapping[str, Tensor]):
                 "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
             )
 
+    def as_view(self, view: str) -> "Capture":
+        """The same features, taken on purpose for those of another view: a gate compares them with its directions.
+
+        Args:
+            view: that of the directions, such as "ablated".
+        """
+        taken = copy(self)
+        taken.view = view
+        return taken
+
     def take(self, rows: Int[Tensor, " chosen"]) -> "Capture":
         """The same features, of some of the rows."""
         taken = copy(self)

@@ -146,7 +146,7 @@ class RolloutRecorder:
             if x.ndim < 2:
                 raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
             assert isinstance(layer, RoutedLinear)
-            g_d = layer.state.gates(x, name).g_d
+            gates = layer.state.gates(x, name)
             device = x.device.type
             autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             compute = torch.get_autocast_dtype(device) if autocast else None
@@ -163,7 +163,7 @@ class RolloutRecorder:
                         "undefined. Fix: add the losses and call backward once per forward."
                     )
                 with torch.no_grad(), torch.autocast(device, enabled=False):
-                    slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), g_d, compute)
+                    slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), gates.known.g_d, compute)
 
             lora = block_kind(name, layer) == "lora"
             free = getattr(node, "observer", node) is None

@@ -62,7 +62,8 @@ class IdleBlockSkip(StepHooks):
                 "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
             )
         self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
-        self._eligible: dict[BlockName, bool] = dict.fromkeys(BLOCKS, False)
+        self._trained: list[Tensor] = []  # per forward, whether some row trains the deployed block and the quarantine
+        self._undecided: list[Any] = []  # of forwards whose mask was not decided yet
         self._ran = False
         self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
@@ -86,15 +87,17 @@ class IdleBlockSkip(StepHooks):
         if layer.state.disabled:
             return
         gates = layer.state.gates(args[0] if args else next(iter(kwargs.values())), layer.name)
-        m, g_d, g_q = (None if gate is None else gate != 0 for gate in (gates.m, gates.g_d, gates.g_q))
-        trains = m if g_q is None else g_q if m is None else m & g_q
-        for block, rows in zip(BLOCKS, (g_d, trains), strict=True):
-            self._eligible[block] |= rows is None or bool(rows.any())
+        if gates.decided is None:
+            self._trained.append(gates.trained)
+        else:
+            self._undecided.append(gates)
 
     def _before_step(self) -> None:
         if self._has_closure:
             raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
-        ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in BLOCKS)])
+        trained = [*self._trained, *(gates.known.trained for gates in self._undecided)]
+        found = torch.stack([each.to(trained[0]) for each in trained]).any(0).tolist() if trained else [False, False]
+        ran, *eligible = self._agreed([self._ran, *found])
         if not ran:
             raise GradRouteError(
                 "Some routed layer should have run forward with gradients on since the last step. Found none, so which "
@@ -117,7 +120,7 @@ class IdleBlockSkip(StepHooks):
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient
         self._set_aside.clear()
-        self._eligible, self._ran, self._state = dict.fromkeys(BLOCKS, False), False, None
+        self._trained, self._undecided, self._ran, self._state = [], [], False, None
 
     def _check_no_gradient(self, block: BlockName) -> None:
         if any(bool(p.grad.any()) for p in self._parameters[block] if p.grad is not None):

@@ -14,7 +14,7 @@ import gradroute as gr
 
 PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-PLAIN, TRAINER, ACCELERATE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+PLAIN, PENDING, TRAINER, ACCELERATE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 LAUNCH = re.search(r"```bash\naccelerate launch (.*?) loop\.py\n```", TEXT)
 SAVED = '\ntorch.save(dict(model.named_parameters()), f"weights{accelerator.process_index}.pt")\n'
 
@@ -34,6 +34,19 @@ def test_the_plain_loop_refreshes_on_its_steps_and_trains_both_blocks() -> None:
     names = run(PLAIN)
     assert len(names["refresher"].reports) == 6
     assert all((p != 0).any() for block in names["blocks"] for p in block)
+
+
+def test_scores_of_the_losss_forward_decide_its_mask() -> None:
+    names = run(PLAIN + PENDING.replace("optimizer.zero_grad()", ""))
+    late = [p.grad.clone() for block in names["blocks"] for p in block]
+    names["optimizer"].zero_grad()
+    with gr.route(names["model"], names["pending"].decided):
+        logp = names["logprobs"](names["ids"], names["completion"]).sum(1)
+        rewards = names["rewards"]
+        (-(rewards - rewards.mean()) * logp).mean().backward()
+    given = [p.grad for block in names["blocks"] for p in block]
+    assert any((gradient != 0).any() for gradient in given)
+    assert all(torch.equal(*pair) for pair in zip(late, given, strict=True))
 
 
 def test_a_route_that_does_not_enclose_backward_is_refused_in_the_plain_loop() -> None:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_pass import Batch, batch, gradients, loss_of, routed_model, rows_mask, weighted_tokens_mask
 
 import gradroute as gr
+from gradroute.adapters import PendingMask
 
 WORLD_SIZE = 2
 Step = tuple[Batch, gr.RouteMask]
@@ -50,11 +51,15 @@ BATCHES: dict[str, tuple[list[Step], list[Step]]] = {
         [(batch(2), rows_mask()), (batch(3), zones("route", "keep", "route"))],
     ),
 }
-# Name of a scenario: (its batches, `use_reentrant` of its activation checkpoints or None without them).
-SCENARIOS: dict[str, tuple[str, bool | None]] = {
-    **{batches: (batches, None) for batches in BATCHES},
-    "the same with checkpoints, use_reentrant=False": ("two micro-batches with a mask each", False),
-    "the same with checkpoints, use_reentrant=True": ("two micro-batches with a mask each", True),
+# Name of a scenario: (its batches, `use_reentrant` of its activation checkpoints or None without them, whether
+# its masks are decided after the forward).
+SCENARIOS: dict[str, tuple[str, bool | None, bool]] = {
+    **{batches: (batches, None, False) for batches in BATCHES},
+    "the same with checkpoints, use_reentrant=False": ("two micro-batches with a mask each", False, False),
+    "the same with checkpoints, use_reentrant=True": ("two micro-batches with a mask each", True, False),
+    "the same, decided late": ("two micro-batches with a mask each", None, True),
+    "the same, decided late, use_reentrant=False": ("two micro-batches with a mask each", False, True),
+    "the same, decided late, use_reentrant=True": ("two micro-batches with a mask each", True, True),
 }
 
 
@@ -82,17 +87,24 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": ddp, "FSDP2": fs
 
 def run(rank: int, folder: Path) -> None:
     for adapters, wrapper, scenario in itertools.product(("PEFT", "attach"), WRAPPERS, SCENARIOS):
-        batches, use_reentrant = SCENARIOS[scenario]
+        batches, use_reentrant, late = SCENARIOS[scenario]
         model = WRAPPERS[wrapper](checkpointed(routed_model("llama", adapters), use_reentrant))
         *first, last = BATCHES[batches][rank]
         for rows, mask in first:
-            with model.no_sync() if wrapper == "DDP" else nullcontext(), gr.route(model, mask):
-                loss_of(model, rows).backward()
-        with gr.route(model, last[1]):
-            loss_of(model, last[0]).backward()
+            with model.no_sync() if wrapper == "DDP" else nullcontext():
+                backward(model, rows, mask, late)
+        backward(model, *last, late)
         found = {name.removeprefix("module."): whole(gradient) for name, gradient in gradients(model).items()}
         if rank == 0:
             torch.save(found, folder / file_name(adapters, wrapper, scenario))
+
+
+def backward(model: nn.Module, rows: Batch, mask: gr.RouteMask, late: bool) -> None:
+    with gr.route(model, PendingMask(mask.m) if late else mask) as route:
+        loss = loss_of(model, rows)
+        if late:
+            route.decide(mask)
+        loss.backward()
 
 
 class Ranks:

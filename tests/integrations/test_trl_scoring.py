@@ -74,7 +74,9 @@ def test_padding_before_a_prompt_changes_no_score(make: Callable[[], Any] | None
             model(torch.tensor([prompt + completion]))
         alone.append(directions.score(capture))
     for before in (0, 12):
-        capture, rows = captured_rollouts(scorer(model), padded(rollouts, before), directions)
+        capture, rows = captured_rollouts(
+            scorer(model), padded(rollouts, before), directions, torch.ones(4, dtype=torch.bool)
+        )
         assert rows.tolist() == [0, 1, 2, 3]
         torch.testing.assert_close(directions.score(capture), torch.cat(alone), rtol=1e-4, atol=1e-5)
 

@@ -100,24 +100,6 @@ def test_a_reference_pass_leaves_both_blocks_training(made_by: str, tmp_path: Pa
     assert figures["kl"] > 1e-3 if made_by == "peft_config" else figures["kl"] == 0  # a copy of both blocks
 
 
-def test_rollouts_are_scored_with_the_quarantine_ablated_and_the_scores_ride_along(tmp_path: Path) -> None:
-    made = trained(tmp_path, cls=Watched, directions=extract, args_learning_rate=0.0, args_max_steps=1, **SEVERAL_STEPS)
-    gate, checked = made.routing.gate, 0
-    assert isinstance(gate, gr.BandGate)
-    for batch in made.micro_batches[0]:
-        for i, (prompt, completion) in enumerate(rows_of(batch)):
-            pool = torch.tensor([[0] * len(prompt) + [1] * len(completion)])
-            found = []
-            for view in (gr.ablate_quarantine(made.model), nullcontext()):
-                with torch.no_grad(), view, gr.capture_activations(made.model, pool=pool) as capture:
-                    made.model(torch.tensor([prompt + completion]))
-                found.append(float(gate.directions.score(capture, view=capture.view)))
-            assert found[0] == pytest.approx(float(batch["route_score"][i]), abs=1e-4)
-            checked += abs(found[0] - found[1]) > 0.05
-            assert bool(batch["route_g_d"][i] == 0) == bool(gate.flags(torch.tensor([found[0]])))
-    assert checked > 4  # the quarantine would have shown
-
-
 class BeforeStep(TrainerCallback):
     """What the optimizer is about to step along: its hack-ward share, and the norm."""
 

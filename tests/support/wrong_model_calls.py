@@ -43,6 +43,14 @@ MODEL_CALLS: Calls = {
         ("`rotate", lambda: gr.adapters.SvdGain(nn.Linear(2, 2), r=1, lora_alpha=4, rotate=True)),
         ("`lora_alpha`", lambda: gr.adapters.SvdGain(nn.Linear(2, 2), r=1, lora_alpha=0)),
     ],
+    "PendingMask": [
+        ("`rows`", lambda: gr.adapters.PendingMask.on(2.5)),
+        ("`m`", lambda: gr.adapters.PendingMask(torch.tensor([1, 1]))),
+        ("`m`", lambda: gr.adapters.PendingMask([1.0, 1.0])),
+        ("`mask`", lambda: gr.adapters.PendingMask.on(4).decide(FLAGS)),
+        ("`mask`", lambda: gr.adapters.PendingMask.on(4).decide(gr.RouteMask.exclusive([True, False, False, True]))),
+        ("`mask`", lambda: gr.adapters.PendingMask.on(4).decide(gr.RouteMask.classic([True]))),
+    ],
     "RouteMask": [
         ("`zones`", lambda: gr.RouteMask.zones(["keep", "rout"])),
         ("`zones`", lambda: gr.RouteMask.zones(torch.tensor([0, 3]))),

@@ -9,6 +9,7 @@ A row that nothing is known of (no completion token to score, a detector that is
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,10 @@ from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
 from gradroute.integrations.trl._advantages import check_two_advantages, clean_advantages, two_advantages
 from gradroute.integrations.trl._detector import DetectorCall
+from gradroute.integrations.trl._features import RolloutFeatures
 from gradroute.integrations.trl._log_ratios import LogRatios
 from gradroute.integrations.trl._micro_batch import CLEAN, LOG_RATIO, SPLIT
-from gradroute.integrations.trl._scoring import captured_rollouts, old_logps
+from gradroute.integrations.trl._scoring import InSampledState, old_logps
 from gradroute.integrations.trl.routing import Routing
 
 
@@ -52,16 +54,38 @@ class Flagging:
     def __init__(self, trainer: Any, routing: Routing) -> None:
         self._trainer, self._routing = trainer, routing
         self._ask = None if routing.detector is None else DetectorCall(routing.detector, scores=routing.detector_scores)
+        self._features = None
+        if routing.reads_features:
+            directions = getattr(routing.gate, "directions", None) or routing.directions
+            assert directions is not None
+            self._features = RolloutFeatures(trainer, directions, routing.score_view)
         self.log_ratios = None if routing.log_ratio_gate is None else LogRatios(trainer, routing.log_ratio_gate)
         self._warned = False
         if routing.clean_baseline:
             check_two_advantages(trainer)
-        self.begin()
+        self.begin(None)
 
-    def begin(self) -> None:
-        """Forget the batch before."""
+    def begin(self, ablated: Bool[Tensor, " rows"] | None) -> None:
+        """Forget the batch before.
+
+        Args:
+            ablated: which rows of the next one are sampled without the quarantine; None where they do not train.
+        """
         self._rewards: Tensor | None = None
         self._detected: Tensor | None = None
+        if self._features is not None:
+            self._features.begin(ablated)
+
+    def while_decoding(self) -> AbstractContextManager[None]:
+        """Around the call that samples the rollouts."""
+        return nullcontext() if self._features is None else self._features.while_decoding()
+
+    def while_old_logps(self, run: Callable[..., Any], model: InSampledState, *args: Any, **kwargs: Any) -> Any:
+        """`run(model, ...)`, TRL's log-probabilities of the rollouts."""
+        features = self._features
+        return (
+            run(model, *args, **kwargs) if features is None else features.while_old_logps(run, model, *args, **kwargs)
+        )
 
     def see_rewards(self, rewards_per_function: Float[Tensor, "rows functions"]) -> None:
         """Of all processes, in the order in which groups lie together; NaN where a function returned None."""
@@ -85,7 +109,7 @@ class Flagging:
         """
         trainer = self._trainer
         device = rollouts["advantages"].device
-        gated, scores = self._gated(rollouts)
+        gated, scores = self._gated(rollouts, ablated)
         gated = RouteMask.weights(gated.m.to(device), gated.g_d.to(device), gated.g_q.to(device))
         ablated = ablated.to(device)
         entries: dict[str, Tensor] = {}
@@ -113,7 +137,7 @@ class Flagging:
             entries |= {"advantages": two.advantages, SPLIT: two.split, CLEAN: clean}
         return Routed(mask, gated, scores, entries, figures | self._figures(gated, ablated, scores))
 
-    def _gated(self, rollouts: dict[str, Any]) -> tuple[RouteMask, Tensor | None]:
+    def _gated(self, rollouts: dict[str, Any], ablated: Bool[Tensor, " rows"]) -> tuple[RouteMask, Tensor | None]:
         gate: Any = self._routing.gate
         rows = len(rollouts["prompt_ids"])
         if gate is None:
@@ -125,9 +149,9 @@ class Flagging:
             if not self._routing.detector_scores:
                 return _gated_rows(rows, decided, lambda: gate(answers.bool())), None
             return _gated_rows(rows, decided, lambda: gate(answers)), self._detected
-        directions = gate.directions or self._routing.directions
-        assert directions is not None
-        capture, scored = captured_rollouts(self._trainer, rollouts, directions)
+        assert self._features is not None
+        directions = self._features.directions
+        capture, scored = self._features.of(rollouts, ablated)
         scores = torch.full((rows,), torch.nan, device=scored.device)
         mask = _absorbed(rows)
         if capture is not None:

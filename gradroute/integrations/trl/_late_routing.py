@@ -36,6 +36,7 @@ class LateRouting:
                 "refresher": options.refresher,
                 "detector_recall": options.detector_recall,
                 "log_ratio_gate": options.log_ratio_gate,
+                "score_view": options.score_view,
                 "clean_baseline": options.clean_baseline,
                 "ablated_per_group": group_share(options.ablated_fraction, trainer.num_generations),
                 "autocast": trainer.accelerator.autocast,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gradroute._checks import instance_of, integer_from_zero, positive_number, share
+from gradroute._checks import instance_of, integer_from_zero, one_of, positive_number, share
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
 from gradroute.gates.log_ratio import LogRatioGate
@@ -24,6 +24,7 @@ class Options:
     slow_start_steps: int = 0
     slow_start_fraction: float | None = None
     ablated_from: int | None = None
+    score_view: str | None = None
     clean_baseline: bool | None = None
     engine: Mapping[str, Any] | None = None
     engine_check: bool | float = True
@@ -114,6 +115,10 @@ def _slow_start_fraction(name: str, value: Any) -> None:
         raise GradRouteError(f"`{name}` should be in [0, 1). Found 1: nothing would start slowly.")
 
 
+def _score_view(name: str, value: Any) -> None:
+    one_of(name, value, ("sampled", "ablated"))
+
+
 def _clean_baseline(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise GradRouteError(f"`{name}` should be True or False, or left out. Found {value!r}.")
@@ -138,6 +143,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "slow_start_steps": integer_from_zero,
     "slow_start_fraction": _slow_start_fraction,
     "ablated_from": integer_from_zero,
+    "score_view": _score_view,
     "clean_baseline": _clean_baseline,
     "engine": _engine,
     "engine_check": _engine_check,

@@ -1,12 +1,8 @@
 """Forwards that a step makes without gradients: features for scores, and log-probabilities.
 
-    features                   of the completion's tokens, quarantine ablated, eval mode: as the pairs' were taken
-    old log-probabilities      rows that were sampled ablated run ablated, the others with their quarantine
-    of a state                 the same of any rows ablated, in eval mode: for ratios between views
-
-One forward cannot serve both while the quarantine holds something: the features of a row that was sampled with the
-quarantine are not comparable with directions of the ablated view. So scores take a forward of their own, of the
-backbone without its head.
+features                   of the completion's tokens, in eval mode, any rows ablated; the backbone without its head
+old log-probabilities      rows that were sampled ablated run ablated, the others with their quarantine
+of a state                 the same of any rows ablated, in eval mode: for ratios between views
 """
 
 import inspect
@@ -29,16 +25,22 @@ from gradroute.directions.directions import Directions
 
 
 class InSampledState:
-    """The model, called on chunks of rows in order, each row in the state in which it was sampled."""
+    """The model, called on chunks of rows in order, each row in the state in which it was sampled.
+
+    `chunk` is the rows of the call that runs, or ran last.
+    """
 
     def __init__(self, called: Any, model: nn.Module, ablated: Bool[Tensor, " rows"]) -> None:
         self._called, self._model, self._ablated = called, model, ablated
-        self._done = 0
+        self._some = bool(ablated.any())
+        self.chunk = slice(0, 0)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        rows = self._ablated[self._done : self._done + len(inputs["input_ids"])]
-        self._done += len(rows)
-        with ablate_quarantine(self._model, rows=rows.to(inputs["input_ids"].device)) if rows.any() else nullcontext():
+        ids = inputs["input_ids"]
+        self.chunk = slice(self.chunk.stop, self.chunk.stop + len(ids))
+        rows = self._ablated[self.chunk].to(ids.device)
+        # In chunks without an ablated row too: all of them in one view.
+        with ablate_quarantine(self._model, rows=rows) if self._some else nullcontext():
             return self._called(*args, **inputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -107,9 +109,15 @@ def _logps(trainer: Any, rollouts: Mapping[str, Any]) -> Tensor:
 
 
 def captured_rollouts(
-    trainer: Any, rollouts: Mapping[str, Any], directions: Directions
+    trainer: Any, rollouts: Mapping[str, Any], directions: Directions, ablated: Bool[Tensor, " rows"]
 ) -> tuple[Capture | None, Int[Tensor, " scored"]]:
     """Features of the rollouts as `directions` reads them, and which rows these are: those with a completion token.
+
+    Args:
+        trainer: whose model it is.
+        rollouts: as TRL made them.
+        directions: what is read.
+        ablated: the rows that run without the quarantine.
 
     A completion that was truncated and masked has none, and no loss either. Where no row has any, there is no capture.
     Of a sharded model all ranks run equally many forwards, so that rows without a token run as well there.
@@ -118,7 +126,9 @@ def captured_rollouts(
     model = trainer.accelerator.unwrap_model(trainer.model)
     ids, attended = whole_rollouts(rollouts)
     pool = torch.cat([torch.zeros_like(rollouts["prompt_mask"]), loss_mask(rollouts)], dim=1)
-    rows = pool.any(1).nonzero().squeeze(1)
+    rows, ablated = pool.any(1).nonzero().squeeze(1), ablated.to(pool.device)
+    everywhere = bool(ablated.all())
+    some = everywhere or bool(ablated.any())
     together = bool(ranks_of(model.parameters()))
     if not len(rows) and not together:
         return None, rows
@@ -135,7 +145,7 @@ def captured_rollouts(
     with (
         torch.no_grad(),
         left_as_found(model),
-        ablate_quarantine(model),
+        ablate_quarantine(model) if everywhere else nullcontext(),
         trainer.accelerator.autocast(),
         capture_activations(
             model,
@@ -147,7 +157,8 @@ def captured_rollouts(
     ):
         for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
-            called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
+            with ablate_quarantine(model, rows=ablated[chunk]) if some and not everywhere else nullcontext():
+                called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
     if together:
         known_identity(model)  # collective, and read with the scores, which ranks without a row do not have
     if not len(rows):

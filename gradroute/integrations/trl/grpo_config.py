@@ -30,8 +30,8 @@ class GradRouteGRPOConfig(GRPOConfig):
             with its `processing_class`. Chat messages become token ids as its prompts do, by `chat_template_kwargs`.
         refresher: optimizer steps between two extractions of the directions.
         log_ratio_gate: the threshold of a `LogRatioGate`, in nats.
-        ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from, clean_baseline, engine,
-            engine_check: the trainer's keywords of the same names.
+        ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from, score_view,
+            clean_baseline, engine, engine_check: the trainer's keywords of the same names.
 
     Only a trainer with `GradRouteMixin` reads these fields. With one of them set, any other raises when its training
     begins.
@@ -87,6 +87,14 @@ class GradRouteGRPOConfig(GRPOConfig):
     ablated_from: int | None = field(
         default=None,
         metadata={"help": "Optimizer step from which ablated_fraction applies. Left out: once the slow start is over."},
+    )
+    score_view: str | None = field(
+        default=None,
+        metadata={
+            "help": "With directions, score rollouts in the state in which each was sampled (sampled), or with the "
+            "quarantine ablated in a forward more (ablated). Left out: sampled.",
+            "choices": ["sampled", "ablated"],
+        },
     )
     clean_baseline: bool | None = field(
         default=None,

@@ -80,6 +80,7 @@ class Routing:
         detector: called like a reward function; returns flags or scores.
         detector_recall: share of hacks that it flags; None where that is not known.
         log_ratio_gate: routes, beside the gate or alone, rollouts that the quarantine explains.
+        score_view: the state in which rollouts are scored by directions: "sampled" or "ablated".
         clean_baseline: whether the deployed block's advantages are relative to unflagged rollouts.
         ablated_per_group: how many rollouts of a group are sampled without the quarantine.
     """
@@ -91,6 +92,7 @@ class Routing:
     detector: Detector | None
     detector_recall: float | None
     log_ratio_gate: LogRatioGate | None
+    score_view: str
     clean_baseline: bool
     ablated_per_group: int
 
@@ -103,6 +105,11 @@ class Routing:
     def detector_decides(self) -> bool:
         """Whether the gate is called with the detector's answers."""
         return self.detector_scores or (self.gate is not None and self.gate.reads == "flags")
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the gate is called with features of rollouts, or with their scores by directions."""
+        return self.gate is not None and not self.detector_decides
 
     @property
     def flags_before_backward(self) -> bool:
@@ -136,6 +143,7 @@ def resolve(
     detector: Any,
     detector_recall: float | None,
     log_ratio_gate: Any,
+    score_view: str | None,
     clean_baseline: bool | None,
     ablated_per_group: int,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -164,8 +172,22 @@ def resolve(
     _check_gate(gate, detector, directions)
     refresher = _refresher(refresher, directions, extract, model)
     routing = Routing(
-        gate, directions, refresher, grad_filter, detector, detector_recall, log_ratio_gate, False, ablated_per_group
+        gate=gate,
+        directions=directions,
+        refresher=refresher,
+        filter=grad_filter,
+        detector=detector,
+        detector_recall=detector_recall,
+        log_ratio_gate=log_ratio_gate,
+        score_view=score_view or "sampled",
+        clean_baseline=False,
+        ablated_per_group=ablated_per_group,
     )
+    if score_view is not None and not routing.reads_features:
+        raise GradRouteError(
+            f"`score_view={score_view!r}` is of a gate that scores rollouts by directions. Found none: gate {gate!r}. "
+            "Fix: directions=, or leave `score_view` out."
+        )
     routing.clean_baseline = _clean_baseline(routing, clean_baseline)
     _check_something_routes(routing)
     if refresher is not None:

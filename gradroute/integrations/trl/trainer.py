@@ -1,7 +1,7 @@
 """GRPO with routed gradients: TRL's own trainer, in which every rollout carries the mask that it is trained under.
 
     sample        some rows of each group with the quarantine ablated (`ablated_fraction`), the others with it
-    score, flag   quarantine ablated; gate(scores) and detector -> RouteMask -> the rollout dictionary
+    score, flag   in a pass that is made anyway; gate(scores) and detector -> RouteMask -> the rollout dictionary
     explain       log-probabilities in both views; log_ratio_gate -> RouteMask, combined with the other by |
     loss          under the micro-batch's own mask, open until its backward has ended
     step          grad_filter after the last micro-batch, before clipping; refresher after the optimizer
@@ -71,6 +71,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate. None: 0.
         slow_start_fraction: of the learning rate in these steps. None: 0.25.
         ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
+        score_view: with a gate on directions, score rollouts "sampled", each in the state in which it was sampled, or
+            "ablated", in a forward more. None: "sampled".
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
         engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager, and `folder` for the
@@ -106,6 +108,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         slow_start_steps: int | None = None,
         slow_start_fraction: float | None = None,
         ablated_from: int | None = None,
+        score_view: str | None = None,
         clean_baseline: bool | None = None,
         engine: Mapping[str, Any] | None = None,
         engine_check: bool | float | None = None,
@@ -124,6 +127,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             slow_start_steps=slow_start_steps,
             slow_start_fraction=slow_start_fraction,
             ablated_from=ablated_from,
+            score_view=score_view,
             clean_baseline=clean_baseline,
             engine=engine,
             engine_check=engine_check,
@@ -161,7 +165,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         routing = self._routing.resolve()
         share = routing.ablated_per_group if training and self._schedule.samples_ablated else 0
         ablated = sampled_ablated(len(inputs), first, self.num_generations, share)
-        self._flagging.begin()
+        self._flagging.begin(ablated if training else None)
         self._sampled_ablated = ablated
         try:
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -182,15 +186,17 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self.use_vllm:
             self.vllm_generation.check_once()
-        with self._rows_ablated():
+        with self._rows_ablated(), self._flagging.while_decoding():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        run = super()._get_per_token_logps_and_entropies
         if self._twice is not None:
-            return self._twice.forward(super()._get_per_token_logps_and_entropies, model, *args, **kwargs)
-        if self._sampled_ablated is not None and self._sampled_ablated.any():
-            model = InSampledState(model, self.model, self._sampled_ablated)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return self._twice.forward(run, model, *args, **kwargs)
+        if self._sampled_ablated is None:
+            return run(model, *args, **kwargs)
+        model = InSampledState(model, self.model, self._sampled_ablated)
+        return self._flagging.while_old_logps(run, model, *args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
