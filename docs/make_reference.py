@@ -33,7 +33,8 @@ PAGES: dict[str, tuple[str, dict[str, str]]] = {
         "Add the blocks": "attach detach",
         "Add the blocks, with PEFT": "QuarantineLoraConfig",
         "The routed layer": "QuarantineLoRA quarantine_lora",
-        "Masks": "RouteMask PendingMask",
+        "Masks": "RouteMask",
+        "Masks that are decided after the forward": "PendingMask",
         "Routes": "route set_route clear_route",
         "Views": "ablate_quarantine disable_adapters",
         "Look at a model": "check_model Finding parameter_summary ParameterSummary deployed_parameters "

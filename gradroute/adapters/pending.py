@@ -5,7 +5,7 @@
     backward   the gradients of a mask (m, g_d, g_q) given beforehand, bit for bit
 
 Rows in the zones absorb and route have the same forward, m = 1. So scores can be taken in the forward of the loss, and
-need no pass of their own.
+need no separate pass.
 """
 
 from jaxtyping import Float

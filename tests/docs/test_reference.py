@@ -135,3 +135,9 @@ def test_every_formula_that_is_set_stands_in_a_docstring() -> None:
     )
     block = "Twice:\n\n    v <- v / |v|\n\nEnd.\n"
     assert r"$$" + "\n" + r"v \leftarrow v / \lVert v \rVert" + "\n$$\n\nEnd." in formulas["with_mathematics"](block)
+
+
+@pytest.mark.parametrize("page", MAKER["PAGES"])
+def test_no_formula_of_a_page_is_left_as_plain_text(page: str) -> None:
+    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+    assert not re.findall(r"^ {4}.* (?:=|<-|<=>) .*$", text, flags=re.MULTILINE), "put it into docs/formulas.toml"

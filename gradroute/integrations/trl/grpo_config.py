@@ -30,8 +30,9 @@ class GradRouteGRPOConfig(GRPOConfig):
             with its `processing_class`. Chat messages become token ids as its prompts do, by `chat_template_kwargs`.
         refresher: optimizer steps between two extractions of the directions.
         log_ratio_gate: the threshold of a `LogRatioGate`, in nats.
-        ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from, score_view,
-            clean_baseline, engine, engine_check: the trainer's keywords of the same names.
+        ablated_fraction, detector_recall, slow_start_steps, slow_start_fraction, ablated_from: the trainer's keywords
+            of the same names.
+        score_view, clean_baseline, engine, engine_check: the same.
 
     Only a trainer with `GradRouteMixin` reads these fields. With one of them set, any other raises when its training
     begins.
