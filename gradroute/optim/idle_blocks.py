@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gradroute._optimized import block_parameters, check_held
 from gradroute._protocol import BLOCKS, BlockName
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
+from gradroute._transfers import read_together
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import GradRouteError
 
@@ -63,6 +64,7 @@ class IdleBlockSkip(StepHooks):
             )
         self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
         self._eligible: dict[BlockName, bool] = dict.fromkeys(BLOCKS, False)
+        self._forget_unread()
         self._ran = False
         self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
@@ -89,11 +91,18 @@ class IdleBlockSkip(StepHooks):
         m, g_d, g_q = (None if gate is None else gate != 0 for gate in (gates.m, gates.g_d, gates.g_q))
         trains = m if g_q is None else g_q if m is None else m & g_q
         for block, rows in zip(BLOCKS, (g_d, trains), strict=True):
-            self._eligible[block] |= rows is None or bool(rows.any())
+            if rows is None:
+                self._eligible[block] = True
+            elif not self._eligible[block]:
+                self._unread[block].append(rows.any())  # read before the step: a forward waits for no device
 
     def _before_step(self) -> None:
         if self._has_closure:
             raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
+        unread = [(block, flag) for block, flags in self._unread.items() for flag in flags]
+        for (block, _), trains in zip(unread, read_together(flag for _, flag in unread), strict=True):
+            self._eligible[block] |= trains
+        self._forget_unread()
         ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in BLOCKS)])
         if not ran:
             raise GradRouteError(
@@ -119,8 +128,11 @@ class IdleBlockSkip(StepHooks):
         self._set_aside.clear()
         self._eligible, self._ran, self._state = dict.fromkeys(BLOCKS, False), False, None
 
+    def _forget_unread(self) -> None:
+        self._unread: dict[BlockName, list[Tensor]] = {block: [] for block in BLOCKS}
+
     def _check_no_gradient(self, block: BlockName) -> None:
-        if any(bool(p.grad.any()) for p in self._parameters[block] if p.grad is not None):
+        if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):
             raise GradRouteError(
                 f"No row was to train the {block} block since the last step, and its gradient is not zero. Fix: "
                 "zero_grad() after each step, and let the loss depend on the blocks through routed forwards alone."
