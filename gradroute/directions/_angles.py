@@ -14,9 +14,7 @@ def principal_angles(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[
     return angles
 
 
-def overlap(V: Float[Tensor, "_ d"] | None, W: Float[Tensor, "_ d"] | None) -> float:
+def overlap(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, ""]:
     """Sum over rows of <v_i, w_i> over the larger number of rows; rows that only one side has overlap with nothing."""
-    if V is None or W is None:
-        return 0.0
     shared = min(len(V), len(W))
-    return (unit(V[:shared]) * unit(W[:shared].to(V))).sum().item() / max(len(V), len(W))
+    return (unit(V[:shared]) * unit(W[:shared].to(V))).sum() / max(len(V), len(W))
