@@ -8,8 +8,11 @@ from gradroute.directions.estimators.base import unit
 
 
 def principal_angles(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, " n"]:
-    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2."""
-    Q_V, Q_W = (torch.linalg.qr(rows.double().cpu().T).Q for rows in (V, W))
+    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2.
+
+    The rows are on a device with float64.
+    """
+    Q_V, Q_W = (torch.linalg.qr(rows.double().T).Q for rows in (V, W))
     angles: Tensor = torch.linalg.svdvals(Q_V.T @ Q_W).clamp(max=1).arccos()
     return angles
 
