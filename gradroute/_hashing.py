@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from gradroute._module_tree import named_modules
 from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
 from gradroute._sharded_samples import evenly_spaced
 from gradroute._sharding import held, is_partitioned, is_sharded, reshard, shape_of, whole
 from gradroute._torch_private import times_written
+from gradroute._transfers import read_together
 
 CARD_KEY = "deployed_sha256"
 SCALE_KEY = "quarantine_scale"
@@ -58,7 +60,7 @@ def model_identity(model: nn.Module) -> str:
     reshard(model)
     blocks = {
         id(parameter)
-        for module in model.modules()
+        for module in named_modules(model).values()
         if isinstance(module, RoutedLayer)
         for block in BLOCKS
         for parameter in module.block_parameters(block)
@@ -159,7 +161,7 @@ def deployed_fingerprint(model: nn.Module) -> list[int]:
     deployed = [whole(p) for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
     bits = [bits_of(p).long() for p in deployed]
     # Weighted by position, so that values which change places show too; int64 wraps around.
-    return [int((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum()) for b in bits]
+    return read_together((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum() for b in bits)
 
 
 def writes_to(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:

@@ -8,14 +8,16 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradroute._module_tree import walked
 from gradroute._sharding import whole
+from gradroute._transfers import read_together
 from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
@@ -31,12 +33,23 @@ class Block(NamedTuple):
         """The same with whole matrices, where they are sharded gathered on every rank; `name` is the layer's."""
         return Block(whole(self.A, name), whole(self.B, name), self.scaling)
 
-    def delta_norm(self) -> float:
-        """|s B A|_F = |s| sqrt(tr(B^T B A A^T)), of size r x r, in float64; exactly zero for split blocks too."""
-        A, B = (factor.cpu().double() for factor in self.whole()[:2])
-        squared = float(((B.T @ B) * (A @ A.T)).sum())
-        # Rounding can leave a zero a hair below zero; nan stays nan.
-        return abs(self.scaling) * math.sqrt(squared) if not squared < 0 else 0.0
+
+def delta_norms(blocks: Iterable[Block]) -> list[float]:
+    """|s B A|_F = |s| sqrt(tr(B^T B A A^T)) of each, by r x r numbers in float64; exactly zero for split blocks too.
+
+    The host reads once, whatever the number of blocks.
+    """
+    scalings, squares = [], []
+    for block in blocks:
+        # MPS has no float64.
+        A, B = ((factor.cpu() if factor.device.type == "mps" else factor).double() for factor in block.whole()[:2])
+        scalings.append(abs(block.scaling))
+        squares.append(((B.T @ B) * (A @ A.T)).sum())
+    # Rounding can leave a zero a hair below zero; nan stays nan.
+    return [
+        scaling * math.sqrt(squared) if not squared < 0 else 0.0
+        for scaling, squared in zip(scalings, read_together(squares), strict=True)
+    ]
 
 
 BlockName = Literal["deployed", "quarantine"]
@@ -96,10 +109,25 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         GradRouteError: there is none.
         TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
     """
-    check_module(model)
-    modules = list(model.named_modules())
+    walk, found = walked(check_module(model))
+    known: _Routed | None = walk.memo.get("routed")
+    if known is None or any(found[i].__dict__.get("peft_config") != configs for i, configs in known.injected):
+        known = walk.memo["routed"] = _routed(walk.named(found), found)
+    return {name: found[i] for name, i in known.layers}
+
+
+class _Routed(NamedTuple):
+    """What was found in a walk, by place in it: the routed layers, and the modules that PEFT injected adapters into."""
+
+    layers: list[tuple[str, int]]
+    injected: list[tuple[int, dict[str, Any]]]
+
+
+def _routed(named: Iterable[tuple[str, nn.Module]], found: Sequence[nn.Module]) -> _Routed:
+    modules: list[tuple[str, Any]] = list(named)
     kinds = {kind: issubclass(kind, RoutedLayer) for kind in {type(module) for _, module in modules}}
     layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}
+    places = {id(module): i for i, module in enumerate(found)}
     injected: dict[str, nn.Module] = {}
     for name, module in modules:
         configs = module.__dict__.get("peft_config")
@@ -107,15 +135,19 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         above = [f"{key}." if key else "" for key, m in injected.items() if m.__dict__["peft_config"] is configs]
         if configs is not None and not any(name.startswith(prefix) for prefix in above):
             injected[name] = module
-            _check_injected(modules if name == "" else list(module.named_modules()), layers)
+            # What is inside may have been met before, under another name.
+            _check_injected(configs, modules if name == "" else list(module.named_modules()), layers)
     if injected:
         _check_encoders(modules, layers)
     if not layers:
         raise GradRouteError(
-            f"`model` should contain routed layers. Found none in a {type(model).__name__}. "
+            f"`model` should contain routed layers. Found none in a {type(modules[0][1]).__name__}. "
             "Fix: call gradroute.attach(model, ...), or get_peft_model(model, QuarantineLoraConfig(...)), first."
         )
-    return layers
+    return _Routed(
+        [(name, places[id(layer)]) for name, layer in layers.items()],
+        [(places[id(m)], dict(m.__dict__["peft_config"])) for m in injected.values()],
+    )
 
 
 def check_module(model: object) -> nn.Module:
@@ -127,13 +159,11 @@ def check_module(model: object) -> nn.Module:
     return model
 
 
-def _check_injected(modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]) -> None:
+def _check_injected(
+    configs: Mapping[str, Any], modules: Sequence[tuple[str, nn.Module]], layers: Mapping[str, RoutedLayer]
+) -> None:
     """Raise where PEFT left something of an adapter out: its config is not asked again once PEFT has injected it."""
-    configs = {
-        name: config
-        for name, config in modules[0][1].__dict__["peft_config"].items()
-        if hasattr(config, "r_quarantine")
-    }
+    configs = {name: config for name, config in configs.items() if hasattr(config, "r_quarantine")}
     adapted = [(name, module) for name, module in modules if "lora_A" in module._modules] if configs else []
     for adapter, config in configs.items():
         for name, module in adapted:

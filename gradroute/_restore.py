@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradroute._module_tree import named_modules
 from gradroute._sharding import reshard
 
 
@@ -20,7 +21,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     shards of FSDP2.
     """
     reshard(model)
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in named_modules(model).values()}
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

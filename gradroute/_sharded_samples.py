@@ -26,6 +26,7 @@ def evenly_spaced(parameters: Mapping[str, Tensor], most: int) -> dict[str, list
     """
     counts = {name: min(most, size_of(parameter)) for name, parameter in parameters.items()}
     plain: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    indices: dict[tuple[int, torch.device], Tensor] = {}
     found: dict[str, Tensor] = {}
     shared: dict[Any, list[_Share]] = {}
     for name, parameter in parameters.items():
@@ -35,7 +36,9 @@ def evenly_spaced(parameters: Mapping[str, Tensor], most: int) -> dict[str, list
             shared.setdefault(share.groups, []).append(share)
             continue
         flat = whole(parameter, name).reshape(-1)
-        plain.setdefault((flat.device, flat.dtype), {})[name] = flat[index.to(flat.device)]
+        key = size_of(parameter), flat.device
+        indices[key] = indices[key] if key in indices else index.to(flat.device)
+        plain.setdefault((flat.device, flat.dtype), {})[name] = flat[indices[key]]
     for values in plain.values():
         # In the parameters' own type: not every device knows float64.
         joined = torch.cat(list(values.values())).cpu().double()

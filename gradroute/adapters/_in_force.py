@@ -7,7 +7,7 @@ put back the old state and judge by the marks.
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from gradroute.adapters._state import ForwardState
@@ -38,7 +38,7 @@ def set_states(layers: Layers, change: Change) -> None:
     for layer in layers.values():
         if layer.state not in changed:
             changed[layer.state] = change(layer.state)
-        layer.state = changed[layer.state]
+        _put(layer, "state", changed[layer.state])
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def changed_state(layers: Layers, change: Change) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             _ENDED[inside[name]] = before[name]
-            layer.state = _still_open(before[name])
+            _put(layer, "state", _still_open(before[name]))
 
 
 def _still_open(state: ForwardState) -> ForwardState:
@@ -85,8 +85,13 @@ def marks_of(layers: Layers, mark: Literal["ran", "ran_under_route"], *, count_o
     before = {name: getattr(layer, mark) for name, layer in layers.items()}
     try:
         for layer in layers.values():
-            setattr(layer, mark, False)
+            _put(layer, mark, False)
         yield
     finally:
         for name, layer in layers.items():
-            setattr(layer, mark, before[name] or (count_outside and getattr(layer, mark)))
+            _put(layer, mark, before[name] or (count_outside and getattr(layer, mark)))
+
+
+def _put(layer: RoutedLinear, name: str, value: Any) -> None:
+    # Not by setattr: nn.Module's looks for parameters and modules first, which takes longer than all the rest here.
+    layer.__dict__[name] = value

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gradroute._checks import listed, share
+from gradroute._module_tree import named_modules
 from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of
 from gradroute.adapters._state import ForwardState, combine_scales, is_expert
 from gradroute.adapters.layer import RoutedLinear, routed_linears
@@ -71,7 +72,8 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
 def _disabled(model: nn.Module, layers: Layers) -> Iterator[nn.Module]:
     # PEFT's wrappers of `modules_to_save` and of other adapters read this flag in their forward.
     flag = "_disable_adapters"
-    before = {m: m.__dict__[flag] for m in model.modules() if flag in m.__dict__ and not isinstance(m, RoutedLinear)}
+    wrappers = [m for m in named_modules(model).values() if flag in m.__dict__ and not isinstance(m, RoutedLinear)]
+    before = {wrapper: wrapper.__dict__[flag] for wrapper in wrappers}
     try:
         for wrapper in before:
             setattr(wrapper, flag, True)

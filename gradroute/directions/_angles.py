@@ -8,15 +8,16 @@ from gradroute.directions.estimators.base import unit
 
 
 def principal_angles(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, " n"]:
-    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2."""
-    Q_V, Q_W = (torch.linalg.qr(rows.double().cpu().T).Q for rows in (V, W))
+    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2.
+
+    The rows are on a device with float64.
+    """
+    Q_V, Q_W = (torch.linalg.qr(rows.double().T).Q for rows in (V, W))
     angles: Tensor = torch.linalg.svdvals(Q_V.T @ Q_W).clamp(max=1).arccos()
     return angles
 
 
-def overlap(V: Float[Tensor, "_ d"] | None, W: Float[Tensor, "_ d"] | None) -> float:
+def overlap(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, ""]:
     """Sum over rows of <v_i, w_i> over the larger number of rows; rows that only one side has overlap with nothing."""
-    if V is None or W is None:
-        return 0.0
     shared = min(len(V), len(W))
-    return (unit(V[:shared]) * unit(W[:shared].to(V))).sum().item() / max(len(V), len(W))
+    return (unit(V[:shared]) * unit(W[:shared].to(V))).sum() / max(len(V), len(W))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from gradroute._module_tree import Walk, walked
 from gradroute._protocol import RoutedLayer
 from gradroute._step_hooks import LocalHook
 from gradroute.errors import GradRouteError
@@ -24,10 +25,12 @@ class Forwards:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        modules = dict(model.named_modules())
-        self._routed = [module for module in modules.values() if isinstance(module, RoutedLayer)]
+        walk, found = walked(model)
+        modules = dict(walk.named(found))
+        routed = {name: module for name, module in modules.items() if isinstance(module, RoutedLayer)}
+        self._routed = list(routed.values())
         self._inside = {
-            name: [module for module in modules[name].modules() if isinstance(module, RoutedLayer)] for name in names
+            name: [routed[name]] if name in routed else _inside(walk, name, modules[name], found) for name in names
         }
         above = {".".join(parts[:i]) for name in self._inside for parts in [name.split(".")] for i in range(len(parts))}
         self._above = [modules[name] for name in sorted(above) if name in modules]
@@ -77,3 +80,12 @@ class Forwards:
     def _leave(self, *_: Any) -> None:
         # A forward that raised before it was counted is left all the same.
         self._running = max(self._running - 1, 0)
+
+
+def _inside(walk: Walk, name: str, module: nn.Module, found: list[Any]) -> list[RoutedLayer]:
+    """The routed layers inside of a block, looked for once in a walk."""
+    places = walk.memo.setdefault("inside", {})
+    if name not in places:
+        inside = {id(each) for each in module.modules() if isinstance(each, RoutedLayer)}
+        places[name] = list({id(each): i for i, each in enumerate(found) if id(each) in inside}.values())
+    return [found[i] for i in places[name]]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gradroute._checks import one_of
+from gradroute._module_tree import named_modules
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import wide
 from gradroute._step_hooks import LocalHook
@@ -36,7 +37,7 @@ def read_modules(model: nn.Module, names: Sequence[str] | None, features: Featur
         return transformer_blocks(model) if features == "residual" else routed_layers(model)
     if isinstance(names, str) or not names:
         raise GradRouteError(f"`modules` should be a list of module names. Found {names!r}.")
-    known = dict(model.named_modules())
+    known = named_modules(model)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise GradRouteError(f"`modules` names what `model` does not have: {unknown[:5]}. See model.named_modules().")
@@ -56,7 +57,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     routed = routed_layers(model)
     lists = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in routed)
     ]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -112,32 +113,68 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
-def token_pooling(pool: Pool, reduction: Reduction) -> Callable[[str, Tensor, Any], Tensor]:
+class TokenPooling:
     """(module name, tokens (batch, seq, d), the module's input) -> pooled rows (batch, d).
 
-    Of a packed batch (1, tokens, d) the weights have a row per rollout, (rows, tokens), and so has the result.
+    Of a packed batch (1, tokens, d) the weights have a row per rollout, (rows, tokens), and so has the result. Weights
+    that a function returns are judged by `check`, at the end: to look at them in each module would wait for the device.
     """
-    fixed = pool if pool is None or callable(pool) else _token_weights(pool, reduction)
 
-    def pooled(name: str, x: Tensor, module_input: Any) -> Tensor:
-        weights = _token_weights(fixed(module_input), reduction) if callable(fixed) else fixed
+    def __init__(self, pool: Pool, reduction: Reduction) -> None:
+        self._pool, self._reduction = pool, reduction
+        self._latest: tuple[Tensor, int] | None = None
+        self._weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # of the latest pool, as tokens need them
+        self._unread: list[Tensor] = []
+        if pool is not None and not callable(pool):
+            self._look_at(pool)
+            self.check()
+
+    def __call__(self, name: str, x: Tensor, module_input: Any) -> Tensor:
+        pool = self._pool(module_input) if callable(self._pool) else self._pool
         x = wide(x.detach())
-        if weights is None:
+        if pool is None and self._pool is None:
             if x.ndim != 2:
                 raise GradRouteError(
                     f"`pool` is needed for `{name}`, whose input has shape {tuple(x.shape)}. Fix: pool=completion_mask."
                 )
             return x
+        self._look_at(pool)
+        if (x.device, x.dtype) not in self._weights:
+            self._weights[x.device, x.dtype] = next(iter(self._weights.values())).to(x)
+        weights = self._weights[x.device, x.dtype]
         if x.ndim == 3 and x.shape[0] == 1 and weights.shape[1] == x.shape[1]:
-            return _packed_sum(weights.to(x), x[0])
+            return _packed_sum(weights, x[0])
         if weights.shape != x.shape[:-1]:
             raise GradRouteError(
                 f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
                 f"{tuple(weights.shape)}. Fix: cut the mask to the tokens that are run, one capture per forward shape."
             )
-        return _weighted_sum(weights.to(x), x)
+        return _weighted_sum(weights, x)
 
-    return pooled
+    def check(self) -> None:
+        """Raise unless all weights so far are finite, 0 or more, and not zero in a whole row; the host reads once."""
+        unread, self._unread = self._unread, []
+        for bad, empty, row in torch.stack([each.to(unread[0].device) for each in unread]).tolist() if unread else ():
+            if bad:
+                raise GradRouteError("`pool` should hold finite weights >= 0.")
+            if empty:
+                raise GradRouteError(f"`pool` should keep a token in every row. Found none in row {row}.")
+
+    def _look_at(self, pool: Any) -> None:
+        if not isinstance(pool, Tensor) or pool.ndim != 2:
+            found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
+            raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {found}.")
+        # All modules of a forward get the same pool, as a rule. An inference tensor has no version.
+        version = 0 if pool.is_inference() else pool._version
+        if self._latest is not None and self._latest[0] is pool and self._latest[1] == version:
+            return
+        # float64: these few numbers scale every feature, also those of a float64 model. (MPS has no float64.)
+        weights = pool.to(torch.float32 if pool.device.type == "mps" else torch.float64)
+        empty = (weights == 0).all(1)
+        bad = ~(weights >= 0).all() | weights.isinf().any()
+        self._unread.append(torch.stack([bad.long(), empty.any().long(), empty.long().argmax()]))
+        self._latest = pool, version
+        self._weights = {(weights.device, weights.dtype): _reduced(weights, self._reduction)}
 
 
 def _weighted_sum(weights: Float[Tensor, "batch seq"], x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch d"]:
@@ -157,17 +194,7 @@ def _packed_sum(weights: Float[Tensor, "rows tokens"], x: Float[Tensor, "tokens 
     return weights @ x.masked_fill((weights == 0).all(0)[:, None], 0)
 
 
-def _token_weights(pool: Tensor, reduction: Reduction) -> Float[Tensor, "batch seq"]:
-    if not isinstance(pool, Tensor) or pool.ndim != 2:
-        found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
-        raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {found}.")
-    # float64: these few numbers scale every feature, also those of a float64 model. (MPS has no float64.)
-    weights = pool.to(torch.float32 if pool.device.type == "mps" else torch.float64)
-    if not torch.isfinite(weights).all() or (weights < 0).any():
-        raise GradRouteError("`pool` should hold finite weights >= 0.")
-    empty = (weights == 0).all(1)
-    if empty.any():
-        raise GradRouteError(f"`pool` should keep a token in every row. Found none in row {int(empty.nonzero()[0])}.")
+def _reduced(weights: Float[Tensor, "batch seq"], reduction: Reduction) -> Float[Tensor, "batch seq"]:
     if reduction == "sum":
         return weights
     if reduction == "mean":

@@ -14,7 +14,7 @@ Nothing of size batch x seq x d_in is kept: a row of the feature's width per rol
 until backward. Only `parameter` without directions holds on to inputs, and forms r d_in + d_out r numbers per rollout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -31,15 +31,16 @@ from gradroute.directions._reading import (
     Feature,
     Pool,
     Reduction,
+    TokenPooling,
     first_input,
     hidden_states,
     hooked,
     read_modules,
-    token_pooling,
     without_autocast,
 )
 from gradroute.directions.directions import Directions
 from gradroute.directions.features import Capture
+from gradroute.directions.made_once import weights_on
 from gradroute.errors import GradRouteError
 
 
@@ -73,7 +74,7 @@ def capture_activations(
     one_of("reduction", reduction, get_args(Reduction))
     capture = Capture(model, ("activation", features, reduction), list(layers))
     forwards = Forwards(model, layers)
-    pooled = token_pooling(pool, reduction)
+    pooled = TokenPooling(pool, reduction)
 
     def hook(name: str) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -93,6 +94,7 @@ def capture_activations(
 
     with forwards.counted(), hooked(layers, hook, lambda _: None):
         yield capture
+        pooled.check()
         capture.finish()
 
 
@@ -120,8 +122,8 @@ def capture_gradients(
     """
     if directions is not None and (features != "parameter" or modules is not None):
         raise GradRouteError(f'`directions` needs features="parameter", all modules. Found {features}, {modules}.')
-    V = None if directions is None else directions.weights()
-    layers = read_modules(model, modules if V is None else list(V), features)
+    layers = read_modules(model, modules if directions is None else list(directions.rows), features)
+    V = None if directions is None else weights_on(directions, _homes(layers))
     capture = Capture(model, ("gradient", features, "sum"), list(layers), directions)
     forwards = Forwards(model, layers)
     of_output = features in ("output", "residual")
@@ -176,6 +178,10 @@ def capture_gradients(
     with forwards.counted(), hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
         yield capture
         capture.finish()
+
+
+def _homes(layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
+    return {name: layer.deployed.A.device for name, layer in layers.items() if isinstance(layer, RoutedLayer)}
 
 
 def _check_grad_enabled(name: str) -> None:

@@ -180,7 +180,7 @@ def effect_size(hack: Float[Tensor, " n"], clean: Float[Tensor, " n"]) -> float:
 def _cosine(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> float:
     if len(V) == len(W) == 1:
         return float((V.double() @ W.double().T).item())
-    return principal_angles(V, W).cos().mean().item()
+    return principal_angles(V.cpu(), W.cpu()).cos().mean().item()
 
 
 def share(V: Float[Tensor, "k d"], D: Float[Tensor, "pairs d"]) -> float:

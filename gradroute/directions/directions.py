@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gradroute._checks import instance_of
 from gradroute._hashing import model_identity, rows_hash
+from gradroute._transfers import moved_together, read_together
 from gradroute._typing import typechecked
 from gradroute.directions import _angles
 from gradroute.directions._draws import RANDOM, Draw, Sides, sides
@@ -25,6 +26,7 @@ from gradroute.directions._io import incomplete, read_directions, write_directio
 from gradroute.directions.estimators.base import Estimate, Estimator, unit
 from gradroute.directions.estimators.by_name import estimator_of
 from gradroute.directions.features import Capture
+from gradroute.directions.made_once import estimate_on
 from gradroute.directions.provenance import Provenance
 from gradroute.errors import FileFormatError, GradRouteError, RefreshError
 
@@ -67,18 +69,22 @@ class Directions:
         pairs = {features[name].shape[0] for features in (self.hack, self.clean) for name in features}
         if len(pairs) > 1 or pairs == {0}:
             raise GradRouteError(f"`hack` and `clean` should hold one row per pair. Found {sorted(pairs)} rows.")
+        checked: list[tuple[str, Tensor]] = []
         for name, rows in self.rows.items():
             found = [rows, self.hack[name], self.clean[name]]
             found += [group[name] for group in (self.centre, self.scale) if group is not None]
             widths = {t.shape[-1] for t in found}
             if rows.ndim != 2 or len(widths) > 1:
                 raise GradRouteError(f"Rows and pair features of `{name}` should be as wide. Found {sorted(widths)}.")
-            if not all(torch.isfinite(t).all() for t in found):
-                raise GradRouteError(f"Rows and pair features of `{name}` should be finite.")
-            if not rows.any(1).all():
-                raise GradRouteError(f"`rows` of `{name}` should be unit vectors. Found a row of zeros.")
-            if self.scale is not None and not (self.scale[name] > 0).all():
-                raise GradRouteError(f"`scale` of `{name}` should be positive.")
+            checked += [
+                (f"Rows and pair features of `{name}` should be finite.", torch.isfinite(t).all()) for t in found
+            ]
+            checked.append((f"`rows` of `{name}` should be unit vectors. Found a row of zeros.", rows.any(1).all()))
+            if self.scale is not None:
+                checked.append((f"`scale` of `{name}` should be positive.", (self.scale[name] > 0).all()))
+        for (message, _), holds in zip(checked, read_together(flag for _, flag in checked), strict=True):
+            if not holds:
+                raise GradRouteError(message)
 
     def __repr__(self) -> str:
         ks = sorted({len(rows) for rows in self.rows.values()})
@@ -122,7 +128,7 @@ class Directions:
                     f"`view` should come with a Capture, which knows its view. Found {view!r} and a "
                     f"{type(features).__name__}. Fix: score the Capture itself, or leave `view` out."
                 )
-            return self.estimate.score(features)
+            return self._estimate_beside(features).score(features)
         features.check_fits(self.provenance, view)
         if features.directions is not None and (features.directions is not self or features.version != self.version):
             other = "other directions" if features.directions is not self else f"version {features.version} of these"
@@ -130,7 +136,7 @@ class Directions:
                 f"`features` should be captured with these directions in version {self.version}. Found {other}. "
                 "Fix: capture and score between two refreshes."
             )
-        return self.estimate.score(features, projected=features.directions is not None)
+        return self._estimate_beside(features).score(features, projected=features.directions is not None)
 
     def weights(self) -> dict[str, Float[Tensor, " _"]]:
         """Module name -> sum over rows of v / s: what features are multiplied with in a score."""
@@ -199,14 +205,18 @@ class Directions:
         """Mean over modules of tr(V W^T) / k: 1 for the same directions, 0 for unrelated, -1 for reversed ones."""
         self._check_same_features(other)
         names = [name for name in self.hack if name in self.rows or name in other.rows]
-        return sum(_angles.overlap(self.rows.get(name), other.rows.get(name)) for name in names) / len(names)
+        shared = [name for name in self.rows if name in other.rows]
+        found: list[float] = read_together(_angles.overlap(self.rows[name], other.rows[name]) for name in shared)
+        return sum(found) / len(names)
 
     @typechecked
     def principal_angles(self, other: "Directions") -> dict[str, Float[Tensor, " _"]]:
         """Module name -> angles in radians between the spans of both directions' rows, smallest first."""
         self._check_same_features(other)
         shared = [name for name in self.rows if name in other.rows]
-        return {name: _angles.principal_angles(self.rows[name], other.rows[name]) for name in shared}
+        # On the CPU, in float64: MPS has none.
+        V, W = (moved_together([each.rows[name] for name in shared], torch.device("cpu")) for each in (self, other))
+        return {name: _angles.principal_angles(v, w) for name, v, w in zip(shared, V, W, strict=True)}
 
     @typechecked
     def update_(self, fresh: "Directions", *, step: int) -> "Directions":
@@ -259,6 +269,10 @@ class Directions:
         if model is not None and model_identity(model) != directions.provenance.model:
             raise FileFormatError(f"{path}: these directions were extracted from another base model than `model`.")
         return directions
+
+    def _estimate_beside(self, features: Mapping[str, Tensor]) -> Estimate:
+        """The estimate on the devices of the features, moved there once per version."""
+        return estimate_on(self, {name: features[name].device for name in self.rows if name in features})
 
     def _check_same_features(self, other: "Directions") -> None:
         instance_of("other", other, Directions)

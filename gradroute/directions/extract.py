@@ -21,6 +21,7 @@ from gradroute._hashing import model_identity
 from gradroute._progress import progressed
 from gradroute._protocol import routed_layers
 from gradroute._restore import left_as_found
+from gradroute._transfers import moved_together
 from gradroute._typing import typechecked
 from gradroute.directions._huggingface import ForwardFn, huggingface_forward, pad_token, reads_head
 from gradroute.directions._reading import Feature, Reduction, without_autocast
@@ -193,10 +194,14 @@ def _extract(
                         f"Each forward should run the {len(batch.index)} rollouts of its batch once. Found {len(rows)} "
                         f"rows in `{name}`. Fix: a `forward_fn` that calls the model once, on what it is given."
                     )
-                home = torch.device("cpu") if capture.feature == "parameter" else rows.device
+            kept = list(capture.values())
+            if capture.feature == "parameter":
+                kept = moved_together(kept, torch.device("cpu"))
+            index = {home: batch.index.to(home) for home in {rows.device for rows in kept}}
+            for name, rows in zip(capture, kept, strict=True):
                 if name not in features:
-                    features[name] = rows.new_empty(len(rollouts), rows.shape[1], device=home)
-                features[name][batch.index.to(home)] = rows.to(home)
+                    features[name] = rows.new_empty(len(rollouts), rows.shape[1])
+                features[name][index[rows.device]] = rows
     assert capture is not None
     if len(views) > 1:
         raise GradRouteError(f"All batches should run in one view. Found {sorted(map(str, views))}.")

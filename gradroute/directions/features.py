@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradroute._checks import listed
 from gradroute._hashing import known_identity
+from gradroute._transfers import read_together
 from gradroute.directions._reading import Feature, Reduction, Source
 from gradroute.directions.provenance import Provenance
 from gradroute.errors import GradRouteError
@@ -165,9 +166,7 @@ class Capture(Mapping[str, Tensor]):
         counts = {name: rows.shape[0] for name, rows in joined.items()}
         if len(set(counts.values())) > 1:
             raise GradRouteError(f"Every captured module should see the same rollouts. Found rows per module {counts}.")
-        home = next(iter(joined.values())).device
-        # Read once for all modules: each reading waits for the device.
-        finite = torch.stack([torch.isfinite(rows).all().to(home) for rows in joined.values()]).tolist()
+        finite = read_together(torch.isfinite(rows).all() for rows in joined.values())
         for (name, rows), is_finite in zip(joined.items(), finite, strict=True):
             if not is_finite:
                 row = (~torch.isfinite(rows)).any(1).nonzero()[0].item()

@@ -15,6 +15,7 @@ from gradroute._hashing import known_identity
 from gradroute._logging import warn
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import wide
+from gradroute._transfers import read_together
 from gradroute.directions.directions import Directions, unit
 from gradroute.errors import GradRouteError
 
@@ -65,24 +66,36 @@ def scaled_rows(directions: Directions, name: str) -> Float[Tensor, "k d"]:
     return rows if directions.scale is None else rows / directions.scale[name].to(rows)
 
 
-def orthonormal_rows(name: str, rows: Float[Tensor, "k d"], *, signs_matter: bool) -> Float[Tensor, "k d"]:
-    """Gram-Schmidt in the order of the rows, which keeps their signs.
+def orthonormal_rows(
+    rows_by_module: Mapping[str, Float[Tensor, "_ _"]], *, signs_matter: bool
+) -> dict[str, Float[Tensor, "_ _"]]:
+    """Gram-Schmidt in the order of the rows of each module, which keeps their signs.
 
     Raises:
         GradRouteError: dependent rows, or rows that are not orthogonal although the signs of `V g` matter.
     """
-    if not len(rows):
-        return wide(rows)
-    rows = unit(wide(rows))
-    oblique = (rows @ rows.T).fill_diagonal_(0).abs().max().item()
-    if signs_matter and oblique > _OBLIQUE:
-        raise GradRouteError(
-            f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward along "
-            f'one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or side="two".'
-        )
-    Q, R = torch.linalg.qr(rows.T)
-    lengths = torch.diagonal(R)
-    if rows.shape[0] > rows.shape[1] or lengths.abs().min() < 1e-4:
-        raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
-    basis: Tensor = (Q * lengths.sign()).T.contiguous()
-    return basis
+    bases: dict[str, Tensor] = {}
+    checked: dict[str, list[Tensor]] = {}
+    for name, given in rows_by_module.items():
+        if not len(given):
+            bases[name] = wide(given)
+            continue
+        rows = unit(wide(given))
+        Q, R = torch.linalg.qr(rows.T)
+        lengths = torch.diagonal(R)
+        bases[name] = (Q * lengths.sign()).T.contiguous()
+        # More rows than coordinates have no length of their own.
+        least = lengths.abs().min() if rows.shape[0] <= rows.shape[1] else torch.zeros_like(lengths[0])
+        checked[name] = [(rows @ rows.T).fill_diagonal_(0).abs().max(), least]
+    found = iter(read_together(value for values in checked.values() for value in values))
+    for name in checked:
+        oblique, least_length = next(found), next(found)
+        if signs_matter and oblique > _OBLIQUE:
+            raise GradRouteError(
+                f"`directions` of `{name}` should have orthogonal rows: of oblique ones, removing what is hack-ward "
+                f"along one changes the others. Found a cosine of {oblique:.3g}. Fix: orthogonalise them, or "
+                'side="two".'
+            )
+        if least_length < 1e-4:
+            raise GradRouteError(f"`directions` of `{name}` should have independent rows. Fix: drop the repeated ones.")
+    return bases

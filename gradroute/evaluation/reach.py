@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradroute._protocol import routed_layers
+from gradroute._protocol import delta_norms, routed_layers
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation._views import Views
@@ -39,7 +39,7 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
     """
     views = Views(model)
     layers = routed_layers(model)
-    if not any(layer.quarantine.delta_norm() > 0 for layer in layers.values()):
+    if not any(norm > 0 for norm in delta_norms(layer.quarantine for layer in layers.values())):
         raise GradRouteError(
             f"The quarantine should change the model. Found a net delta of zero in all {len(layers)} layers (B is zero "
             "before the first step), so both views are one model. Fix: check after a few steps that trained it."

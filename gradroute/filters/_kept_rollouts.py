@@ -7,17 +7,19 @@ subtraction, which Adam would scale up to a full step. That they add up to the g
 checked; it is how a rollout that was not recorded, or a gradient clipped since, is found.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import as_blocks, as_row, full_gradient, is_sharded
+from gradroute._transfers import read_together
 from gradroute.directions.directions import unit
 from gradroute.errors import GradRouteError
 from gradroute.filters._recorder import LayerPass
@@ -48,10 +50,19 @@ class _Parts:
 
 
 class KeptRollouts:
-    """Sums over rollouts since the last application; `vectors` are the directions that cin and cout are measured on."""
+    """Sums over rollouts since the last application.
 
-    def __init__(self, vectors: Mapping[str, Float[Tensor, " _"]], *, labelled: bool) -> None:
+    Args:
+        vectors: the directions that cin and cout are measured on, by module.
+        measured: the modules whose directions an estimator has not dropped.
+        labelled: whether rollouts have labels.
+    """
+
+    def __init__(
+        self, vectors: Mapping[str, Float[Tensor, " _"]], measured: Collection[str], *, labelled: bool
+    ) -> None:
         self.vectors, self.labelled = vectors, labelled
+        self._measured = frozenset(measured)
         self.kept_bytes = 0
         self._parts: dict[str, dict[str, _Parts]] = {}
         self._shares: dict[str, list[Tensor]] = {}
@@ -74,18 +85,23 @@ class KeptRollouts:
                 "Fix: apply_filter before the next step's first `record`."
             )
         self.kept_bytes = max(self.kept_bytes, kept_bytes)
+        counts = [len(layer_pass.dots) for layer_pass in next(iter(passes.values()))]  # the same in all layers
+        shares_found = removed.tolist()
         for source in dict.fromkeys(labels or [_ONE]):
-            mine = torch.tensor([labels is None or label == source for label in labels or [_ONE] * len(removed)])
-            mine = mine.to(removed)
-            self._shares.setdefault(source, []).append(removed[mine > 0])
-            for name, of_layer in passes.items():
-                parts = self._parts.setdefault(source, {}).setdefault(name, _Parts())
-                counts = [len(layer_pass.dots) for layer_pass in of_layer]
-                for part, share in (("kept", 1 - removed), ("removed", removed)):
-                    for layer_pass, weights in zip(of_layer, torch.split(mine * share, counts), strict=True):
-                        parts.add(part, [matrices.weighted_sum(weights) for matrices in layer_pass.gradients])
+            mine = [i for i in range(len(removed)) if labels is None or labels[i] == source]
+            self._shares.setdefault(source, []).append(removed[torch.tensor(mine, device=removed.device)])
+            for part, share in (("kept", 1 - removed), ("removed", removed)):
+                # Rows of weight zero are not multiplied; which these are is known for all layers.
+                rows = [i for i in mine if (1 - shares_found[i] if part == "kept" else shares_found[i])]
+                chosen = _Chosen.of_forwards(share, rows, counts)
+                for name, of_layer in passes.items():
+                    parts = self._parts.setdefault(source, {}).setdefault(name, _Parts())
+                    for layer_pass, each in zip(of_layer, chosen, strict=True):
+                        weights, index = each.on(layer_pass.dots.device)
+                        parts.add(part, [matrices.weighted_sum(weights, index) for matrices in layer_pass.gradients])
                         if layer_pass.features is not None:
-                            parts.add(f"{part} features", [weights.to(layer_pass.features) @ layer_pass.features])
+                            f = layer_pass.features[index]
+                            parts.add(f"{part} features", [weights.to(f) @ f])
         for name, of_layer in passes.items():
             size = torch.stack([each.gradient_squares.sqrt().sum() for each in of_layer]).sum()
             self._sizes[name] = self._sizes[name] + size if name in self._sizes else size
@@ -97,7 +113,7 @@ class KeptRollouts:
     def belongs_to_dropped_gradients(self, layers: Mapping[str, RoutedLayer]) -> bool:
         """Whether the gradients that these rollouts made are gone: a step was skipped and zero_grad called."""
         gradients = [parameter.grad for _, parameter in _deployed(layers)]
-        return all(gradient is None or not gradient.any() for gradient in gradients)
+        return not any(read_together(gradient.any() for gradient in gradients if gradient is not None))
 
     def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
         """The kept sums, checked to be a part of the gradients that are there."""
@@ -113,16 +129,18 @@ class KeptRollouts:
         writes: list[tuple[nn.Parameter, Tensor]] = []
         norms: dict[str, SquaredNorms] = {}
         fired = torch.cat([share for of_source in self._shares.values() for share in of_source]).mean()
+        missing: dict[str, Tensor] = {}
         for name, layer in layers.items():
             totals = _total([modules[name] for modules in self._parts.values()]).mean_over_ranks()
             parameters = list(layer.block_parameters("deployed"))
             gradient = as_row([full_gradient(name, parameter) for parameter in parameters])
             residual = gradient - totals.row("kept") - totals.row("removed")
-            self._check_complete(name, residual, parameters)
+            missing[name] = self._beyond_rounding(name, residual, parameters)
             writes += zip(parameters, totals.sums["kept"], strict=True)
             norms[name] = self._norms(name, totals, fired)._replace(
                 residual=residual.square().sum(), whole=gradient.square().sum()
             )
+        _check_complete(missing)
         pooled, modules = shares(norms)
         sources = {}
         if self.labelled:
@@ -135,19 +153,53 @@ class KeptRollouts:
         suffix = " features" if "kept features" in parts.sums else ""
         kept, removed = parts.row(f"kept{suffix}"), parts.row(f"removed{suffix}")
         V = self.vectors[name].to(kept)[None]
-        # No rows where an estimator has dropped them as noise.
-        V = unit(V) if V.any() else V[:0]
+        V = unit(V) if name in self._measured else V[:0]
         return squared_norms(kept + removed, kept, removed, V, sided="one", fired=fired.to(kept))
 
-    def _check_complete(self, name: str, missing: Float[Tensor, " d"], parameters: Sequence[nn.Parameter]) -> None:
+    def _beyond_rounding(
+        self, name: str, residual: Float[Tensor, " d"], parameters: Sequence[nn.Parameter]
+    ) -> Float[Tensor, ""]:
+        """|residual| where it is more than rounding, else 0; also NaN is more."""
         # Relative to what the rollouts have, not to their sum: with advantages of both signs they cancel.
         precision = max(self._eps, *(torch.finfo(p.dtype).eps for p in parameters)) ** 0.5
-        if not missing.norm() <= precision * _mean_over_ranks([self._sizes[name].to(missing)])[0]:
+        norm = residual.norm()
+        return torch.where(norm <= precision * _mean_over_ranks([self._sizes[name].to(norm)])[0], 0.0, norm)
+
+
+def _check_complete(missing: Mapping[str, Float[Tensor, ""]]) -> None:
+    for name, norm in zip(missing, read_together(missing.values()), strict=True):
+        if norm != 0:
             raise GradRouteError(
                 f"The deployed gradient of `{name}` should be the sum of the rollouts that were recorded. It is off by "
-                f"{float(missing.norm()):.3g}. Fix: record every micro-batch, on unscaled losses, and apply the filter "
-                "before anything else changes the gradient."
+                f"{norm:.3g}. Fix: record every micro-batch, on unscaled losses, and apply the filter before anything "
+                "else changes the gradient."
             )
+
+
+class _Chosen:
+    """Rows of one forward and their weights, brought to each device once."""
+
+    def __init__(self, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> None:
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {weights.device: (weights, rows)}
+
+    @classmethod
+    def of_forwards(cls, share: Float[Tensor, " rows"], rows: Sequence[int], counts: Sequence[int]) -> "list[_Chosen]":
+        """For each forward, the rows of it among `rows` of all; the forwards have `counts` rows each."""
+        index = torch.tensor(rows, dtype=torch.long, device=share.device)
+        chosen, first = [], 0
+        for count in counts:
+            start, stop = bisect_left(rows, first), bisect_left(rows, first + count)
+            of_forward = index[start:stop]
+            chosen.append(cls(share[of_forward], of_forward - first))
+            first += count
+        return chosen
+
+    def on(self, device: torch.device) -> tuple[Float[Tensor, " chosen"], Int[Tensor, " chosen"]]:
+        """(weights, rows)."""
+        if device not in self._on:
+            weights, rows = next(iter(self._on.values()))
+            self._on[device] = weights.to(device), rows.to(device)
+        return self._on[device]
 
 
 def _deployed(layers: Mapping[str, RoutedLayer]) -> list[tuple[str, nn.Parameter]]:

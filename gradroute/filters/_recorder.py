@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradroute._checks import listed
+from gradroute._module_tree import walked
 from gradroute._per_rollout import block_kind, formed, gain_sum, lora_factors, sum_over_tokens
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import as_blocks, wide
@@ -43,17 +44,15 @@ class RolloutMatrices:
         """The tensors that are kept in memory."""
         return [tensor for tensor in (self.formed, self.left, self.right) if tensor is not None]
 
-    def weighted_sum(self, weights: Float[Tensor, " rows"]) -> Tensor:
-        """sum_i w_i G_i in float32 or wider; rows of weight zero are not read, so that none of them gives exactly 0."""
-        weights = weights.to(self.tensors[0].device)
-        rows = weights.nonzero().squeeze(1)
+    def weighted_sum(self, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> Tensor:
+        """sum over the chosen rows of w_i G_i in float32 or wider; of none, exactly 0."""
         if self.formed is not None:
             formed = wide(self.formed[rows])
-            total: Tensor = torch.tensordot(weights[rows].to(formed), formed, dims=1)
+            total: Tensor = torch.tensordot(weights.to(formed), formed, dims=1)
             return total
         assert self.left is not None and self.right is not None  # noqa: PT018
         left, right = wide(self.left[rows]), wide(self.right[rows])
-        left = weights[rows, None, None].to(left) * left
+        left = weights[:, None, None].to(left) * left
         return rearrange(left, "rows seq p -> p (rows seq)") @ rearrange(right, "rows seq q -> (rows seq) q")
 
 
@@ -84,15 +83,21 @@ class RolloutRecorder:
     """Records every forward made with gradients on inside `hooked()`, and its backward.
 
     Args:
-        layers: the routed layers.
+        model: that runs.
+        layers: its routed layers.
         directions: per layer one vector v: of the layer's deployed gradient, or of its bottleneck.
         feature: which of the two.
     """
 
     def __init__(
-        self, layers: Mapping[str, RoutedLayer], directions: Mapping[str, Float[Tensor, " _"]], feature: Feature
+        self,
+        model: nn.Module,
+        layers: Mapping[str, RoutedLayer],
+        directions: Mapping[str, Float[Tensor, " _"]],
+        feature: Feature,
     ) -> None:
         self.layers, self.directions, self.feature = layers, directions, feature
+        self._dropouts = _dropouts(model, layers)
         self._passes: dict[str, list[LayerPass | None]] = {name: [] for name in layers}
         self._after_dropout: dict[str, Tensor] = {}
 
@@ -101,10 +106,9 @@ class RolloutRecorder:
         """Hooks on every layer for the duration of the block; raises at its end if a backward is missing."""
         handles: list[Any] = []
         try:
+            for name, module in self._dropouts:
+                handles.append(module.register_forward_hook(LocalHook(self._dropout_hook(name))))
             for name, layer in self.layers.items():
-                for module in layer.modules():
-                    if isinstance(module, nn.Dropout):
-                        handles.append(module.register_forward_hook(LocalHook(self._dropout_hook(name))))
                 handles.append(layer.register_forward_hook(LocalHook(self._forward_hook(name)), with_kwargs=True))
             yield
         finally:
@@ -227,6 +231,20 @@ class RolloutRecorder:
                 f"(rows, axes) per forward {shapes}. Fix: exclude layers that run twice, or on some or flattened "
                 "tokens; under reentrant checkpointing use use_reentrant=False."
             )
+
+
+def _dropouts(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list[tuple[str, nn.Module]]:
+    """(name of its layer, dropout) of each dropout inside of a layer, looked for once in a walk."""
+    walk, found = walked(model)
+    if "dropouts" not in walk.memo:
+        places = {id(module): i for i, module in enumerate(found)}
+        walk.memo["dropouts"] = [
+            (name, places[id(module)])
+            for name, layer in layers.items()
+            for module in layer.modules()
+            if isinstance(module, nn.Dropout)
+        ]
+    return [(name, found[place]) for name, place in walk.memo["dropouts"]]
 
 
 def _is_first_forward() -> bool:

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from gradroute._checks import instance_of, one_of, positive_number
 from gradroute._per_rollout import block_kind
 from gradroute._protocol import BlockName, RoutedLayer
-from gradroute._sharding import as_blocks, as_row, full_gradient, wide
+from gradroute._sharding import as_blocks, as_row, full_gradient, size_of, wide
+from gradroute._transfers import moved_together
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.directions import Directions
+from gradroute.directions.made_once import made_once
 from gradroute.directions.parameter_rows import check_directions, orthonormal_rows, scaled_rows, warn_without_sign
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import FilteredGradients, GradientFilter
@@ -72,8 +74,6 @@ class ProjectionFilter(GradientFilter):
         self.overshoot = positive_number("overshoot", overshoot)
         if mode == "measure" and overshoot != 1.0:
             raise GradRouteError('`overshoot` has no effect in mode="measure". Fix: leave it out, or mode="erase".')
-        self._bases: dict[str, Tensor] = {}
-        self._version: int | None = None
         if side != "two":
             warn_without_sign(directions)
 
@@ -85,16 +85,13 @@ class ProjectionFilter(GradientFilter):
     def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
         """The kept part of every module's deployed gradient; in route mode also where the removed part goes."""
         check_directions(self.directions, layers, "ProjectionFilter")
-        if self._version != self.directions.version:
-            self._bases, self._version = {}, self.directions.version
+        bases = self._bases(layers)
         writes: list[tuple[nn.Parameter, Tensor]] = []
         norms: dict[str, SquaredNorms] = {}
         for name, layer in layers.items():
-            self._check_kind(name, layer)
             parameters = list(layer.block_parameters("deployed"))
             gradients = [full_gradient(name, parameter) for parameter in parameters]
-            g = as_row(gradients)
-            V = self._basis(name, g)
+            g, V = as_row(gradients), bases[name]
             blocks, removed, fired = self._project(g, V, gradients)
             kept = as_row(blocks)
             if self.mode != "measure":
@@ -147,20 +144,36 @@ class ProjectionFilter(GradientFilter):
                 f"`{name}`. Fix: rotate=False and r_quarantine >= r."
             )
 
-    def _basis(self, name: str, g: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
-        V = self._bases.get(name)
-        if V is None or V.device != g.device or V.dtype != g.dtype:
-            rows = scaled_rows(self.directions, name).to(g.device)
-            if rows.shape[1] != g.numel():
-                raise GradRouteError(
-                    f"`directions` of `{name}` should be {g.numel()} wide, as its deployed gradient. Found "
-                    f"{rows.shape[1]}. Fix: extract them from this model."
-                )
-            V = self._bases[name] = orthonormal_rows(name, rows, signs_matter=self.side == "one").to(g.dtype)
-        return V
+    def _bases(self, layers: Mapping[str, RoutedLayer]) -> dict[str, Float[Tensor, "_ _"]]:
+        """V of each module, in the type and on the device of its gradient as a row."""
+        homes = {}
+        for name, layer in layers.items():
+            self._check_kind(name, layer)
+            parameters, dtype = list(layer.block_parameters("deployed")), torch.float32
+            for parameter in parameters:
+                dtype = torch.promote_types(dtype, (parameter if parameter.grad is None else parameter.grad).dtype)
+            homes[name] = (sum(map(size_of, parameters)), parameters[0].device, dtype)
+        signs_matter = self.side == "one"
+        key = ("ProjectionFilter", signs_matter, tuple(homes.items()))
+        return made_once(self.directions, key, lambda: _bases(self.directions, homes, signs_matter=signs_matter))
 
     def __repr__(self) -> str:
         return f"ProjectionFilter({self.mode}, side={self.side!r}, overshoot={self.overshoot:g}, {self.directions!r})"
+
+
+def _bases(
+    directions: Directions, homes: Mapping[str, tuple[int, torch.device, torch.dtype]], *, signs_matter: bool
+) -> dict[str, Tensor]:
+    rows = {name: scaled_rows(directions, name) for name in homes}
+    for name, (width, _, _) in homes.items():
+        if rows[name].shape[1] != width:
+            raise GradRouteError(
+                f"`directions` of `{name}` should be {width} wide, as its deployed gradient. Found "
+                f"{rows[name].shape[1]}. Fix: extract them from this model."
+            )
+    placed = moved_together(list(rows.values()), [device for _, device, _ in homes.values()])
+    found = orthonormal_rows(dict(zip(rows, placed, strict=True)), signs_matter=signs_matter)
+    return {name: V.to(homes[name][2]) for name, V in found.items()}
 
 
 def _with_removed(

@@ -13,7 +13,7 @@ Source: "route 2" of the founding commit (wassname), with threshold 0 on the cos
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,10 @@ from gradroute._checks import instance_of, one_of
 from gradroute._per_rollout import block_kind
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import shape_of, size_of, wide
+from gradroute._transfers import moved_together, read_together
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
+from gradroute.directions.made_once import made_once
 from gradroute.directions.parameter_rows import check_directions, scaled_rows
 from gradroute.errors import GradRouteError
 from gradroute.filters._kept_rollouts import KeptRollouts
@@ -107,7 +109,7 @@ class RolloutFilter(GradientFilter):
         if self._kept is not None and self._kept.belongs_to_dropped_gradients(layers):
             self._kept = None
         feature = cast(Feature, self.directions.provenance.feature)
-        recorder = RolloutRecorder(layers, vectors, feature)
+        recorder = RolloutRecorder(model, layers, vectors.by_module, feature)
         record = RolloutRecord()
         self._recording = True
         try:
@@ -122,7 +124,7 @@ class RolloutFilter(GradientFilter):
         labels = ["all"] * len(record.scores) if sources is None else list(sources)
         if len(labels) != len(record.scores):
             raise GradRouteError(f"`sources` should label {len(record.scores)} rollouts. Found {len(labels)} labels.")
-        kept = self._kept or KeptRollouts(vectors, labelled=sources is not None)
+        kept = self._kept or KeptRollouts(vectors.by_module, self.directions.rows, labelled=sources is not None)
         kept.add(layers, passes, record.shares, labels if sources is not None else None, record.kept_bytes)
         self._kept = kept
 
@@ -151,62 +153,51 @@ class RolloutFilter(GradientFilter):
             vectors = {name: scaled_rows(known, name).sum(0).to(pairs[name]) for name in pairs}
             dots = torch.stack([pairs[name] @ v for name, v in vectors.items()]).sum(0)
             squares = torch.stack([rows.square().sum(1) for rows in pairs.values()]).sum(0)
-            found.append(self._scale(dots, squares, vectors))
+            found.append(self._scale(dots, squares, _measured(vectors, known)))
         return found[0], found[1]
 
-    def _vectors(self, layers: Mapping[str, RoutedLayer]) -> dict[str, Tensor]:
+    def _vectors(self, layers: Mapping[str, RoutedLayer]) -> "_Vectors":
         check_directions(self.directions, layers, "RolloutFilter")
         bottleneck = self.directions.provenance.feature == "bottleneck"
-        vectors = {}
+        places = {}
         for name, layer in layers.items():
             block_kind(name, layer)
             A = layer.deployed.A
             width = shape_of(A)[0] if bottleneck else sum(size_of(p) for p in layer.block_parameters("deployed"))
-            rows = scaled_rows(self.directions, name).to(A.device)
-            v = rows.sum(0)
-            if len(v) != width:
-                raise GradRouteError(
-                    f"`directions` of `{name}` should be {width} wide. Found {len(v)}. Fix: extract from this model."
-                )
-            if len(rows) and v.norm() <= 1e-4 * rows.norm():
-                raise GradRouteError(
-                    f"The rows of `directions` of `{name}` add up to nothing. Fix: drop opposite ones."
-                )
-            vectors[name] = v
-        return vectors
+            places[name] = (width, A.device)
+        key = ("RolloutFilter", tuple(places.items()))
+        return made_once(self.directions, key, lambda: _placed_vectors(self.directions, places))
 
-    def _scores(
-        self, passes: Mapping[str, Sequence[LayerPass]], vectors: Mapping[str, Tensor]
-    ) -> Float[Tensor, " rows"]:
-        device = next(iter(vectors.values())).device
-        dots, squares = [], []
+    def _scores(self, passes: Mapping[str, Sequence[LayerPass]], vectors: "_Vectors") -> Float[Tensor, " rows"]:
+        device = next(iter(vectors.by_module.values())).device
+        dots, squares, vanish = [], [], []
         for name in self.directions.rows:
             of_layer = passes[name]
             dots.append(torch.cat([one.dots for one in of_layer]).to(device))
             squares.append(torch.cat([one.squares for one in of_layer]).to(device))
-            if any(one.gradient_squares.any() for one in of_layer) and not squares[-1].any():
+            gradients = torch.cat([one.gradient_squares for one in of_layer]).to(device)
+            vanish.append(gradients.any() & ~squares[-1].any())
+        scores = self._scale(torch.stack(dots).sum(0), torch.stack(squares).sum(0), vectors)
+        *vanishing, finite = read_together([*vanish, torch.isfinite(scores).all()])
+        for name, is_vanishing in zip(self.directions.rows, vanishing, strict=True):
+            if is_vanishing:
                 raise GradRouteError(
                     f"The bottleneck gradients of `{name}` all vanish while its gradient does not, because B is zero: "
                     'nothing could be scored. Fix: directions of features="parameter".'
                 )
-        scores = self._scale(torch.stack(dots).sum(0), torch.stack(squares).sum(0), vectors)
-        if not torch.isfinite(scores).all():
+        if not finite:
             row = int((~torch.isfinite(scores)).nonzero()[0])
             raise GradRouteError(f"The gradient of rollout {row} is not finite. Fix: skip this step.")
         return scores
 
     def _scale(
-        self, dots: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], vectors: Mapping[str, Tensor]
+        self, dots: Float[Tensor, " rows"], squares: Float[Tensor, " rows"], vectors: "_Vectors"
     ) -> Float[Tensor, " rows"]:
         if self.score == "dot":
-            centre = self.directions.centre
-            offset = (
-                sum(float(v @ centre[name].to(v)) for name, v in vectors.items() if name in centre) if centre else 0.0
-            )
-            return dots - offset
-        length = math.sqrt(sum(float(v.square().sum()) for v in vectors.values()))
+            return dots - vectors.offset
         # A rollout without a gradient (an advantage of zero) takes part in nothing: it scores 0.
-        return torch.where(squares > 0, dots / (length * squares.sqrt()), torch.where(squares == 0, 0.0, squares))
+        zero_or_nan = torch.where(squares == 0, 0.0, squares)
+        return torch.where(squares > 0, dots / (vectors.length * squares.sqrt()), zero_or_nan)
 
     def _shares(self, scores: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         if not callable(self.gate):
@@ -231,6 +222,40 @@ class RolloutFilter(GradientFilter):
     def __repr__(self) -> str:
         gate = f"{self.score} > {self.gate:g}" if not callable(self.gate) else f"{self.score} by {_name(self.gate)}"
         return f"RolloutFilter({gate}, {self.directions!r})"
+
+
+class _Vectors(NamedTuple):
+    """w by module, |w| over all modules, and the sum of <w, c> over them, c the centre."""
+
+    by_module: Mapping[str, Float[Tensor, " _"]]
+    length: float
+    offset: float
+
+
+def _measured(vectors: Mapping[str, Tensor], directions: Directions) -> _Vectors:
+    centre = directions.centre or {}
+    squares = [v.square().sum() for v in vectors.values()]
+    products = [v @ centre[name].to(v) for name, v in vectors.items() if name in centre]
+    found = read_together(squares + products)
+    return _Vectors(vectors, math.sqrt(sum(found[: len(squares)])), sum(found[len(squares) :], 0.0))
+
+
+def _placed_vectors(directions: Directions, places: Mapping[str, tuple[int, torch.device]]) -> _Vectors:
+    """The vectors on the devices of their layers; raises where one is of another width, or nothing."""
+    rows = {name: scaled_rows(directions, name) for name in places}
+    sums = {name: of_module.sum(0) for name, of_module in rows.items()}
+    for name, (width, _) in places.items():
+        if len(sums[name]) != width:
+            raise GradRouteError(
+                f"`directions` of `{name}` should be {width} wide. Found {len(sums[name])}. Fix: extract from this "
+                "model."
+            )
+    cancel = {name: v.norm() <= 1e-4 * rows[name].norm() for name, v in sums.items() if len(rows[name])}
+    for name, is_nothing in zip(cancel, read_together(cancel.values()), strict=True):
+        if is_nothing:
+            raise GradRouteError(f"The rows of `directions` of `{name}` add up to nothing. Fix: drop opposite ones.")
+    placed = moved_together(list(sums.values()), [device for _, device in places.values()])
+    return _measured(dict(zip(sums, placed, strict=True)), directions)
 
 
 def _name(gate: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradroute._checks import instance_of, one_of
 from gradroute._protocol import routed_layers
 from gradroute._sharding import as_row, check_layout, reshard, whole
+from gradroute._transfers import moved_together
 from gradroute.directions.directions import Directions
 from gradroute.directions.parameter_rows import check_base_model, check_directions, orthonormal_rows, warn_without_sign
 from gradroute.errors import GradRouteError
@@ -60,7 +61,7 @@ class DeployedRows:
                 "`directions` should have rows in the space of the parameters. Found rows of standardised features. "
                 "Fix: an estimator without a scale."
             )
-        bases = {}
+        found, homes = {}, []
         for name, parameters in self.parameters.items():
             rows, width = self.directions.rows[name], sum(p.numel() for p in parameters)
             if rows.shape[1] != width:
@@ -68,10 +69,12 @@ class DeployedRows:
                     f"`directions` of `{name}` should be {width} wide, as its deployed parameters together are. Found "
                     f"{rows.shape[1]}. Fix: bottleneck directions for svd_gain blocks, parameter-shaped ones for LoRA."
                 )
-            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-            basis = orthonormal_rows(name, rows.detach(), signs_matter=self.side == "one")
-            bases[name] = basis.to(parameters[0].device, dtype)
-        self._bases, self._version = bases, self.directions.version
+            found[name] = rows.detach()
+            homes.append((parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32)))
+        bases = orthonormal_rows(found, signs_matter=self.side == "one")
+        placed = moved_together(list(bases.values()), [device for device, _ in homes])
+        self._bases = {name: V.to(dtype) for name, V, (_, dtype) in zip(bases, placed, homes, strict=True)}
+        self._version = self.directions.version
 
     def joined(self) -> dict[str, Float[Tensor, " d"]]:
         """A copy of the parameters, a row per module, in float32 or wider; gathered where they are sharded."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from gradroute._optimized import block_parameters, check_held
 from gradroute._sharding import check_layout, whole, wide
 from gradroute._step_hooks import StepHooks
+from gradroute._transfers import read_together
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
@@ -138,25 +139,22 @@ class UpdateAudits(StepHooks):
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        deployed, quarantine = (
-            BlockUpdate(
-                _norm([whole(p.grad, name) for name, p in block.items() if p.grad is not None]),
-                _norm([whole(wide(p) - wide(before[name]), name) for name, p in block.items()]),
-            )
-            for block, before in zip(self._blocks, self._before, strict=True)
-        )
+        changes = []
+        for block, before in zip(self._blocks, self._before, strict=True):
+            changes.append([whole(p.grad, name) for name, p in block.items() if p.grad is not None])
+            changes.append([whole(wide(p) - wide(before[name]), name) for name, p in block.items()])
+        if self._rows is not None:
+            updates = {name: after - self._rows_before[name] for name, after in self._rows.joined().items()}
+            changes.append([self._rows.hackward(name, update) for name, update in updates.items()])
+            changes.append(list(updates.values()))
+        norms = _norms(changes)
+        cout = None if self._rows is None else norms[4] / norms[5] if norms[4] else 0.0
         self._seen += 1
-        self._latest = UpdateAudit(self._seen, deployed, quarantine, self._cout())
-        self._before, self._unread = [], True
-
-    def _cout(self) -> float | None:
-        if self._rows is None:
-            return None
-        updates = {name: after - self._rows_before[name] for name, after in self._rows.joined().items()}
-        hackward = _norm([self._rows.hackward(name, update) for name, update in updates.items()])
-        self._rows_before = {}
-        return hackward / _norm(list(updates.values())) if hackward else 0.0
+        self._latest = UpdateAudit(self._seen, BlockUpdate(*norms[:2]), BlockUpdate(*norms[2:4]), cout)
+        self._before, self._rows_before, self._unread = [], {}, True
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(wide(tensor).square().sum().item() for tensor in tensors))
+def _norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
+    """The norm over all tensors of each group; the host reads once."""
+    squares = iter(read_together(wide(tensor).square().sum() for group in groups for tensor in group))
+    return [math.sqrt(sum(next(squares) for _ in group)) for group in groups]

@@ -21,6 +21,7 @@ from gradroute._optimized import block_parameters, check_held
 from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, torch_optimizer
+from gradroute._transfers import read_together
 from gradroute.adapters.attach import deployed_parameters, quarantine_parameters
 from gradroute.directions.directions import Directions
 from gradroute.errors import FileFormatError, GradRouteError
@@ -73,17 +74,16 @@ class UpdateProjection(StepHooks):
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        removed_square = update_square = 0.0
+        squares: list[Tensor] = []
         for name, after in self._blocks.joined().items():
             update = after - self._before[name]
             removed = self._blocks.hackward(name, update)
             parameters = self._blocks.parameters[name]
             for parameter, part in zip(parameters, as_blocks(after - removed, parameters), strict=True):
                 overwrite(parameter, part)
-            removed_square += removed.square().sum().item()
-            update_square += update.square().sum().item()
+            squares += [removed.square().sum(), update.square().sum()]
         self._before = {}
-        self.removed_share = math.sqrt(removed_square / update_square) if update_square else 0.0
+        self.removed_share = _removed_share(squares)
 
 
 @torch.no_grad()
@@ -114,15 +114,21 @@ def purge_moments(model: nn.Module, optimizer: Optimizer, directions: Directions
                 f"`optimizer` should have a first moment ({' or '.join(_MOMENTS)}) for the deployed parameters of "
                 f"`{name}`. Found none. Fix: purge after the first step, of an optimizer with momentum."
             )
-    removed_square = moment_square = 0.0
+    squares: list[Tensor] = []
     for name, tensors in moments.items():
         moment = as_row([whole(tensor, name) for tensor in tensors])
         removed = -blocks.hackward(name, -moment)
         for tensor, part in zip(tensors, as_blocks(moment - removed, tensors), strict=True):
             overwrite(tensor, part)
-        removed_square += removed.square().sum().item()
-        moment_square += moment.square().sum().item()
-    return math.sqrt(removed_square / moment_square) if moment_square else 0.0
+        squares += [removed.square().sum(), moment.square().sum()]
+    return _removed_share(squares)
+
+
+def _removed_share(squares: Sequence[Tensor]) -> float:
+    """|removed| / |all|, of their squares by module in turn; the host reads once."""
+    found = read_together(squares)
+    removed, whole_square = sum(found[::2]), sum(found[1::2])
+    return math.sqrt(removed / whole_square) if whole_square else 0.0
 
 
 def decay_toward_start(

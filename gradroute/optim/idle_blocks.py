@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gradroute._optimized import block_parameters, check_held
 from gradroute._protocol import BLOCKS, BlockName
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
+from gradroute._transfers import read_together
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import GradRouteError
 
@@ -123,7 +124,7 @@ class IdleBlockSkip(StepHooks):
         self._trained, self._undecided, self._ran, self._state = [], [], False, None
 
     def _check_no_gradient(self, block: BlockName) -> None:
-        if any(bool(p.grad.any()) for p in self._parameters[block] if p.grad is not None):
+        if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):
             raise GradRouteError(
                 f"No row was to train the {block} block since the last step, and its gradient is not zero. Fix: "
                 "zero_grad() after each step, and let the loss depend on the blocks through routed forwards alone."

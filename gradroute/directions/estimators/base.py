@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradroute._checks import listed
+from gradroute._transfers import read_together
 from gradroute.directions._reading import without_autocast
 from gradroute.errors import DeadDirectionError, GradRouteError
 
@@ -104,9 +105,12 @@ class Estimator(ABC):
         order = torch.randperm(pairs, generator=torch.Generator().manual_seed(self.seed))
         heldout = tuple(sorted(order[: self.n_heldout].tolist()))
         kept = sorted(order[self.n_heldout :].tolist())
-        hack, clean = ({name: f[kept] for name, f in side.items()} for side in (hack, clean))
+        if heldout:
+            index = {device: torch.tensor(kept, device=device) for device in {f.device for f in hack.values()}}
+            hack, clean = ({name: f[index[f.device]] for name, f in side.items()} for side in (hack, clean))
         rows, centre, scale = self.estimate(hack, clean)
-        raise_if_dead([name for name, v in rows.items() if not v.any(1).all()], len(hack))
+        alive = read_together(v.any(1).all() for v in rows.values())
+        raise_if_dead([name for name, is_alive in zip(rows, alive, strict=True) if not is_alive], len(hack))
         return Estimate({name: unit(v) for name, v in rows.items()}, centre, self.normalise(rows, scale), heldout)
 
     @abstractmethod

@@ -27,5 +27,5 @@ class MeanDifference(Estimator):
         for name in hack:
             v = (hack[name] - clean[name]).mean(0, keepdim=True)
             alive = v.norm() > DEAD * mean_norm(hack[name], clean[name])
-            rows[name] = (v if scale is None else v / scale[name]) if alive else torch.zeros_like(v)
+            rows[name] = torch.where(alive, v if scale is None else v / scale[name], 0.0)
         return rows, centre, scale

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from gradroute._transfers import moved_together, read_together
 from gradroute.directions.estimators.base import (
     DEAD,
     Estimator,
@@ -55,29 +56,30 @@ class Ridge(Estimator):
         if not self.standardise:
             scale = {name: torch.ones_like(s) for name, s in scale.items()}
         c, s = centre, scale
-
-        def z(name: str) -> Tensor:
-            # On the CPU in float64: K is small, and nearly singular where the penalty is. (MPS has no float64.)
-            return ((torch.cat([hack[name], clean[name]]) - c[name]) / s[name]).double().cpu()
-
-        K = torch.stack([z(name) @ z(name).T for name in hack]).sum(0)
+        # On the CPU in float64: K is small, and nearly singular where the penalty is. (MPS has no float64.)
+        standardised = [(torch.cat([hack[name], clean[name]]) - c[name]) / s[name] for name in hack]
+        z = dict(zip(hack, moved_together(standardised, torch.device("cpu")), strict=True))
+        K = torch.stack([of_module.double() @ of_module.double().T for of_module in z.values()]).sum(0)
         y = torch.cat([torch.ones(len(K) // 2), -torch.ones(len(K) // 2)]).double()
         # y^T K y is the squared difference of the classes: where it is rounding noise, so is every w.
         if y @ K @ y <= DEAD**2 * len(y) * K.trace():
             return {name: torch.zeros_like(f[:1]) for name, f in hack.items()}, centre, scale
         penalty = best_penalty(K, y) if self.penalty is None else self.penalty
         a = _dual(K, penalty) @ y
+        weights = [(a @ z[name].double())[None].to(hack[name].dtype) for name in hack]
+        w = dict(zip(hack, moved_together(weights, next(iter(hack.values())).device), strict=True))
         rows = {}
         for name in hack:
             same = (hack[name] - clean[name]).norm(dim=1).max() <= DEAD * mean_norm(hack[name], clean[name])
-            rows[name] = torch.zeros_like(hack[name][:1]) if same else (a @ z(name))[None].to(hack[name])
+            rows[name] = torch.where(same, 0.0, w[name].to(hack[name]))
         return rows, centre, scale
 
     def normalise(self, rows: dict[str, Float[Tensor, "_ _"]], scale: Vectors | None) -> Vectors:
         """s / |w| times the norm of all w: the weights of the modules stay in the scores."""
         assert scale is not None
-        total = torch.stack([v.norm().double().cpu() for v in rows.values()]).norm()
-        return {name: scale[name] * float(total / v.norm().double().cpu()) for name, v in rows.items()}
+        norms = torch.tensor(read_together(v.norm() for v in rows.values()), dtype=torch.float64)
+        factors = (norms.norm() / norms).tolist()
+        return {name: scale[name] * factor for name, factor in zip(rows, factors, strict=True)}
 
 
 def best_penalty(K: Float[Tensor, "sides sides"], y: Float[Tensor, " sides"]) -> float:

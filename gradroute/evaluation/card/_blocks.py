@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gradroute._protocol import Block, routed_layers
+from gradroute._protocol import Block, delta_norms, routed_layers
 from gradroute._sharding import class_of, size_of
 from gradroute.errors import GradRouteError
 
@@ -82,7 +82,7 @@ def blocks_of(model: nn.Module) -> Blocks:
 
 
 def _norm(blocks: list[Block]) -> float:
-    norm = math.hypot(*(block.delta_norm() for block in blocks))
+    norm = math.hypot(*delta_norms(blocks))
     if not math.isfinite(norm):
         raise GradRouteError("The blocks of `model` should be finite. Found inf or nan. Fix: go back to a checkpoint.")
     return norm

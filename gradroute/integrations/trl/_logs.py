@@ -44,7 +44,8 @@ def rollout_table(
     """Columns for TRL's table of completions; the same ones in training and in evaluation, as a table has to have."""
     if mask is None or ablated is None:
         return {"view": [view] * rows, "zone": [""] * rows, "score": [None] * rows, "log_ratio": [None] * rows}
-    zones = ["route" if r else "keep" if m == 0 else "absorb" for r, m in zip(mask.routed, mask.m, strict=True)]
+    weights = zip(mask.routed.tolist(), mask.m.tolist(), strict=True)
+    zones = ["route" if routed else "keep" if m == 0 else "absorb" for routed, m in weights]
     columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones}
     for column, values in (("score", scores), ("log_ratio", log_ratios)):
         columns[column] = [None] * rows if values is None else values.tolist()

@@ -134,10 +134,7 @@ def captured_rollouts(
         return None, rows
     run = torch.arange(len(pool), device=pool.device) if together else rows
     pool = torch.where(pool.any(1, keepdim=True), pool, attended)
-    chunk = rows[:0]
-
-    def chunk_pool(_: Tensor) -> Tensor:
-        return pool[chunk]
+    chunk_pool = pool[:0]
 
     # A sharded model is run from its root, which gathers what is in no group below it.
     called, options = (model, {"logits_to_keep": 1}) if together else (_backbone(model), {})
@@ -149,13 +146,14 @@ def captured_rollouts(
         trainer.accelerator.autocast(),
         capture_activations(
             model,
-            pool=chunk_pool,
+            pool=lambda _: chunk_pool,  # one tensor for all layers: it is looked at once
             features=provenance.feature,
             reduction=provenance.reduction,
             modules=list(directions.hack),
         ) as capture,
     ):
         for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
+            chunk_pool = pool[chunk]
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
             with ablate_quarantine(model, rows=ablated[chunk]) if some and not everywhere else nullcontext():
                 called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
