@@ -108,7 +108,7 @@ def test_on_a_gpu_no_tensor_is_left_on_the_host_and_the_clock_waits(monkeypatch:
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
     torch.cuda.get_device_properties().total_memory = 80e9
-    # A checkpoint asks tensors for their device from C++ in forward, where none is emulated, and from Python in backward.
+    # P5 has checkpoints, which compare what C++ says of devices, and it knows of no emulated one.
     parts = [name for name in PARTS if name != "P5"]
     with emulated_gpu():
         found = measure(parse_arguments(["--device", "cuda", "--quick", "--only", ",".join(parts)]))
