@@ -47,6 +47,10 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence
     return IdleBlockSkip(model, optimizer, others)
 
 
+_UNREAD = 256
+"""Flags that wait for the step at most: forwards with gradients may go on without one."""
+
+
 class IdleBlockSkip(StepHooks):
     """The handle that `skip_idle_blocks` returns. Errors are listed there."""
 
@@ -64,7 +68,7 @@ class IdleBlockSkip(StepHooks):
             )
         self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
         self._eligible: dict[BlockName, bool] = dict.fromkeys(BLOCKS, False)
-        self._forget_unread()
+        self._unread: list[tuple[BlockName, Tensor]] = []
         self._ran = False
         self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
@@ -94,15 +98,14 @@ class IdleBlockSkip(StepHooks):
             if rows is None:
                 self._eligible[block] = True
             elif not self._eligible[block]:
-                self._unread[block].append(rows.any())  # read before the step: a forward waits for no device
+                self._unread.append((block, rows.any()))  # read before the step: a forward waits for no device
+        if len(self._unread) > _UNREAD:
+            self._read()
 
     def _before_step(self) -> None:
         if self._has_closure:
             raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
-        unread = [(block, flag) for block, flags in self._unread.items() for flag in flags]
-        for (block, _), trains in zip(unread, read_together(flag for _, flag in unread), strict=True):
-            self._eligible[block] |= trains
-        self._forget_unread()
+        self._read()
         ran, *eligible = self._agreed([self._ran, *(self._eligible[block] for block in BLOCKS)])
         if not ran:
             raise GradRouteError(
@@ -128,8 +131,10 @@ class IdleBlockSkip(StepHooks):
         self._set_aside.clear()
         self._eligible, self._ran, self._state = dict.fromkeys(BLOCKS, False), False, None
 
-    def _forget_unread(self) -> None:
-        self._unread: dict[BlockName, list[Tensor]] = {block: [] for block in BLOCKS}
+    def _read(self) -> None:
+        for (block, _), trains in zip(self._unread, read_together(flag for _, flag in self._unread), strict=True):
+            self._eligible[block] |= trains
+        self._unread.clear()
 
     def _check_no_gradient(self, block: BlockName) -> None:
         if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):
