@@ -3,7 +3,7 @@
 python -m benchmarks                                # everything, in about ten minutes on two quiet cores
 python -m benchmarks --only P1,P5 --threads 1
 python -m benchmarks --write-docs                   # also docs/results/performance.json and docs/performance.md
-python -m benchmarks --device cuda --dtype bfloat16
+python -m benchmarks --device cuda --report         # the same on a GPU, with versions, as Markdown to paste
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from benchmarks import commands, extraction, inference, scale, training
 from benchmarks.memory import process_peak_bytes
 from benchmarks.models import TINY, Shape, scaled
-from benchmarks.report import table, write_docs
+from benchmarks.report import pasted, table, write_docs
 from benchmarks.row import Row
 from benchmarks.timing import Clock
 
@@ -35,11 +36,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The checked command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(GOALS), help="comma-separated, of %(default)s")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads for P1; default %(default)s")
+    parser.add_argument("--threads", help="numbers of threads for P1; default 1,2, on a GPU 1")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="P7 and P9 run on the CPU anyway")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the base; default float32, on a GPU bfloat16"
+    )
     parser.add_argument("--rounds", type=float, default=1.0, help="times as many rounds; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run?")
+    parser.add_argument(
+        "--report", action="store_true", help="print Markdown to paste; a part that fails is in it, and the exit code 1"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--write-docs", action="store_true", help="write docs/results/performance.json and the page")
     args = parser.parse_args(argv)
@@ -47,16 +53,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     unknown = [name for name in args.only if name not in GOALS]
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; choose from {', '.join(GOALS)}")
+    on_gpu = args.device == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.threads = args.threads or ("1" if on_gpu else "1,2")
     try:
         args.threads = [int(number) for number in args.threads.split(",")]
     except ValueError:
         parser.error(f"--threads: expected comma-separated integers, found {args.threads!r}")
     if min(args.threads) < 1 or args.rounds <= 0:
         parser.error("--threads, --rounds: expected positive numbers")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if args.write_docs and (args.quick or set(args.only) != set(GOALS)):
         parser.error("--write-docs: the page holds all figures, of the full shapes; leave out --quick and --only")
+    if args.write_docs and on_gpu:
+        parser.error("--write-docs: the page is of a CPU; paste what --report prints")
     return args
 
 
@@ -92,15 +103,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     rows: list[Row] = []
     found: dict[str, Any] = {"version": 1, "machine": machine(args), "shape": asdict(shape), "wall_s": {}}
-    for name in args.only:
-        start = time.perf_counter()
+
+    def run(name: str) -> None:
         if name in parts:
-            rows += parts[name]()
+            rows.extend(parts[name]())
         elif name == "counts":
             found["counts"] = scale.count_table(short)
-            rows += scale.checked_formulas(short)
+            rows.extend(scale.checked_formulas(short))
         else:
-            found["grid"], found["plan"] = scale.grid(one, rounds("scale"), args.quick), scale.plan()
+            found["grid"], found["plan"] = scale.grid(shape, one, rounds("scale"), args.quick), scale.plan()
+
+    for name in args.only:
+        start = time.perf_counter()
+        try:
+            run(name)
+        except Exception as error:
+            if not args.report:
+                raise
+            # Whoever pastes a report has run the rest for minutes.
+            found.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
         found["wall_s"][name] = round(time.perf_counter() - start, 1)
         print(f"{name}: {found['wall_s'][name]} s", file=sys.stderr, flush=True)
     found["rows"] = [asdict(row) | {"met": row.met} for row in rows]
@@ -110,21 +131,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures were measured on, in general terms."""
-    if args.device == "cuda":
-        return {"device": torch.cuda.get_device_name(), "dtype": args.dtype, "torch": torch.__version__}
     device = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    if args.device == "cuda":
+        gigabytes = torch.cuda.get_device_properties().total_memory / 1e9
+        device = f"{torch.cuda.get_device_name()}, {gigabytes:.0f} GB, CUDA {torch.version.cuda}"
     return {"device": device, "dtype": args.dtype, "torch": torch.__version__}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose speed is measured."""
+    return {"Python": platform.python_version()} | {
+        name: version(name) for name in ("gradroute", "torch", "transformers", "peft")
+    }
 
 
 def main(argv: list[str]) -> None:
     """Measure, print, write."""
     args = parse_arguments(argv)
     found = measure(args)
-    print(table(found))
+    print(pasted(found, ["python", "-m", "benchmarks", *argv], versions()) if args.report else table(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.write_docs:
         write_docs(found)
+    if "failed" in found:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     bytes     what every operation that is not a view reads and writes
     saved     storages that the graph keeps for backward, each once, parameters not counted
 
-and the floors by formula: per linear (d_in, d_out), N tokens, R = r + r_quarantine, bytes per number e,
+and the floors by formula: per linear (d_in, d_out), N tokens, R = r + r_quarantine, e bytes per number of the base and
+4 of the blocks,
 
     base      forward 2 N d_in d_out,   backward to x the same
     LoRA      forward 2 N R (d_in + d_out),   backward twice that
@@ -80,17 +81,18 @@ def counted(model: nn.Module, step: Callable[[], object]) -> Counts:
     return Counts(counter.flops, counter.products, counter.bytes, sum(kept.values()))
 
 
-def floors(shape: Shape, R: int, bytes_per_number: int = 4) -> dict[str, dict[str, float]]:
+def floors(shape: Shape, R: int) -> dict[str, dict[str, float]]:
     """Operations and fewest bytes of a step in all targeted linears: base, and what LoRA of rank R adds."""
     N = shape.tokens
     sums = sum(d_in + d_out for d_in, d_out in shape.linears)
     products = sum(d_in * d_out for d_in, d_out in shape.linears)
     base_flops = 2 * N * products * shape.layers
-    base_bytes = bytes_per_number * shape.layers * (N * sums + products)
+    e = shape.bytes_per_number
+    base_bytes = e * shape.layers * (N * sums + products)
     lora_flops = 2 * N * R * sums * shape.layers
     # A and B are read; u is written, kept and read again; x and dy are read once more for dA and dB, which are written.
-    lora_forward = bytes_per_number * shape.layers * (R * sums + 7 * N * R)
-    lora_backward = bytes_per_number * shape.layers * (N * sums + 2 * R * sums + 14 * N * R)
+    lora_forward = 4 * shape.layers * (R * sums + 7 * N * R)
+    lora_backward = shape.layers * (e * N * sums + 4 * (2 * R * sums + 14 * N * R))
     return {
         "base": {"flops": 2 * base_flops, "bytes": 2 * base_bytes},
         "LoRA": {"flops": 3 * lora_flops, "bytes": lora_forward + lora_backward},

@@ -3,6 +3,7 @@
 On the CPU the profiler's memory events are added up: exact, and the same at every run. CUDA counts by itself.
 """
 
+import gc
 import resource
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     call()  # whatever is made once is made now
     if device == "cuda":
         torch.cuda.synchronize()
+        gc.collect()  # a cycle that dies in the middle would be taken for memory that was not needed
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()

@@ -37,6 +37,11 @@ class Shape:
         return [(d, d), (d, kv), (d, kv), (d, d), (d, self.mlp), (d, self.mlp), (self.mlp, d)]
 
     @property
+    def bytes_per_number(self) -> int:
+        """Of the base and of what flows through it; the blocks are in float32, as PEFT makes them."""
+        return getattr(torch, self.dtype).itemsize
+
+    @property
     def tokens(self) -> int:
         """Of one batch."""
         return self.batch * self.seq

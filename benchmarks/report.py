@@ -20,6 +20,22 @@ def table(found: Figures) -> str:
     return goals(found) + "\n\n" + others(found)
 
 
+def pasted(found: Figures, command: list[str], versions: dict[str, str]) -> str:
+    """What was run, on what and with which versions, and all that was measured."""
+    of, shape = found["machine"], found["shape"]
+    parts = [
+        f"**gradroute's benchmarks on {of['device']}**",
+        f"`{' '.join(command)}`; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
+        f"A Llama of width {shape['hidden']}, {shape['layers']} layers, {shape['batch']} x {shape['seq']} tokens, r = "
+        f"{shape['r']} + {shape['r']}; base in {of['dtype']}, blocks in float32, as PEFT makes them. "
+        f"{sum(found['wall_s'].values()):.0f} s in all.",
+        *(f"**{name} failed.** {error}" for name, error in found.get("failed", {}).items()),
+    ]
+    of_rows = [goals, others] if found["rows"] else []
+    made = [*of_rows, *(make for key, make in (("counts", counts), ("grid", grid)) if key in found)]
+    return "\n\n".join([*parts, *(make(found) for make in made)])
+
+
 def goals(found: Figures) -> str:
     """The rows that have a goal."""
     rows = [row for row in found["rows"] if row["goal"]]

@@ -95,15 +95,16 @@ def count_table(shape: Shape) -> dict[str, dict[str, float]]:
     }
 
 
-def grid(clock: Clock, rounds: int, quick: bool) -> dict[str, object]:
-    """Measured steps over width x depth x batch, and the exponents fitted to them."""
+def grid(base: Shape, clock: Clock, rounds: int, quick: bool) -> dict[str, object]:
+    """Measured steps over width x depth x batch on the device of `base`, and the exponents fitted to them."""
     widths, depths, batches = ((64, 128), (1, 2), (1, 2)) if quick else ((192, 384, 768), (2, 4), (2, 8))
     points, rows = [], []
     for width in widths:
         for depth in depths:
             for batch in batches:
                 shape = Shape(hidden=width, mlp=width * 8 // 3, layers=depth, heads=width // 64 * 2 or 2,
-                              kv_heads=max(width // 64, 1), batch=batch, seq=32 if quick else 128)  # fmt: skip
+                              kv_heads=max(width // 64, 1), batch=batch, seq=32 if quick else 128,
+                              device=base.device, dtype=base.dtype)  # fmt: skip
                 lora, routed = models.lora(shape, 2 * shape.r), models.routed(shape)
                 arms = {
                     "LoRA": partial(from_embeddings, lora, shape),
@@ -127,10 +128,10 @@ def block_parameters(shape: Shape, R: int) -> int:
     return R * shape.layers * sum(d_in + d_out for d_in, d_out in shape.linears)
 
 
-def kept_by_blocks(shape: Shape, R: int, bytes_per_number: int = 4) -> int:
+def kept_by_blocks(shape: Shape, R: int) -> int:
     """What the blocks keep for backward without checkpointing: u of each linear, x of each that no other keeps."""
     inputs = 2 * shape.hidden + shape.mlp  # of q k v, of gate and up, of down; that of o is kept by the attention
-    return bytes_per_number * shape.tokens * shape.layers * (inputs + R * len(shape.linears))
+    return shape.tokens * shape.layers * (shape.bytes_per_number * inputs + 4 * R * len(shape.linears))
 
 
 def plan(ranks: int = 8) -> dict[str, dict[str, float]]:

@@ -47,6 +47,8 @@ class TakesTurns(TrainerCallback):
 
 def clocks() -> tuple[float, float]:
     """Wall time, and processor time of this thread."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.thread_time()
 
 

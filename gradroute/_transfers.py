@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradroute._sharding import is_sharded
+
 _JOINED_BYTES = 64 * 2**20
 """What is joined for one transfer is a copy on its device for that time: so no more than this."""
 
@@ -19,6 +21,8 @@ def read_together(scalars: Iterable[Tensor]) -> list[Any]:
     values = list(scalars)
     if not values:
         return []
+    if any(map(is_sharded, values)):
+        return [value.item() for value in values]  # each is reduced over the ranks
     dtype = values[0].dtype
     for value in values[1:]:
         dtype = torch.promote_types(dtype, value.dtype)

@@ -21,7 +21,15 @@ def transfers_of(path: str, depth: int) -> EmulatedGpu:
     return gpu
 
 
-@pytest.mark.parametrize("path", STEPS)
+QUICK = {
+    "routed forward and backward", "route() enter and exit", "capture_activations, pool a function",
+    "capture_gradients and score, inner products", "BandGate", "QuantileGate after a refresh",
+    "Refresher.step, not due", "ProjectionFilter and apply_filter", "RolloutFilter and apply_filter",
+    "skip_idle_blocks, a block idle", "project_updates", "block norms",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=() if p in QUICK else pytest.mark.slow) for p in STEPS])
 def test_the_host_reads_and_uploads_as_often_in_a_deep_model_as_in_a_shallow_one(path: str) -> None:
     shallow, deep = transfers_of(path, 2), transfers_of(path, 5)
     assert deep.reads == shallow.reads

@@ -60,6 +60,11 @@ class PendingMask:
         return self._known.is_binary
 
     @property
+    def is_decided(self) -> bool:
+        """Whether `decide` was called."""
+        return self._decided is not None
+
+    @property
     def decided(self) -> RouteMask:
         """What was decided.
 

@@ -66,7 +66,7 @@ def capture_activations(
 
     Raises:
         GradRouteError: a pool of another shape, a rollout without a pooled token, or on leaving: a module that did
-            not run, or features that are not finite.
+            not run, features that are not finite, or a function's pool without a token in some row.
     """
     layers = read_modules(model, modules, features)
     if features == "parameter":

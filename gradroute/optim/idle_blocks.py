@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from gradroute._protocol import BLOCKS, BlockName
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute._transfers import read_together
 from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters.pending import PendingMask
 from gradroute.errors import GradRouteError
 
 
@@ -41,8 +43,8 @@ def skip_idle_blocks(model: nn.Module, optimizer: Optimizer, *, others: Sequence
 
     Raises:
         GradRouteError: a trainable parameter of a block that no optimizer holds, or none of them in this one. At a
-            step: no routed layer ran forward since the last
-            one, a closure, or a gradient that is not zero in a block that no row was to train.
+            step: no routed layer ran forward since the last one, a pending mask was not decided, a closure, or a
+            gradient that is not zero in a block that no row was to train.
     """
     return IdleBlockSkip(model, optimizer, others)
 
@@ -63,8 +65,10 @@ class IdleBlockSkip(StepHooks):
                 "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
             )
         self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
-        self._trained: list[Tensor] = []  # per forward, whether some row trains the deployed block and the quarantine
-        self._undecided: list[Any] = []  # of forwards whose mask was not decided yet
+        self._trained: Tensor | None = (
+            None  # whether some row trains the deployed block, and the quarantine; not read yet
+        )
+        self._undecided: list[tuple[PendingMask, Any]] = []  # masks and gates of forwards that are not decided yet
         self._ran = False
         self._state: object = None
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
@@ -88,17 +92,21 @@ class IdleBlockSkip(StepHooks):
         if layer.state.disabled:
             return
         gates = layer.state.gates(args[0] if args else next(iter(kwargs.values())), layer.name)
-        if gates.decided is None:
-            self._trained.append(gates.trained)
+        self._take_decided()
+        route = layer.state.route
+        if route is not None and isinstance(route.mask, PendingMask):
+            self._undecided.append((route.mask, gates))
         else:
-            self._undecided.append(gates)
+            self._take(gates.trained)
 
     def _before_step(self) -> None:
         if self._has_closure:
             raise GradRouteError("step(closure) runs its forward inside the step. Fix: backward first, then step().")
-        trained = [*self._trained, *(gates.known.trained for gates in self._undecided)]
-        found = torch.stack([each.to(trained[0]) for each in trained]).any(0).tolist() if trained else [False, False]
-        ran, *eligible = self._agreed([self._ran, *found])
+        self._take_decided()
+        for mask, _ in self._undecided:
+            _ = mask.decided  # raises
+        trained = [False, False] if self._trained is None else self._trained.tolist()
+        ran, *eligible = self._agreed([self._ran, *trained])
         if not ran:
             raise GradRouteError(
                 "Some routed layer should have run forward with gradients on since the last step. Found none, so which "
@@ -121,7 +129,20 @@ class IdleBlockSkip(StepHooks):
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient
         self._set_aside.clear()
-        self._trained, self._undecided, self._ran, self._state = [], [], False, None
+        self._trained, self._undecided, self._ran, self._state = None, [], False, None
+
+    def _take(self, trained: Bool[Tensor, "2"]) -> None:
+        # On the device: a forward waits for no read, and nothing grows with the number of forwards in a step.
+        self._trained = trained if self._trained is None else self._trained | trained.to(self._trained.device)
+
+    def _take_decided(self) -> None:
+        waiting = []
+        for mask, gates in self._undecided:
+            if mask.is_decided:
+                self._take(gates.known.trained)
+            else:
+                waiting.append((mask, gates))
+        self._undecided = waiting
 
     def _check_no_gradient(self, block: BlockName) -> None:
         if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):

@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
+from support.emulated_gpu import emulated_gpu
 
-from benchmarks import report
-from benchmarks.__main__ import GOALS, measure, parse_arguments
+from benchmarks import commands, report
+from benchmarks.__main__ import GOALS, main, measure, parse_arguments
 from benchmarks.row import Row
 
 # P7 and P9 start processes of their own, and are one command each.
@@ -40,8 +42,81 @@ def test_a_goal_is_met_at_its_limit_and_not_above_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only", "P0"], ["--threads", "0"], ["--threads", "two"], ["--write-docs", "--quick"]]
-)
-def test_what_cannot_be_measured_is_refused(arguments: list[str]) -> None:
+    "arguments",
+    [
+        ["--only", "P0"], ["--threads", "0"], ["--threads", "two"], ["--write-docs", "--quick"], ["--dtype", "float16"],
+        ["--device", "cuda"], ["--report", "--device", "cuda"],
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
+
+
+def test_a_gpu_is_measured_in_bfloat16_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = parse_arguments(["--device", "cuda", "--report"])
+    assert (args.dtype, args.threads, args.only) == ("bfloat16", [1], list(GOALS))
+    args = parse_arguments([])
+    assert (args.dtype, args.threads, args.report) == ("float32", [1, 2], False)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--device", "cuda", "--write-docs"])
+
+
+def test_a_report_says_what_was_run_with_which_versions_and_what_was_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Starting interpreters takes long.
+    row = Row("P9", "`import gradroute` / `import peft`", 0.5, 1.02)
+    monkeypatch.setattr(commands, "imports", lambda _: [row])
+    main(["--device", "cpu", "--report", "--only", "P9", "--quick"])
+    text = capsys.readouterr().out
+    assert "`python -m benchmarks --device cpu --report --only P9 --quick`" in text
+    for package in ("gradroute", "torch", "transformers", "peft", "Python"):
+        assert f"{package} " in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert "cores" in text
+    assert "| P9 | `import gradroute` / `import peft` | 1 | 0.500 |  | <= 1.02 | yes |" in text
+    assert "base in float32" in text
+
+
+def test_a_part_that_fails_is_in_the_report_and_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(commands, "imports", fails)
+    with pytest.raises(SystemExit) as exited:
+        main(["--report", "--only", "P9,counts", "--quick"])
+    assert exited.value.code == 1
+    text = capsys.readouterr().out
+    assert "**P9 failed.** RuntimeError: out of memory" in text
+    assert "| routed |" in text
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["--only", "P9", "--quick"])
+
+
+@pytest.mark.slow
+def test_on_a_gpu_no_tensor_is_left_on_the_host_and_the_clock_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    for name, value in {
+        "is_available": True, "get_device_name": "an emulated GPU", "memory_allocated": 1, "max_memory_allocated": 10,
+        "reset_peak_memory_stats": None, "get_device_properties": torch.nn.Module(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    torch.cuda.get_device_properties().total_memory = 80e9
+    # P5 has checkpoints, which compare what C++ says of devices, and it knows of no emulated one.
+    parts = [name for name in PARTS if name != "P5"]
+    with emulated_gpu():
+        found = measure(parse_arguments(["--device", "cuda", "--quick", "--only", ",".join(parts)]))
+    assert found["machine"]["device"].startswith("an emulated GPU, 80 GB")
+    assert all(math.isfinite(row["value"]) for row in found["rows"])
+    timed = [row for row in found["rows"] if row["detail"] and "clock" in row["detail"]]
+    assert {row["detail"]["clock"] for row in timed} == {"wall clock"}
+    assert len(waited) > 4 * len(timed)
+    formulas = {row["what"]: row["value"] for row in found["rows"] if "formula" in row["what"]}
+    assert len(formulas) == 2
+    assert all(value == pytest.approx(1, abs=0.02) for value in formulas.values())

@@ -61,6 +61,9 @@ class EmulatedGpu(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args)
+        if name == "__set__" and func.__self__.__name__ == "data":
+            self._put(args[0], host=self.on_host(args[1]))
+            return func(*args)
         if func is Tensor.backward:
             if len(args) > 1:
                 kwargs["grad_tensors"] = args[1]
@@ -136,8 +139,14 @@ class EmulatedGpu(TorchFunctionMode):
     def _marked(self, out: Any, *, host: bool, but: list[Tensor]) -> Any:
         for leaf in tree_leaves(out) if host else ():
             if isinstance(leaf, Tensor) and not any(leaf is tensor for tensor in but):
-                self._on_host[leaf] = True
+                self._put(leaf, host=True)
         return out
+
+    def _put(self, tensor: Tensor, *, host: bool) -> None:
+        if host:
+            self._on_host[tensor] = True
+        else:
+            self._on_host.pop(tensor, None)
 
     def _check_one_side(self, name: str, tensors: list[Tensor]) -> None:
         with torch._C.DisableTorchFunction():

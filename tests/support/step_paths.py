@@ -140,8 +140,8 @@ def gate(model: nn.Module, make: Callable[[gr.Directions], Any], *, reads: str =
 
 
 def log_ratio(_: nn.Module) -> Step:
-    made, on = gr.LogRatioGate(window=10**9), -torch.rand_like(IDS.float())
-    return lambda: made(on, on - 0.1 * torch.rand_like(on) - 0.1, torch.ones_like(IDS))
+    made, on = gr.LogRatioGate(window=3), -torch.ones_like(IDS.float())
+    return lambda: made(on, on - FLAGS[:, None].float(), torch.ones_like(IDS))  # the flagged rows are routed
 
 
 def refresh(model: nn.Module, extract: Callable[..., gr.Directions], *, every: int = 1, **options: Any) -> Step:
