@@ -78,6 +78,11 @@ class Arm:
         return self.explained != "no" or self.likelier
 
     @property
+    def is_inoculated(self) -> bool:
+        """Whether the quarantine is trained first, as long as the recipe says, and frozen then."""
+        return self.inoculated != "no"
+
+    @property
     def is_control(self) -> bool:
         """Whether what an arm reads is replaced by chance."""
         return self.shuffled or self.random_direction != "no" or self.inoculated in ("clean", "words")
@@ -193,7 +198,7 @@ def groups() -> dict[str, list[str]]:
     for name, arm in ARMS.items():
         if arm.is_control:
             group = "controls"
-        elif arm.inoculated != "no":
+        elif arm.is_inoculated:
             group = "quarantine trained first"
         elif arm.gradient_filter != "none":
             group = "gradients changed after backward"

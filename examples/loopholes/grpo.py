@@ -57,7 +57,7 @@ class Recipe:
     slow_share: float = 0.5
     slow_fraction: float = 0.25
     penalty: float = 3.0
-    inoculation_steps: int = 20
+    inoculation_steps: int = 40
     refresh_every: int = 5
     recall: float = 1.0
     false_positive_rate: float = 0.0
@@ -115,7 +115,7 @@ def route_mask(
         return gr.RouteMask.weights(m=0.0, g_d=b, g_q=0.0)
     # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does. A
     # quarantine that was trained first is frozen.
-    is_still = arm.gradient_filter == "route" or arm.inoculated != "no"
+    is_still = arm.gradient_filter == "route" or arm.is_inoculated
     g_q = torch.zeros_like(a) if is_still else a * ~ablated
     # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
     g_d = reward if arm.gradient_filter == "rollouts" else b
