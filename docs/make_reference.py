@@ -36,7 +36,7 @@ PAGES: dict[str, tuple[str, dict[str, str]]] = {
         "Masks": "RouteMask",
         "Masks that are decided after the forward": "PendingMask",
         "Routes": "route set_route clear_route",
-        "Views": "ablate_quarantine disable_adapters",
+        "Views": "ablate_quarantine disable_adapters frozen_quarantine",
         "Look at a model": "check_model Finding parameter_summary ParameterSummary deployed_parameters "
         "quarantine_parameters",
         "Gains instead of LoRA": "SvdGain",

@@ -14,12 +14,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 DOCS = Path(__file__).parent
 WRITTEN = (
     DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "exactness.md",
-    DOCS / "howto" / "sharded.md", DOCS.parent / "README.md",
+    DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md", DOCS.parent / "README.md",
 )  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path[:0] = [str(DOCS), str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
@@ -94,6 +95,20 @@ def rivals(env: str, arms: str, *files: str) -> str:
                     rows[-1].insert(0, setting(path))
     header = ["arm", "runs", *(COLUMNS[column] for column in columns)]
     return markdown_table(["setting", *header] if len(files) > 1 else header, rows)
+
+
+def side_by_side(env: str, arms: str, *files: str) -> str:
+    """The deployed view of `arms`, and the on view's hacks, in the runs of the first file; others add arms to it."""
+    results = {job: run for file in reversed(files) for job, run in read_report(DOCS / "results" / file).items()}
+    seeds = {(job.base_seed, job.seed) for job in read_report(DOCS / "results" / files[0]) if job.env == env}
+    columns = [*DEPLOYED, ("on", "hack_monitored"), ("on", "hack_held_out")]
+    rows = []
+    for arm in arms.split(","):
+        runs = [run for job, run in of_arm(results, env, arm).items() if (job.base_seed, job.seed) in seeds]
+        rates = [[run[view][rate] for run in runs] for view, rate in columns]
+        cells = [f"{fmean(each):.2f}, {min(each):.2f} to {max(each):.2f}" for each in rates]
+        rows.append([arm, str(len(runs)), *cells])
+    return markdown_table(["arm", "runs", *(COLUMNS[column] for column in columns)], rows)
 
 
 def thresholds(arms: str, *files: str) -> str:
@@ -225,6 +240,7 @@ def sharding_plan() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
     "rivals": rivals, "one-block": one_block, "thresholds": thresholds, "arms": arms, "findings": findings.findings,
+    "side-by-side": side_by_side,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
     "first-run": first_run,

@@ -1,7 +1,7 @@
 """Identity of the base model, of directions and of deployed blocks; checksums that show whether the policy moved.
 
 model_identity        the frozen base, the same attached or not         deployed_hash          what a card speaks of
-rows_hash             what scores depend on                             deployed_fingerprint   has anything changed?
+rows_hash             what scores depend on                             block_fingerprint      has anything changed?
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradroute._module_tree import named_modules
 from gradroute._offloading import check_in_memory, in_memory
-from gradroute._protocol import BLOCKS, RoutedLayer, routed_layers
+from gradroute._protocol import BLOCKS, BlockName, RoutedLayer, routed_layers
 from gradroute._sharded_samples import evenly_spaced
 from gradroute._sharding import held, is_partitioned, is_sharded, reshard, shape_of, whole
 from gradroute._torch_private import times_written
@@ -155,11 +155,11 @@ def scale_in_card(text: str) -> float:
     return 0.0 if found is None else float(found[1])
 
 
-def deployed_fingerprint(model: nn.Module) -> list[int]:
-    """A checksum over the bits of each deployed parameter: any change shows, and no copy is kept."""
+def block_fingerprint(model: nn.Module, block: BlockName) -> list[int]:
+    """A checksum over the bits of each parameter of a block: any change shows, and no copy is kept."""
     reshard(model)
-    deployed = [whole(p) for layer in routed_layers(model).values() for p in layer.block_parameters("deployed")]
-    bits = [bits_of(p).long() for p in deployed]
+    parameters = [whole(p) for layer in routed_layers(model).values() for p in layer.block_parameters(block)]
+    bits = [bits_of(p).long() for p in parameters]
     # Weighted by position, so that values which change places show too; int64 wraps around.
     return read_together((b * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum() for b in bits)
 

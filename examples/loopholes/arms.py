@@ -32,6 +32,8 @@ class Arm:
         random_direction: a Haar-distributed direction in place of the extracted one; oriented on the same pairs as a
             whole, by the gate, or module by module, which is the stronger control.
         refreshed: directions are re-extracted during training.
+        inoculated: the quarantine is trained before the policy, on the hack sides of the pairs, their clean sides or
+            random words, and frozen then.
         parametrization: of both blocks; filters by projection need gains.
     """
 
@@ -52,6 +54,7 @@ class Arm:
     directions: Literal["none", "activation", "gradient"] = "none"
     random_direction: Literal["no", "haar", "oriented"] = "no"
     refreshed: bool = False
+    inoculated: Literal["no", "hacks", "clean", "words"] = "no"
     parametrization: Literal["lora", "svd_gain"] = "lora"
 
     @property
@@ -75,9 +78,14 @@ class Arm:
         return self.explained != "no" or self.likelier
 
     @property
+    def is_inoculated(self) -> bool:
+        """Whether the quarantine is trained first, as long as the recipe says, and frozen then."""
+        return self.inoculated != "no"
+
+    @property
     def is_control(self) -> bool:
         """Whether what an arm reads is replaced by chance."""
-        return self.shuffled or self.random_direction != "no"
+        return self.shuffled or self.random_direction != "no" or self.inoculated in ("clean", "words")
 
     @property
     def has_flags(self) -> bool:
@@ -105,6 +113,10 @@ def _one_block(flags: Literal["oracle", "monitored", "gate"], whose: str, **diff
 def _explained(about: str, **differences: Any) -> Arm:
     recipe: dict[str, Any] = {"explained": "alone", "slow_start": True, "ablated_rollouts": "late"}
     return Arm(about, **{**recipe, **differences})
+
+
+def _inoculated(about: str, inoculated: Literal["hacks", "clean", "words"]) -> Arm:
+    return Arm(about, inoculated=inoculated, ablated_rollouts="no")
 
 
 def _gains(about: str, gradient_filter: Literal["erase", "route"], **differences: Any) -> Arm:
@@ -159,6 +171,9 @@ ARMS = {
     ),
     "likelier": _one_block("gate", "the gate's", **_GATE)["likelier"],
     "unrouted": Arm("both blocks as one adapter; ablating removes a random half of it", ablated_rollouts="no"),
+    "inoculated": _inoculated("the quarantine learns the hacks of the pairs first, and is frozen", "hacks"),
+    "inoculated-clean": _inoculated("inoculated with the clean sides of the pairs", "clean"),
+    "inoculated-words": _inoculated("inoculated with random words", "words"),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
     "gradient-frozen": _gate("the direction of gradients, never refreshed", "gradient", refreshed=False),
     "rollout-filter": Arm(
@@ -177,12 +192,14 @@ def groups() -> dict[str, list[str]]:
     """The arms by what they are for, each in one group."""
     found: dict[str, list[str]] = {
         "nobody flags anything": [], "routed by a direction": [], "routed by labels": [],
-        "routed by the quarantine alone": [], "one block, with the same flags": [],
+        "routed by the quarantine alone": [], "quarantine trained first": [], "one block, with the same flags": [],
         "gradients changed after backward": [], "controls": [],
     }  # fmt: skip
     for name, arm in ARMS.items():
         if arm.is_control:
             group = "controls"
+        elif arm.is_inoculated:
+            group = "quarantine trained first"
         elif arm.gradient_filter != "none":
             group = "gradients changed after backward"
         elif not arm.has_flags:

@@ -27,6 +27,7 @@ from .detector import Detector
 from .environment import Environment
 from .evaluation import curve_point, evaluate, view_rates
 from .flags import Flagger
+from .inoculation import inoculated, lesson
 from .measurements import detection, dose_curve, hackward, score_histograms
 from .sampling import completion_logps, sample
 from .teacher import Teacher
@@ -56,6 +57,7 @@ class Recipe:
     slow_share: float = 0.5
     slow_fraction: float = 0.25
     penalty: float = 3.0
+    inoculation_steps: int = 40
     refresh_every: int = 5
     recall: float = 1.0
     false_positive_rate: float = 0.0
@@ -111,8 +113,10 @@ def route_mask(
     a, b = gr.clean_baseline_advantages(reward, flags, group_size)
     if not arm.routed:
         return gr.RouteMask.weights(m=0.0, g_d=b, g_q=0.0)
-    # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does.
-    g_q = torch.zeros_like(a) if arm.gradient_filter == "route" else a * ~ablated
+    # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does. A
+    # quarantine that was trained first is frozen.
+    is_still = arm.gradient_filter == "route" or arm.is_inoculated
+    g_q = torch.zeros_like(a) if is_still else a * ~ablated
     # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
     g_d = reward if arm.gradient_filter == "rollouts" else b
     return gr.RouteMask.weights(m=(~ablated).float(), g_d=g_d, g_q=g_q)
@@ -127,8 +131,28 @@ def train(
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
-    start, arm = time.perf_counter(), ARMS[arm_name]
+    arm = ARMS[arm_name]
     blocks, lr = attached(model, arm, recipe, seed)
+    if arm.inoculated == "no":
+        return _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step)
+    taught = lesson(environment, arm.inoculated, recipe.pairs_per_mode, seed)
+    with inoculated(model, *taught, steps=recipe.inoculation_steps, lr=lr) as gained:
+        entry = _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step)
+    entry["curve"][0]["gained_nats"] = gained
+    return entry
+
+
+def _train(
+    model: nn.Module,
+    environment: Environment,
+    arm_name: str,
+    seed: int,
+    recipe: Recipe,
+    blocks: list[list[nn.Parameter]],
+    lr: float,
+    on_step: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    start, arm = time.perf_counter(), ARMS[arm_name]
     optimizer = torch.optim.AdamW(gr.optim.block_groups(model), lr=lr, betas=recipe.betas, weight_decay=0.0)
     if arm.slow_start:
         gr.optim.slow_start(model, optimizer, steps=recipe.slow_steps, fraction=recipe.slow_fraction)

@@ -58,6 +58,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--penalty", type=float, help=f"not given: {RECIPE.penalty:g}, or more if recall asks for it")
     nats = f"threshold of the arms *-explained and *-likelier, in nats; {RECIPE.explained_nats:g} if not given"
     parser.add_argument("--nats", type=float, help=nats)
+    steps = f"in which the arms inoculated* train their quarantine; {RECIPE.inoculation_steps} if not given"
+    parser.add_argument("--inoculation-steps", type=int, help=steps)
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
@@ -92,12 +94,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    for name, reads in (("penalty", "reads_penalty"), ("nats", "reads_log_ratios")):
-        given = getattr(args, name)
+    optional = {"penalty": "reads_penalty", "nats": "reads_log_ratios", "inoculation-steps": "is_inoculated"}
+    for name, reads in optional.items():
+        given = getattr(args, name.replace("-", "_"))
         if given is not None and not args.report and not any(getattr(ARMS[arm], reads) for arm in args.arms):
             parser.error(f"--{name}: no arm of these takes it")
     if args.nats is not None and not args.nats > 0:
         parser.error(f"--nats: expected a positive number, found {args.nats}")
+    if args.inoculation_steps is not None and not args.inoculation_steps > 0:
+        parser.error(f"--inoculation-steps: expected a positive integer, found {args.inoculation_steps}")
     if "base" not in args.arms:
         args.arms.insert(0, "base")
     if (args.recall, args.false_positive_rate) != (1.0, 0.0) and not args.report:
@@ -119,6 +124,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--penalty: expected at least 1 / recall = {least_penalty:g}, found {args.penalty:g}")
     args.penalty = RECIPE.penalty if args.penalty is None else args.penalty
     args.nats = RECIPE.explained_nats if args.nats is None else args.nats
+    args.inoculation_steps = args.inoculation_steps or RECIPE.inoculation_steps
     return args
 
 
@@ -167,6 +173,7 @@ def main(argv: list[str]) -> None:
         false_positive_rate=args.false_positive_rate,
         penalty=args.penalty,
         explained_nats=args.nats,
+        inoculation_steps=args.inoculation_steps,
         teacher_per_group=args.teacher[0],
         teacher_steps=args.teacher[1],
     )

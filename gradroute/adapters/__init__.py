@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gradroute.adapters import init as init
 from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
 from gradroute.adapters.check import Finding, check_model
+from gradroute.adapters.frozen import frozen_quarantine
 from gradroute.adapters.functional import quarantine_lora
 from gradroute.adapters.layer import QuarantineLoRA
 from gradroute.adapters.mask import RouteMask
@@ -55,6 +56,7 @@ __all__ = [
     "disable_adapters",
     "export_deployed",
     "export_full",
+    "frozen_quarantine",
     "load_quarantined",
     "merge_deployed",
     "parameter_summary",

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from gradroute._before_use import check_before_use
 from gradroute._checks import instance_of, integer_from_zero, positive_integer
-from gradroute._hashing import deployed_fingerprint, writes_to
+from gradroute._hashing import block_fingerprint, writes_to
 from gradroute._logging import logger
 from gradroute._optimized import check_optimized
 from gradroute._protocol import routed_layers
@@ -103,7 +103,7 @@ class Refresher:
         self.reports: list[RefreshReport] = []
         self._extracted_at = directions.step
         self._version = directions.version
-        self._fingerprint = deployed_fingerprint(model)
+        self._fingerprint = block_fingerprint(model, "deployed")
         self._counts: list[StepCount] = []
         self._readers: list[Gate | GradientFilter] = []
         self._layers = list(routed_layers(model).values())
@@ -159,7 +159,7 @@ class Refresher:
                 f"{self._version}. Fix: one Refresher per Directions."
             )
         fresh = self._extracted()
-        fingerprint = deployed_fingerprint(self.model)
+        fingerprint = block_fingerprint(self.model, "deployed")
         moved = fingerprint != self._fingerprint
         if moved and _equal(fresh.hack, self.directions.hack) and _equal(fresh.clean, self.directions.clean):
             raise RefreshError(

@@ -51,6 +51,8 @@ def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
         (["--arms", "weak-penalty", "--penalty", "0"], "--penalty: expected at least 1 / recall = 1, found 0"),
         (["--arms", "weak-penalty", "--penalty", "3", "--recall", ".2"], "at least 1 / recall = 5, found 3"),
         (["--arms", "weak-likelier", "--nats", "nan"], "--nats: expected a positive number, found nan"),
+        (["--arms", "weak", "--inoculation-steps", "2"], "--inoculation-steps: no arm of these takes it"),
+        (["--arms", "inoculated", "--inoculation-steps", "0"], "--inoculation-steps: expected a positive integer"),
         (["--monitored", "run_tests,sentinel,stdout,file"], "--monitored: expected one mode to be held out"),
         (["--teacher", "2"], "--teacher: expected two integers"),
         (["--teacher", "8,5"], "--teacher: expected two integers, the first below 8"),

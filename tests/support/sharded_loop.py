@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import gradroute as gr
-from gradroute._hashing import deployed_fingerprint, deployed_hash, model_identity
+from gradroute._hashing import block_fingerprint, deployed_hash, model_identity
 from gradroute._sharding import is_sharded, whole
 from gradroute.filters import ProjectionFilter, apply_filter
 from support.models import randomize_blocks
@@ -186,7 +186,7 @@ def run(case: str, rows: slice, folder: Path, shard: Callable[[nn.Module], nn.Mo
     found = {**loop.found, "values": values(model)}
     found["sharded"] = any(is_sharded(p) for _, p in blocks(model))
     found["identity"], found["hash"] = model_identity(model), deployed_hash(model)
-    found["fingerprint"] = deployed_fingerprint(model)
+    found["fingerprint"] = block_fingerprint(model, "deployed")
     found["summary"], found["findings"] = repr(gr.parameter_summary(model)), list(map(str, gr.check_model(model)))
     resumed = Loop(shard(routed(case)), rows, state, folder / "directions.safetensors")
     resumed.step(2)

@@ -88,6 +88,10 @@ MODEL_CALLS: Calls = {
         ("`rows`", lambda: gr.ablate_quarantine(MODEL, rows=torch.tensor([0, 1]))),
         ("`scale`", lambda: gr.ablate_quarantine(MODEL, FLAGS)),
     ],
+    "frozen_quarantine": [
+        *[("`model`", lambda m=m: gr.adapters.frozen_quarantine(m)) for m in UNADAPTED],
+        ("`model`", lambda: gr.adapters.frozen_quarantine(MODEL)),
+    ],
     "disable_adapters": [("`model`", lambda m=m: gr.disable_adapters(m)) for m in UNADAPTED],
     "deployed_parameters": [("`model`", lambda m=m: list(gr.deployed_parameters(m))) for m in UNADAPTED],
     "quarantine_parameters": [("`model`", lambda m=m: list(gr.quarantine_parameters(m))) for m in UNADAPTED],
