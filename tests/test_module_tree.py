@@ -52,6 +52,9 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "renamed": lambda m: m[2].update({"b": m[2].pop("a")}),
     "exchanged": lambda m: m[1]._modules.update({"0": m[1][1], "1": m[1][0]}),
     "moved to another parent": lambda m: (m[1].append(m[0].lower), delattr(m[0], "lower")),
+    "moved from the end of one parent to the start of the next": lambda m: setattr(
+        m[1], "_modules", {"upper": m[0]._modules.pop("upper"), **m[1]._modules}
+    ),
     "of another class": lambda m: setattr(m[0].lower, "__class__", nn.Identity),
     "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m[0].lower),
     "shared with another parent": lambda m: setattr(m[2]["a"], "upper", m[0].upper),
