@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from gradroute._checks import instance_of, one_of, positive_number
 from gradroute._per_rollout import block_kind
 from gradroute._protocol import BlockName, RoutedLayer
-from gradroute._sharding import as_blocks, as_row, full_gradient, size_of, wide
+from gradroute._sharding import as_blocks, as_row, check_layout, full_gradient, size_of, wide
 from gradroute._transfers import moved_together
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.directions.directions import Directions
@@ -151,6 +151,7 @@ class ProjectionFilter(GradientFilter):
             self._check_kind(name, layer)
             parameters, dtype = list(layer.block_parameters("deployed")), torch.float32
             for parameter in parameters:
+                check_layout(name, parameter)
                 dtype = torch.promote_types(dtype, (parameter if parameter.grad is None else parameter.grad).dtype)
             homes[name] = (sum(map(size_of, parameters)), parameters[0].device, dtype)
         signs_matter = self.side == "one"

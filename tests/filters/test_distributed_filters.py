@@ -8,6 +8,8 @@ import pytest
 import torch
 from support.distributed_filters import CASES, expected
 
+import gradroute as gr
+
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
@@ -19,7 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(script), str(rank), str(folder)],
             stderr=subprocess.PIPE,
-            env={"PYTHONPATH": f"{script.parent}:{script.parent.parent}", "HOME": str(folder)},
+            env={"PYTHONPATH": f"{Path(gr.__file__).parents[1]}:{script.parent.parent}", "HOME": str(folder)},
         )
         for rank in (0, 1)
     ]
