@@ -124,21 +124,19 @@ class RolloutFeatures:
     def _why_neither(self) -> str:
         """Why no pass that is made anyway can give the features; "" where one can."""
         trainer, model, made_by = self._trainer, self._trainer.model, self.directions.provenance
-        turns = any(getattr(trainer, each, None) for each in ("tools", "rollout_func", "environment_factories"))
+        turns = any(getattr(trainer, each, None) for each in ("tools", "environment_factories"))
         reasons = {
             "it was asked for": self._view == "ablated",
-            "tools, environments and rollout functions sample in turns": turns,
+            "tools and environments sample in turns": turns,
             "dropout, or the noise of a router, makes features of a pass in training mode random": is_random(model),
         }
         if self._makes_old_logps():
             why = "TRL counts the padding before a prompt in the positions that this model adds"
             reasons[why] = _adds_positions(model)
         else:
-            batching = getattr(trainer, "use_transformers_continuous_batching", False)
             pooled = made_by.feature == "bottleneck" and made_by.reduction != "last"
             reasons |= {
                 "an engine samples, and TRL computes no old log-probabilities": trainer.use_vllm,
-                "continuous batching mixes the tokens of rollouts": batching,
                 "the model is sharded": bool(ranks_of(model.parameters())),
                 f"decoding does not give features of {made_by.feature}, {made_by.reduction}": not pooled,
             }
