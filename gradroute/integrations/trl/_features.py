@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from gradroute._hashing import known_identity
 from gradroute._logging import logger
 from gradroute._sharding import ranks_of
 from gradroute.directions import Capture, capture_activations
@@ -110,6 +111,8 @@ class RolloutFeatures:
         rows = own.any(1).nonzero().squeeze(1)
         if self._captured is not None and self._captured.view in ("on", "scaled by rows"):
             self._say("in the pass of the old log-probabilities")
+            if ranks_of(self._trainer.model.parameters()):
+                known_identity(self._trainer.model)  # collective, and read with scores, which some ranks may lack
             return (self._captured.take(rows) if len(rows) else None), rows
         if self._decoded is not None:
             found = self._decoded.capture(self.directions.provenance, own.sum(1))
@@ -145,10 +148,9 @@ class RolloutFeatures:
     def _makes_old_logps(self) -> bool:
         """Whether TRL computes log-probabilities of the rollouts before the loss."""
         trainer = self._trainer
-        aligned = trainer.args.gradient_accumulation_steps % (
-            trainer.args.steps_per_generation * trainer.num_iterations
-        )
-        return bool(aligned) or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+        generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+        corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+        return bool(trainer.args.gradient_accumulation_steps % generate_every) or corrected
 
     def _say(self, where: str) -> None:
         if where not in self._said and self._trainer.accelerator.is_main_process:
