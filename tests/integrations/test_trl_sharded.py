@@ -12,7 +12,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from support.processes import run_ranks
 from support.sharded_figures import record
-from support.sharded_trl import CASES, ENGINES, FSDP2_ONLY, parameter_directions
+from support.sharded_trl import CASES, ENGINES, FSDP2_ONLY, READY, parameter_directions
 from support.tiny_models import config
 from support.trl_reference import Blocks, Run, distance, reference
 from support.trl_runs import extract, move_reference, quiet, wrapped
@@ -174,8 +174,9 @@ def test_unequally_many_rows_run_twice_under_checkpoints(engine: str, mode: bool
     "one process of a sharded model has rollouts without a completion token, and another has some",
     "all rows are run, so that the processes join the same gathers; rows without a token have no score and absorb",
 )
-def test_a_rank_whose_rollouts_have_no_tokens_runs_as_many_forwards(engine: str, folder: Path) -> None:
-    first, second = load(folder, "one rank without tokens")
+@pytest.mark.parametrize("case", READY)
+def test_a_rank_whose_rollouts_have_no_tokens_runs_as_many_forwards(engine: str, folder: Path, case: str) -> None:
+    first, second = load(folder, case)
     assert first["steps"][0]["route_score"].isnan().all()
     assert second["steps"][0]["route_score"].isfinite().all()
     assert same(first["after"], second["after"])

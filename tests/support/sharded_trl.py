@@ -84,7 +84,8 @@ class EndsOnRankOne(Watched):
 
 
 # With directions that are made before: the first score is also the first that asks which base model it is.
-READY = "one rank without tokens"
+# TRL's two iterations: scores then come from the pass of old log-probabilities.
+READY = {"one rank without tokens": {}, "one rank without tokens, old pass": {"args_num_iterations": 2}}
 UNEQUAL = {**ONE_STEP, "detector": best(1, 2), "args_beta": 0.2}
 CHECKPOINTS = {
     f"checkpoints, use_reentrant={mode}": {
@@ -105,9 +106,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # One process has more rows that run twice than the other.
     **CHECKPOINTS,
-    READY: {
-        **ONE_STEP, "cls": EndsOnRankOne, "args_mask_truncated_completions": True,
-        "args_max_steps": 1,
+    **{
+        name: {
+            **ONE_STEP, "cls": EndsOnRankOne, "args_mask_truncated_completions": True, "args_max_steps": 1, **more,
+        }
+        for name, more in READY.items()
     },
     "by name": {
         **ONE_STEP, "directions": extract, "refresher": 1, "args_gradient_checkpointing": True,
@@ -140,7 +143,7 @@ def made(case: str, engine: str, folder: Path, seed: int = 0, **more: Any) -> An
     if engine.startswith("ZeRO"):
         options |= {"args_deepspeed": zero(int(engine[-1])), "args_use_cpu": False}
     model: Any = wrapped(seed)
-    if case == READY:
+    if case in READY:
         with gr.ablate_quarantine(model):
             options["directions"] = extract(model)
     if case == "by name":
