@@ -1,6 +1,6 @@
 """What a routed optimizer step costs in TRL: generation, scores, masks, loss, backward, optimizer; against a plain one.
 
-    python benchmarks/trl_step.py [--pairs 4] [--hidden 576] [--layers 4] [--tokens 256]
+    python benchmarks/trl_step.py [--pairs 4] [--hidden 576] [--layers 4] [--tokens 256] [--score-view sampled]
 
 Both trainers train the same model, the plain one with LoRA of rank r + r_quarantine, with TRL's defaults (256 tokens,
 checkpointing), and take turns, step by step, so that what else the machine does falls on both. Prints medians, and the
@@ -85,7 +85,7 @@ def built(cls: type, folder: str, arguments: argparse.Namespace, **options: Any)
     )  # fmt: skip
 
 
-def routed_options(arm: str) -> dict[str, Any]:
+def routed_options(arm: str, score_view: str) -> dict[str, Any]:
     def extract(model: Any) -> gr.Directions:
         return gr.extract_activation_directions(model, pairs, tokenizer=tokenizer())
 
@@ -93,6 +93,7 @@ def routed_options(arm: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "directions": extract,
         "gate": lambda directions: gr.BandGate(directions, window=10**9),
+        "score_view": score_view,
     }
     more = {
         "score": {},
@@ -131,6 +132,7 @@ def main() -> None:
     for name, default in (("pairs", 4), ("hidden", 576), ("layers", 4), ("tokens", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--arms", default="score,refreshed,ablated")
+    parser.add_argument("--score-view", choices=("ablated", "sampled"), default="ablated")
     arguments = parser.parse_args()
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     both = lora | {"r": 32, "lora_alpha": 64}
@@ -140,7 +142,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plain = built(GRPOTrainer, folder, arguments, peft_config=LoraConfig(**both))
             config = gr.QuarantineLoraConfig(**lora)
-            options = routed_options(arm)
+            options = routed_options(arm, arguments.score_view)
             routed = built(GradRouteGRPOTrainer, folder, arguments, peft_config=config, **options)
             seconds = interleaved(plain, routed)
         for i, clock in enumerate(("wall", "processor")):

@@ -33,7 +33,7 @@ NAMES = Options.names()
 # A value of each, all of which go together.
 VALUES: dict[str, Any] = {
     "directions": "pairs.jsonl", "refresher": 2, "log_ratio_gate": 16.0, "ablated_fraction": 0.25, "ablated_from": 2,
-    "detector_recall": 1.0, "slow_start_steps": 1, "slow_start_fraction": 0.5, "score_view": "ablated",
+    "detector_recall": 1.0, "slow_start_steps": 1, "slow_start_fraction": 0.5, "score_view": "sampled",
     "clean_baseline": False,
 }  # fmt: skip
 ENGINE: dict[str, Any] = {"engine": {"dtype": "float32", "enforce_eager": True}, "engine_check": 0.05}
@@ -173,7 +173,7 @@ def test_a_run_of_keywords_is_resumed_by_a_config(tmp_path: Path, values: dict[s
 
 OTHERS: dict[str, Any] = {
     "directions": "other.jsonl", "refresher": 3, "log_ratio_gate": 1, "ablated_fraction": 0.0, "detector_recall": 0.5,
-    "slow_start_steps": 0, "slow_start_fraction": 0.25, "ablated_from": 0, "score_view": "sampled",
+    "slow_start_steps": 0, "slow_start_fraction": 0.25, "ablated_from": 0, "score_view": "ablated",
     "clean_baseline": True, "engine": {"dtype": "float32"}, "engine_check": True,
 }  # fmt: skip
 

@@ -98,7 +98,7 @@ class RolloutFeatures:
             ablated: which of them were sampled without the quarantine.
         """
         if self._view == "ablated":
-            self._say("in a pass of its own, quarantine ablated, as score_view='ablated' asks")
+            self._say("in a pass of its own, quarantine ablated")
             return captured_rollouts(self._trainer, rollouts, self.directions, torch.ones_like(ablated))
         capture, rows = self._taken_on_the_way(rollouts)
         if capture is None and self._passed_by:

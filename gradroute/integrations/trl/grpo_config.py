@@ -92,8 +92,8 @@ class GradRouteGRPOConfig(GRPOConfig):
     score_view: str | None = field(
         default=None,
         metadata={
-            "help": "With directions, score rollouts in the state in which each was sampled (sampled), or with the "
-            "quarantine ablated in a forward more (ablated). Left out: sampled.",
+            "help": "With directions, score rollouts with the quarantine ablated, in a forward more (ablated), or in the "
+            "state in which each was sampled, without one (sampled). Left out: ablated.",
             "choices": ["sampled", "ablated"],
         },
     )

@@ -179,7 +179,7 @@ def resolve(
         detector=detector,
         detector_recall=detector_recall,
         log_ratio_gate=log_ratio_gate,
-        score_view=score_view or "sampled",
+        score_view=score_view or "ablated",
         clean_baseline=False,
         ablated_per_group=ablated_per_group,
     )

@@ -1,7 +1,7 @@
 """GRPO with routed gradients: TRL's own trainer, in which every rollout carries the mask that it is trained under.
 
     sample        some rows of each group with the quarantine ablated (`ablated_fraction`), the others with it
-    score, flag   in a pass that is made anyway; gate(scores) and detector -> RouteMask -> the rollout dictionary
+    score, flag   quarantine ablated, or as sampled; gate(scores) and detector -> RouteMask -> the rollout dictionary
     explain       log-probabilities in both views; log_ratio_gate -> RouteMask, combined with the other by |
     loss          under the micro-batch's own mask, open until its backward has ended
     step          grad_filter after the last micro-batch, before clipping; refresher after the optimizer
@@ -71,8 +71,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         slow_start_steps: optimizer steps at the start in which the deployed block has a smaller learning rate. None: 0.
         slow_start_fraction: of the learning rate in these steps. None: 0.25.
         ablated_from: the optimizer step from which rollouts are sampled ablated. None: once the slow start is over.
-        score_view: with a gate on directions, score rollouts "sampled", each in the state in which it was sampled, or
-            "ablated", in a forward more. None: "sampled".
+        score_view: with a gate on directions, score rollouts "ablated", in a forward more, or "sampled", each in the
+            state in which it was sampled, which costs no forward and gates worse in long runs. None: "ablated".
         clean_baseline: take the deployed block's advantages relative to unflagged rollouts; see
             `clean_baseline_advantages`. None: yes, where something flags rollouts before their backward.
         engine: with `use_vllm=True`, arguments of `vllm.LLM` such as dtype and enforce_eager, and `folder` for the
