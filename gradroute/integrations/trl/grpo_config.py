@@ -92,8 +92,8 @@ class GradRouteGRPOConfig(GRPOConfig):
     score_view: str | None = field(
         default=None,
         metadata={
-            "help": "With directions, score rollouts with the quarantine ablated, in a forward more (ablated), or each in "
-            "the state in which it was sampled, without one (sampled). Left out: ablated.",
+            "help": "With directions, score rollouts with the quarantine ablated, in a forward more (ablated), or each "
+            "in the state in which it was sampled, without one (sampled). Left out: ablated.",
             "choices": ["sampled", "ablated"],
         },
     )
