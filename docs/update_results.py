@@ -34,9 +34,11 @@ from loopholes.grpo import Recipe
 from loopholes.report import plot_curves
 from published.seeds import interval
 from reporting.markdown import markdown_table
+from reporting.score_view import score_view_table
 from reporting.staleness import difference_table, share_table, staleness_table
 from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
+from smollm.score_view import score_view_table as smollm_score_view
 from smollm.screening import screen_table
 
 DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
@@ -182,6 +184,16 @@ def smollm(variant: str, part: str, file: str = "smollm.json") -> str:
     return make(smollm_report.read_report(DOCS / "results" / file), variant)
 
 
+def score_view(study: str, setting: str, arm: str = "route") -> str:
+    """A gate that scores rollouts ablated against one that scores them as sampled; `study` is suite or smollm."""
+    read, table_of = (
+        (read_report, score_view_table) if study == "suite" else (smollm_report.read_report, smollm_score_view)
+    )
+    prefix = "score-view" if study == "suite" else "score-view-smollm"
+    ablated, sampled = (read(DOCS / "results" / f"{prefix}-{view}.json") for view in ("ablated", "sampled"))
+    return table_of(ablated, sampled, setting, arm)
+
+
 def smollm_screening() -> str:
     """Directions on the warmed-up models, before any training."""
     return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
@@ -218,7 +230,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "rivals": rivals, "one-block": one_block, "thresholds": thresholds,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
-    "first-run": first_run,
+    "first-run": first_run, "score-view": score_view,
 }  # fmt: skip
 
 
