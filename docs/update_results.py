@@ -38,7 +38,7 @@ from reporting.score_view import score_view_table
 from reporting.staleness import difference_table, share_table, staleness_table
 from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
-from smollm.score_view import score_view_table as smollm_score_view
+from smollm import score_view as smollm_tables
 from smollm.screening import screen_table
 
 DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
@@ -184,14 +184,15 @@ def smollm(variant: str, part: str, file: str = "smollm.json") -> str:
     return make(smollm_report.read_report(DOCS / "results" / file), variant)
 
 
-def score_view(study: str, setting: str, arm: str = "route") -> str:
-    """A gate that scores rollouts ablated against one that scores them as sampled; `study` is suite or smollm."""
-    read, table_of = (
-        (read_report, score_view_table) if study == "suite" else (smollm_report.read_report, smollm_score_view)
-    )
-    prefix = "score-view" if study == "suite" else "score-view-smollm"
-    ablated, sampled = (read(DOCS / "results" / f"{prefix}-{view}.json") for view in ("ablated", "sampled"))
-    return table_of(ablated, sampled, setting, arm)
+def score_view(env: str, ablated: str, sampled: str) -> str:
+    """The activation gate that scores rollouts ablated, against the one that scores them as sampled."""
+    return score_view_table(*(read_report(DOCS / "results" / file) for file in (ablated, sampled)), env, "route")
+
+
+def smollm_score_view(variant: str, ablated: str, sampled: str) -> str:
+    """The same on SmolLM2."""
+    reports = (smollm_report.read_report(DOCS / "results" / file) for file in (ablated, sampled))
+    return smollm_tables.score_view_table(*reports, variant, "route")
 
 
 def smollm_screening() -> str:
@@ -231,6 +232,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
     "first-run": first_run, "score-view": score_view,
+    "smollm-score-view": smollm_score_view,
 }  # fmt: skip
 
 
