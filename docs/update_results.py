@@ -37,9 +37,11 @@ from loopholes.names import letter_of
 from loopholes.report import plot_curves
 from published.seeds import interval
 from reporting.markdown import markdown_table
+from reporting.score_view import score_view_table
 from reporting.staleness import difference_table, share_table, staleness_table
 from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
+from smollm import score_view as smollm_tables
 from smollm.screening import screen_table
 
 DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
@@ -206,6 +208,17 @@ def smollm(variant: str, part: str, file: str = "smollm.json") -> str:
     return make(smollm_report.read_report(DOCS / "results" / file), variant)
 
 
+def score_view(env: str, ablated: str, sampled: str) -> str:
+    """The activation gate that scores rollouts ablated, against the one that scores them as sampled."""
+    return score_view_table(*(read_report(DOCS / "results" / file) for file in (ablated, sampled)), env, "route")
+
+
+def smollm_score_view(variant: str, ablated: str, sampled: str) -> str:
+    """The same on SmolLM2."""
+    reports = (smollm_report.read_report(DOCS / "results" / file) for file in (ablated, sampled))
+    return smollm_tables.score_view_table(*reports, variant, "route")
+
+
 def smollm_screening() -> str:
     """Directions on the warmed-up models, before any training."""
     return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
@@ -243,7 +256,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "side-by-side": side_by_side,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
-    "first-run": first_run,
+    "first-run": first_run, "score-view": score_view,
+    "smollm-score-view": smollm_score_view,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loopholes.arms import ARMS, DEFAULT_ARMS, groups
 from loopholes.base_model import load_base
 from loopholes.conclusion import LEGEND, conclusion
+from loopholes.detector import SCORE_VIEWS
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, train
 from loopholes.names import ABOUT, letter_of
@@ -55,6 +56,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--recall", type=float, default=Recipe.recall, help="of labels; default %(default)s")
     penalty = f"what flagged rollouts lose in the arms *-penalty; not given: {Recipe.penalty:g}, or more by --recall"
     parser.add_argument("--penalty", type=float, help=penalty)
+    view = f"in which gates on activations score rollouts; {Recipe.score_view} if not given"
+    parser.add_argument("--score-view", choices=SCORE_VIEWS, help=view)
     out = "folder of the results; default %(default)s"
     parser.add_argument("--out", type=Path, default=Path("runs/grpo_loopholes"), help=out)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -86,7 +89,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--penalty: no arm of these takes it; add weak-penalty or oracle-penalty, or leave it out")
     if args.penalty is not None and not args.penalty >= 1 / args.recall:
         parser.error(f"--penalty: expected at least 1 / recall = {1 / args.recall:g}, found {args.penalty:g}")
-    args.penalty = Recipe.penalty if args.penalty is None else args.penalty
+    if args.score_view is not None and not any(ARMS[arm].reads_activations for arm in args.arms):
+        parser.error("--score-view: no arm of these has a gate on activations")
     if args.refresh_every is not None:
         idle = [arm for arm in args.arms if not ARMS[arm].refreshed and arm != "base"]
         if idle:
@@ -163,9 +167,8 @@ def main(argv: list[str]) -> None:
     # Without a terminal rich assumes 80 columns, which would break the table.
     start, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(THREADS)
-    recipe = Recipe(steps=args.steps, recall=args.recall, penalty=args.penalty)
-    if args.refresh_every is not None:
-        recipe = replace(recipe, refresh_every=args.refresh_every)
+    given = ("steps", "recall", "penalty", "score_view", "refresh_every")
+    recipe = Recipe(**{name: getattr(args, name) for name in given if getattr(args, name) is not None})
     common = {"base_seed": args.base_seed, "env": args.env}
     config = {"arms": args.arms, "seeds": args.seeds, **common, **asdict(recipe)}
     jobs = [{"arm": arm, "seed": seed, **common} for seed in args.seeds for arm in args.arms]
@@ -173,9 +176,7 @@ def main(argv: list[str]) -> None:
     with Progress(*columns, console=console, disable=args.no_progress or not console.is_terminal) as progress:
         bar = progress.add_task(f"base model (seed {args.base_seed}, cached)")
         load_base(
-            ENVIRONMENTS[args.env],
-            args.base_seed,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            ENVIRONMENTS[args.env], args.base_seed, progress=lambda n, of: progress.update(bar, completed=n, total=of)
         )
         progress.update(bar, completed=1, total=1)
         for runs in run_all(jobs, recipe, progress):

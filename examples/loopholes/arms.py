@@ -63,6 +63,11 @@ class Arm:
         return self.flags == "gate" or self.explained == "with-direction"
 
     @property
+    def reads_activations(self) -> bool:
+        """Whether these scores are of activations, which differ between views."""
+        return self.has_gate and self.directions == "activation"
+
+    @property
     def has_labels(self) -> bool:
         """Whether true labels decide."""
         return self.flags in ("oracle", "monitored")

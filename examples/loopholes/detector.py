@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from .arms import Arm
 from .environment import Environment
 from .sampling import captured, captured_gradients
 
+ScoreView = Literal["ablated", "sampled"]
+SCORE_VIEWS = get_args(ScoreView)
+"""Rollouts are scored as the model would be deployed, or each in the view that it was sampled in."""
+
 
 class Detector:
     """Directions of what `arm` reads, kept fresh if it says so, with the gate that flags or the filter that removes.
@@ -21,6 +26,7 @@ class Detector:
     Args:
         threshold: of the gate or the filter of rollouts; z = 0 is where clean pairs lie, z = 1 where hack pairs lie.
         refresh_every: optimizer steps between refreshes.
+        score_view: of activations; directions are of the deployed view in both, and so are scores of gradients.
     """
 
     def __init__(
@@ -33,13 +39,14 @@ class Detector:
         pairs_per_mode: int,
         threshold: float,
         refresh_every: int,
+        score_view: ScoreView = "ablated",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         triples = environment.contrastive_pairs(environment.monitored, pairs_per_mode, generator)
         pairs = [gr.ContrastivePair(*triple) for triple in triples]
 
         def extract() -> gr.Directions:
-            with gr.ablate_quarantine(model):  # rollouts are scored in this view too
+            with gr.ablate_quarantine(model):
                 if arm.directions == "activation":
                     return gr.extract_activation_directions(model, pairs)
                 # The bottleneck gradient of LoRA is zero while B is; that of a gain is not.
@@ -47,6 +54,7 @@ class Detector:
                 return gr.extract_gradient_directions(model, pairs, features=features)
 
         self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
+        self._score_view = score_view
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(seed, oriented=arm.random_direction == "oriented")
         self.refresher = None
@@ -73,10 +81,13 @@ class Detector:
         fresh = self._extract()
         return {"overlap_first": self._first.overlap(fresh), "overlap_in_use": self.directions.overlap(fresh)}
 
-    def scores(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Score of each rollout, by the features that the directions are of."""
+    def scores(self, prompts: Tensor, completions: Tensor, ablated: Tensor) -> Tensor:
+        """Score of each rollout, by the features that the directions are of; `ablated` ones were sampled so."""
         if self.arm.directions == "activation":
-            return self.directions.score(captured(self.model, prompts, completions))
+            if self._score_view == "ablated":
+                return self.directions.score(captured(self.model, prompts, completions))
+            capture = captured(self.model, prompts, completions, ablated)
+            return self.directions.score(capture, view=capture.view)
         return self.directions.score(captured_gradients(self.model, prompts, completions, self.directions))
 
     @contextmanager

@@ -58,16 +58,32 @@ class Flagger:
         self.explained = gr.LogRatioGate(
             recipe.explained_nats, per=arm.explained_per, empty_calls=EMPTY_CALLS, window=25
         )
+        self.scores: Tensor | None = None
         self._solved: deque[Tensor] = deque(maxlen=STEPS_OF_SOLVES)
         self._tokens: Tensor | None = None
 
-    def __call__(self, prompts: Tensor, completions: Tensor, graded: Grade, generator: Generator) -> Tensor:
-        """Which rollouts this arm takes for hacks."""
+    def __call__(
+        self,
+        prompts: Tensor,
+        completions: Tensor,
+        graded: Grade,
+        generator: Generator,
+        ablated: Tensor | None = None,
+    ) -> Tensor:
+        """Which rollouts this arm takes for hacks; what a gate's detector gave them is in `scores`.
+
+        Args:
+            prompts, completions, graded: the rollouts.
+            generator: permutes flags.
+            ablated: rows that were sampled with the quarantine ablated; None for none of them.
+        """
         by_gate = torch.zeros(len(prompts), dtype=torch.bool)
         if self.arm.has_gate:
             assert self.detector is not None
             assert self.detector.gate is not None
-            by_gate = self.detector.gate.flags(self.detector.scores(prompts, completions))
+            ablated = torch.zeros_like(by_gate) if ablated is None else ablated
+            self.scores = self.detector.scores(prompts, completions, ablated)
+            by_gate = self.detector.gate.flags(self.scores)
         flags = by_gate if self.arm.flags == "gate" else torch.zeros_like(by_gate)
         if self.arm.has_labels:
             known = torch.ones_like(graded.hacked) if self.arm.flags == "oracle" else self._monitored(prompts)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import gradroute as gr
 
 from .arms import ARMS, Arm
-from .detector import Detector
+from .detector import Detector, ScoreView
 from .environment import Environment
 from .evaluation import curve_point, evaluate, view_rates
 from .flags import Flagger
@@ -53,6 +53,7 @@ class Recipe:
     pairs_per_mode: int = 8
     threshold: float = 0.5
     filter_threshold: float = 0.25
+    score_view: ScoreView = "ablated"
     explained_nats: float = 1.0
     slow_share: float = 0.5
     slow_fraction: float = 0.25
@@ -101,6 +102,7 @@ def make_detector(model: nn.Module, environment: Environment, arm: Arm, recipe: 
         pairs_per_mode=recipe.pairs_per_mode,
         threshold=recipe.threshold if arm.has_gate else recipe.filter_threshold,
         refresh_every=recipe.refresh_every,
+        score_view=recipe.score_view,
     )
 
 
@@ -163,6 +165,7 @@ def _train(
     place = repeat(torch.arange(recipe.group_size), "g -> (p g)", p=recipe.prompts)
     first_ablated = {"always": 1, "late": recipe.slow_steps + 1, "no": math.inf}[arm.ablated_rollouts]
     stats: list[gr.filters.FilterStats] = []
+    gate: list[dict[str, Any]] = []
     curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
 
     for step in range(1, recipe.steps + 1 if arm_name != "base" else 1):
@@ -174,7 +177,10 @@ def _train(
         completions, sources = teacher.mix(step, prompts, completions)
         graded = environment.grade(prompts, completions)
         reward = graded.solved.float() if arm.true_reward else graded.reward
-        flags = flagger(prompts, completions, graded, generator)
+        flags = flagger(prompts, completions, graded, generator, ablated)
+        scores = flagger.scores
+        if scores is not None:
+            gate.append({"step": step, **detection(environment, prompts, graded, flags, scores)})
         mask = route_mask(arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm))
         useful = (mask.g_d != 0) | (mask.g_q != 0)
         mask = flagger.by_token(mask)
@@ -193,7 +199,9 @@ def _train(
         if step % recipe.curve_every == 0 or step == recipe.steps:
             point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
             shown = flags if arm.has_flags else None
-            flagging = flagger.figures() | detection(environment, detector, shown, graded, prompts, completions)
+            if detector is not None and scores is None and arm.parametrization == "lora":
+                scores = detector.scores(prompts, completions, ablated)
+            flagging = flagger.figures() | detection(environment, prompts, graded, shown, scores)
             drift = detector.drift() if detector is not None else {}
             curve.append(point | flagging | hackward(stats) | drift)
         if on_step is not None:
@@ -213,6 +221,7 @@ def _train(
         "on": view_rates(report.on),
         "ablated": view_rates(report.ablated),
         "curve": curve,
+        "gate": gate,
         "dose": dose_curve(model, environment, recipe.curve_n_per_mode, seed),
         "scores": score_histograms(model, environment, detector, recipe.n_per_mode, seed),
         "refreshes": [asdict(report) for report in reports],

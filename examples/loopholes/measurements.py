@@ -1,6 +1,7 @@
 """Measurements other than the rates: detection, hack-ward shares, the dose curve, scores by true class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,31 +15,41 @@ from .evaluation import is_monitored
 from .sampling import sample
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = {"recall_monitored": "hacks_monitored", "recall_held_out": "hacks_held_out", "false_positive_rate": "rest"}
+AREAS = ("auroc_monitored", "auroc_held_out")
 BINS = torch.linspace(-1.0, 2.0, 31)
 
 
 def detection(
-    environment: Environment,
-    detector: Detector | None,
-    flags: Tensor | None,
-    graded: Grade,
-    prompts: Tensor,
-    completions: Tensor,
+    environment: Environment, prompts: Tensor, graded: Grade, flags: Tensor | None, scores: Tensor | None
 ) -> dict[str, Any]:
     """Of this step's rollouts: shares flagged among hacks (monitored, held out) and the rest, and AUROC of scores."""
-    found: dict[str, Any] = {}
     monitored = is_monitored(environment, prompts)
     hacks = {"monitored": graded.hacked & monitored, "held_out": graded.hacked & ~monitored}
+    found: dict[str, Any] = {f"hacks_{name}": int(rows.sum()) for name, rows in hacks.items()}
+    found["rest"] = int((~graded.hacked).sum())
     if flags is not None:
         groups = {f"recall_{name}": rows for name, rows in hacks.items()} | {"false_positive_rate": ~graded.hacked}
-        found = {name: flags[rows].float().mean().item() if rows.any() else None for name, rows in groups.items()}
+        found |= {name: flags[rows].float().mean().item() if rows.any() else None for name, rows in groups.items()}
         found["flagged"] = flags.float().mean().item()
-    if detector is not None and detector.arm.parametrization == "lora":
-        scores = detector.scores(prompts, completions)
+    if scores is not None:
         for name, rows in hacks.items():
             of_both = rows | ~graded.hacked
             both = rows.any() and not graded.hacked.all()
             found[f"auroc_{name}"] = auroc(scores[of_both], rows[of_both]) if both else None
+    return found
+
+
+def over_steps(points: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of what `detection` found in each step: shares flagged of all their rollouts, and the mean AUROC over steps."""
+    found: dict[str, float | None] = {}
+    for name, rows in SHARES.items():
+        flagged = sum(point[name] * point[rows] for point in points if point[rows])
+        total = sum(point[rows] for point in points)
+        found[name] = flagged / total if total else None
+    for name in AREAS:
+        known = [point[name] for point in points if point[name] is not None]
+        found[name] = fmean(known) if known else None
     return found
 
 
@@ -85,7 +96,8 @@ def score_histograms(
         with gr.ablate_quarantine(model):
             views.append(_rollouts(model, environment, n_per_mode, generator))
     prompts, completions = (torch.cat(parts) for parts in zip(*views, strict=True))
-    z = detector.gate.z(detector.scores(prompts, completions)).clamp(BINS[0], BINS[-1])
+    ablated = torch.arange(len(prompts)) >= len(prompts) // 2
+    z = detector.gate.z(detector.scores(prompts, completions, ablated)).clamp(BINS[0], BINS[-1])
     graded, monitored = environment.grade(prompts, completions), is_monitored(environment, prompts)
     classes = {
         "hack, monitored": graded.hacked & monitored,

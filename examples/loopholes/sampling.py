@@ -37,12 +37,15 @@ def completion_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> 
     return logps * (completions != PAD)
 
 
-def captured(model: nn.Module, prompts: Tensor, completions: Tensor) -> gr.directions.Capture:
-    """Bottleneck features of each completion, read from the model as it would be deployed."""
+def captured(
+    model: nn.Module, prompts: Tensor, completions: Tensor, ablated: Tensor | None = None
+) -> gr.directions.Capture:
+    """Bottleneck features of each completion; the rows `ablated` as the model would be deployed, by default all."""
     sequences = torch.cat([prompts, completions], dim=1)
     pool = sequences != PAD
     pool[:, :PROMPT_LENGTH] = False
-    with torch.no_grad(), gr.ablate_quarantine(model), gr.capture_activations(model, pool=pool) as capture:
+    view = gr.ablate_quarantine(model, rows=ablated)
+    with torch.no_grad(), view, gr.capture_activations(model, pool=pool) as capture:
         model(sequences, use_cache=False, logits_to_keep=1)
     return capture
 

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the studies share wit
 
 from suite import start_worker
 
+from loopholes.arms import ARMS as LOOPHOLE_ARMS
+from loopholes.detector import SCORE_VIEWS
 from reporting.store import ResultError
 from smollm.base_model import MissingModelError, load_base
 from smollm.environment import VARIANTS
@@ -47,6 +49,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated RL seeds; default %(default)s")
     parser.add_argument("--draws", type=int, default=1, help="random directions per seed; default %(default)s")
     parser.add_argument("--steps", type=int, help=f"GRPO steps; default {Recipe.steps}, {SMOKE.steps} with --smoke")
+    view = f"in which gates score rollouts; {Recipe.score_view} if not given"
+    parser.add_argument("--score-view", choices=SCORE_VIEWS, help=view)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/smollm"), help="folder; default %(default)s")
     parser.add_argument("--report", action="store_true", help="run nothing: report on all that lies in --out")
@@ -73,6 +77,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("draws", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected a positive integer, found {getattr(args, name)}")
+    if args.score_view is not None and not (args.report or any(LOOPHOLE_ARMS[arm].has_gate for arm in args.arms)):
+        parser.error("--score-view: no arm of these has a gate on activations")
+    args.score_view = args.score_view or Recipe.score_view
     if args.report and args.screen:
         parser.error("--report, --screen: one of them")
     return args
@@ -131,6 +138,7 @@ def main(argv: list[str]) -> None:
     recipe = SMOKE if args.smoke else Recipe()
     if args.steps is not None:  # a slow start stays half of the run
         recipe = replace(recipe, steps=args.steps, slow_steps=args.steps // 2)
+    recipe = replace(recipe, score_view=args.score_view)
     known = identity(recipe, args.smoke)
     try:
         if args.screen:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the studies share wit
 
 from loopholes.arms import ARMS
 from loopholes.base_model import load_base
+from loopholes.detector import SCORE_VIEWS
 from loopholes.environment import ENVIRONMENTS, MODES
 from loopholes.grpo import Recipe, train
 from loopholes.names import NAMES, letter_of
@@ -60,6 +61,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--nats", type=float, help=nats)
     steps = f"in which the arms inoculated* train their quarantine; {RECIPE.inoculation_steps} if not given"
     parser.add_argument("--inoculation-steps", type=int, help=steps)
+    view = f"in which gates on activations score rollouts: {' or '.join(SCORE_VIEWS)}; {RECIPE.score_view} if not given"
+    parser.add_argument("--score-view", choices=SCORE_VIEWS, metavar="VIEW", help=view)
     parser.add_argument("--false-positive-rate", type=float, default=0.0, help="of labels, in arms that have labels")
     parser.add_argument("--teacher", default="0,0", help="demonstrations per group of 8, and for how many steps")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
@@ -94,8 +97,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     least = RECIPE.refresh_every if refreshed else 1
     if args.steps < least:
         parser.error(f"--steps: expected at least {least} for {', '.join(refreshed or args.arms)}, found {args.steps}")
-    optional = {"penalty": "reads_penalty", "nats": "reads_log_ratios", "inoculation-steps": "is_inoculated"}
-    for name, reads in optional.items():
+    readers = {
+        "penalty": "reads_penalty", "nats": "reads_log_ratios", "inoculation-steps": "is_inoculated",
+        "score-view": "reads_activations",
+    }  # fmt: skip
+    for name, reads in readers.items():
         given = getattr(args, name.replace("-", "_"))
         if given is not None and not args.report and not any(getattr(ARMS[arm], reads) for arm in args.arms):
             parser.error(f"--{name}: no arm of these takes it")
@@ -125,6 +131,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.penalty = RECIPE.penalty if args.penalty is None else args.penalty
     args.nats = RECIPE.explained_nats if args.nats is None else args.nats
     args.inoculation_steps = args.inoculation_steps or RECIPE.inoculation_steps
+    args.score_view = args.score_view or RECIPE.score_view
     return args
 
 
@@ -174,6 +181,7 @@ def main(argv: list[str]) -> None:
         penalty=args.penalty,
         explained_nats=args.nats,
         inoculation_steps=args.inoculation_steps,
+        score_view=args.score_view,
         teacher_per_group=args.teacher[0],
         teacher_steps=args.teacher[1],
     )

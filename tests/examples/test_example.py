@@ -50,6 +50,7 @@ def base(home: Path) -> LlamaForCausalLM:
         (["--steps", "0"], "--steps: expected a positive integer, found 0"),
         (["--arms", "vanilla", "--penalty", "2"], "--penalty: no arm of these takes it"),
         (["--arms", "weak-penalty", "--penalty", "3", "--recall", ".2"], "at least 1 / recall = 5, found 3"),
+        (["--arms", "weak,gradient", "--score-view", "sampled"], "--score-view: no arm of these has a gate on activ"),
         (["--arms", "weak,vanilla", "--recall", ".5"], "--recall: no labels in vanilla"),
         (["--refresh-every", "5"], "--refresh-every: nothing to refresh in vanilla, clean"),
         (["--arms", "route-frozen", "--refresh-every", "5"], "--refresh-every: nothing to refresh in route-frozen"),
@@ -204,7 +205,7 @@ def test_permuted_flags_are_rate_matched() -> None:
     class TwoOfFive:
         gate = SimpleNamespace(flags=lambda scores: scores > 0)
 
-        def scores(self, prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
+        def scores(self, *_: torch.Tensor) -> torch.Tensor:
             return torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
 
     prompts, generator = torch.zeros(5, 8, dtype=torch.long), torch.Generator().manual_seed(0)

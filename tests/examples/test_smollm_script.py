@@ -267,6 +267,7 @@ def test_the_report_says_what_the_runs_did(entries: dict[Any, Any], tmp_path: Pa
         (["--seeds=-1"], "--seeds: expected integers from 0"),
         (["--steps", "4"], "--steps: expected at least 5"),
         (["--draws", "0"], "--draws: expected a positive integer"),
+        (["--arms", "weak,absorb", "--score-view", "sampled"], "--score-view: no arm of these has a gate on activ"),
         (["--report", "--screen"], "--report, --screen: one of them"),
     ],
 )

@@ -14,6 +14,7 @@ from scipy.stats import t as student
 
 import gradroute as gr
 from loopholes.arms import ARMS
+from loopholes.measurements import over_steps
 
 from .markdown import markdown_table
 from .store import Job
@@ -54,6 +55,7 @@ def _final(entry: Mapping[str, Any]) -> dict[str, Any]:
     overlaps = [refresh["overlap"] for refresh in entry["overlaps"]]
     return {
         **{name: entry[name] for name in ("on", "ablated", "dose", "n_per_mode", "monitored")},
+        **({"gate": over_steps(entry["gate"])} if entry["gate"] else {}),
         "least_overlap": min(overlaps, default=None),
         "drift": [{name: point[name] for name in DRIFT if name in point} for point in entry["curve"][1:]],
     }

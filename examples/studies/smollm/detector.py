@@ -1,5 +1,6 @@
 """Directions from pairs of the monitored markers, the gate on them, and their scores of rollouts."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 import gradroute as gr
 from loopholes.arms import Arm
+from loopholes.detector import ScoreView
 
 from .environment import Environment
 from .rollouts import Prefixes, Rollouts, captured, computing
@@ -34,7 +36,7 @@ def modules_read(model: LlamaForCausalLM, environment: Environment) -> list[str]
 
 
 def extract(model: LlamaForCausalLM, pairs: list[gr.ContrastivePair], environment: Environment) -> gr.Directions:
-    """Mean differences, quarantine ablated as where rollouts are scored; without the head, which is not read."""
+    """Mean differences, with the quarantine ablated; without the head, which is not read."""
 
     def body(_: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
         with computing(model):
@@ -55,6 +57,7 @@ class Detector:
         draw: of a random direction's rows, in arms that have one.
         threshold: of the gate; z = 0 is where clean pairs lie, z = 1 where hack pairs lie.
         every: optimizer steps between refreshes.
+        score_view: rollouts are scored as the model would be deployed, or each in the view that it was sampled in.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class Detector:
         *,
         threshold: float,
         every: int,
+        score_view: ScoreView,
     ) -> None:
         self.model, self.environment, self.directions = model, environment, extract(model, pairs, environment)
+        self.score_view = score_view
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(draw, oriented=arm.random_direction == "oriented")
         self.gate = gr.BandGate(self.directions, threshold=threshold)
@@ -77,7 +82,14 @@ class Detector:
         )
 
     def scores(self, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
-        """Score of each rollout as the model is deployed; `rollouts.prefix` has to be of ablated prefixes."""
+        """Score of each rollout; `prefixes` are of prompts as they are, then ablated, and `rollouts` of either."""
+        prompts = len(prefixes.last) // 2
+        if self.score_view == "sampled":
+            return self._scores(prefixes, rollouts, rollouts.prefix >= prompts)
         with gr.ablate_quarantine(self.model):
-            modules = modules_read(self.model, self.environment)
-            return self.directions.score(captured(self.model, prefixes, rollouts, self.environment.features, modules))
+            return self._scores(prefixes, replace(rollouts, prefix=rollouts.prefix % prompts + prompts), None)
+
+    def _scores(self, prefixes: Prefixes, rollouts: Rollouts, ablated: Tensor | None) -> Tensor:
+        modules = modules_read(self.model, self.environment)
+        features = captured(self.model, prefixes, rollouts, self.environment.features, modules, ablated=ablated)
+        return self.directions.score(features)

@@ -56,7 +56,7 @@ class Flagger:
         if self.arm.has_labels:
             flags = batch.hacked if self.arm.flags == "oracle" else batch.hacked & batch.monitored
         if self.detector is not None:
-            scores = self.detector.scores(prefixes, ablated)
+            scores = self.detector.scores(prefixes, rollouts)
             flags = self.detector.gate.flags(scores)
         if self.arm.explained != "no" or self.arm.likelier:
             found, present = token_logps(self.model, prefixes, on)

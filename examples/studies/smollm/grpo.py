@@ -99,7 +99,7 @@ def _train(
     if arm.has_gate:
         detector = Detector(
             model, token_pairs(environment, codec, recipe.pairs_per_marker, seed), environment, arm, draw,
-            threshold=recipe.threshold, every=recipe.refresh_every,
+            threshold=recipe.threshold, every=recipe.refresh_every, score_view=recipe.score_view,
         )  # fmt: skip
     flagger = Flagger(model, arm, detector, recipe.explained_nats)
     prefix = grouped(recipe.prompts, recipe.group_size)

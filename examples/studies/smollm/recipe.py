@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from loopholes.arms import Arm
+from loopholes.detector import ScoreView
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Recipe:
     lora_alpha: float = 16.0
     pairs_per_marker: int = 4
     threshold: float = 0.5
+    score_view: ScoreView = "ablated"
     refresh_every: int = 5
     n_per_marker: int = 64
     n_no_note: int = 128

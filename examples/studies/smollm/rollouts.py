@@ -196,16 +196,27 @@ def _predicted(model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts) 
 
 @torch.no_grad()
 def captured(
-    model: LlamaForCausalLM, prefixes: Prefixes, rollouts: Rollouts, features: Any, modules: list[str] | None = None
+    model: LlamaForCausalLM,
+    prefixes: Prefixes,
+    rollouts: Rollouts,
+    features: Any,
+    modules: list[str] | None = None,
+    *,
+    ablated: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Features of each reply by module, pooled over its tokens; in the view that is in force."""
+    """Features of each reply by module, pooled over its tokens; in the view in force, with rows `ablated` as deployed.
+
+    The prefixes of these rows have to be ablated ones.
+    """
     found: dict[str, Tensor] = {}
     for rows in rollouts.chunks():
         chunk = rollouts[rows]
         tokens, attention = _rows(prefixes, chunk, int(chunk.length.max()))
         pool = attention[:, -tokens.shape[1] :].clone()
         pool[:, 0] = 0
-        with computing(model), gr.capture_activations(model, pool=pool, features=features, modules=modules) as capture:
+        view = nullcontext() if ablated is None else gr.ablate_quarantine(model, rows=ablated[rows])
+        reading = gr.capture_activations(model, pool=pool, features=features, modules=modules)
+        with computing(model), view, reading as capture:
             _hidden(model, prefixes.cache(model, chunk.prefix), attention, tokens)
         for name, values in capture.items():
             found.setdefault(name, values.new_empty(len(rollouts.length), values.shape[1]))[rows] = values
