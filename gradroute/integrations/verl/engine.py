@@ -138,7 +138,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             modules=list(self.directions.hack),
         ) as features:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        # With the quarantine on, as rollouts are sampled: as good as a separate ablated pass in short runs, not in long ones.
+        # With the quarantine on, as rollouts are sampled. In long runs that gates worse than a separate ablated pass.
         scores = self.directions.score(features, view="on").masked_fill(~known, math.nan)
         output["model_output"][SCORE] = nested(scores)
         return loss, output
