@@ -32,13 +32,11 @@ from gradroute._torch_private import unsafe_view
 from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
 from gradroute.adapters._gates import Columns, Gates, Undecided
+from gradroute.adapters._products import cast, few_rows, joined_A, joined_B, plus, plus_product, scaled, weigh
 from gradroute.errors import RouteError
 
 Linear = tuple[Tensor, Tensor | None]
 """(weight, bias) of a frozen nn.Linear."""
-
-_FEW_ROWS = 8
-"""With fewer rows, joining the matrices of both blocks costs more than reading x and y twice."""
 
 
 class Setting(NamedTuple):
@@ -127,27 +125,27 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, [u_d, m u_q], what the blocks read): without gradients, or inside the autograd function.
 
-    `without_graph`: [u_d, u_q] may be that of the deployed block alone; see `_plus` for half precision.
+    `without_graph`: [u_d, u_q] may be that of the deployed block alone; see `plus` for half precision.
     """
     (A_d, B_d, A_q, B_q), (base, s_d, s_q, M, _, base_dtype, compute, _, _) = factors, setting
     if output is None:
         assert base is not None
         weight, bias = base
-        y = linear(_cast(x, base_dtype), _cast(weight, base_dtype), None if bias is None else _cast(bias, base_dtype))
+        y = linear(cast(x, base_dtype), cast(weight, base_dtype), None if bias is None else cast(bias, base_dtype))
     else:
         y = output
-    block_input = _cast(x if dropped is None else dropped, compute)
+    block_input = cast(x if dropped is None else dropped, compute)
     rows = block_input.reshape(-1, block_input.shape[-1])
     if A_q is None or B_q is None:
-        parts = [(_cast(A_d, compute), _cast(B_d, compute), s_d)]
+        parts = [(cast(A_d, compute), cast(B_d, compute), s_d)]
     elif not torch.compiler.is_compiling() and few_rows(rows):
         blocks = (A_d, B_d, s_d), (A_q, B_q, s_q)
-        parts = [(_cast(A, compute), _cast(B, compute), scaling) for A, B, scaling in blocks]
+        parts = [(cast(A, compute), cast(B, compute), scaling) for A, B, scaling in blocks]
     else:
-        parts = [(_joined_A(A_d, A_q, compute), *_joined_B(B_d, B_q, s_d, s_q, compute))]
+        parts = [(joined_A(A_d, A_q, compute), *joined_B(B_d, B_q, s_d, s_q, compute))]
     us = [linear(rows, A) for A, _, _ in parts]
     u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M is None) else us[0]
-    u = _weigh(M, u)
+    u = weigh(M, u)
     zs = us if M is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
     total = y.reshape(-1, y.shape[-1])
     if total.dtype != compute:
@@ -156,79 +154,11 @@ def _forward(
     # Nobody else holds what was made here.
     in_place = output is None or total.dtype != y.dtype
     for bottleneck, (_, B, scaling) in zip(zs, parts, strict=True):
-        z, B = _cast(bottleneck, total.dtype), _cast(B, total.dtype)  # noqa: PLW2901
-        total = _plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
+        z, B = cast(bottleneck, total.dtype), cast(B, total.dtype)  # noqa: PLW2901
+        total = plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
         in_place = True
     # No view of something that was made in here: its caller could not change it in place.
-    return unsafe_view(_cast(total, y.dtype), y.shape), u, block_input
-
-
-def plain_forward(  # noqa: PLR0917
-    x: Float[Tensor, "*batch d_in"],
-    weight: Tensor,
-    bias: Tensor | None,
-    deployed: Block,
-    quarantine: Block | None,
-    bottlenecks: list[Tensor] | None = None,
-) -> Float[Tensor, "*batch d_out"]:
-    """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
-    y = linear(x, weight, bias)
-    rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    A, B, scaling = deployed
-    u = linear(rows, A)
-    if bottlenecks is not None:
-        bottlenecks.append(u)
-    if quarantine is None:
-        _plus(total, u, B, scaling, in_place=True, stepwise=True)
-        return y
-    total.addmm_(u, B.t(), alpha=scaling)
-    A, B, scaling = quarantine
-    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
-    return y
-
-
-def _plus(total: Tensor, z: Tensor, B: Tensor, scaling: float, *, in_place: bool, stepwise: bool) -> Tensor:
-    """total + scaling z B^T; in half precision `stepwise`, with the rounding of each step that PEFT makes.
-
-    So the ablated view is bitwise the deployed block in stock PEFT, and an exported adapter is what was evaluated.
-    """
-    if stepwise and total.dtype.itemsize < 4:
-        delta = linear(z, B).mul_(scaling)
-        return total.add_(delta) if in_place else delta.add_(total)
-    return total.addmm_(z, B.T, alpha=scaling) if in_place else torch.addmm(total, z, B.T, alpha=scaling)
-
-
-def few_rows(x: Float[Tensor, "*batch d_in"]) -> bool:
-    """Whether the blocks are multiplied one by one, as when one token of some rollouts is decoded."""
-    return x.numel() < _FEW_ROWS * x.shape[-1]
-
-
-def _weigh(columns: Columns | None, values: Tensor) -> Tensor:
-    """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
-    if columns is None:
-        return values
-    weights, zero = columns
-    if weights is None:
-        return values.masked_fill(zero, 0.0)
-    # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
-    return _cast((weights * values).masked_fill_(zero, 0.0), values.dtype)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asking first costs a tenth of a `Tensor.to` that has nothing to do.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _joined_A(A_d: Tensor, A_q: Tensor, compute: torch.dtype) -> Tensor:
-    return torch.cat([_cast(A_d, compute), _cast(A_q, compute)])
-
-
-def _joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.dtype) -> tuple[Tensor, float]:
-    """[s_d B_d, s_q B_q] as a matrix and a factor; where the scalings are the same, the matrix is not multiplied."""
-    B_d, B_q = _cast(B_d, compute), _cast(B_q, compute)
-    if s_d == 0.0:
-        return torch.cat([s_d * B_d, s_q * B_q], dim=1), 1.0
-    return torch.cat([B_d, B_q if s_q == s_d else (s_q / s_d) * B_q], dim=1), s_d
+    return unsafe_view(cast(total, y.dtype), y.shape), u, block_input
 
 
 class QuarantineLoraFunction(torch.autograd.Function):
@@ -293,52 +223,42 @@ def _backward(  # noqa: PLR0917
     need_A, need_B = need_A_d or need_A_q, need_B_d or need_B_q
     rank = A_d.shape[0]
     dy_rows = dy.reshape(-1, dy.shape[-1])
-    dy_blocks = _cast(dy_rows, compute)
+    dy_blocks = cast(dy_rows, compute)
     dx = d_dropped = dA_d = dB_d = dA_q = dB_q = None
 
     if need_x and weight is not None:
-        dx = _cast(dy_rows, base_dtype) @ _cast(weight, base_dtype)
+        dx = cast(dy_rows, base_dtype) @ cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or need_A:
-        B, scaling = (_cast(B_d, compute), s_d) if B_q is None else _joined_B(B_d, B_q, s_d, s_q, compute)
-        dz = _weigh(M, _scaled(dy_blocks @ B, scaling))
+        B, scaling = (cast(B_d, compute), s_d) if B_q is None else joined_B(B_d, B_q, s_d, s_q, compute)
+        dz = weigh(M, scaled(dy_blocks @ B, scaling))
         if ctx.observer is not None and block_input is not None and u is not None:
             ctx.observer(block_input, dy_blocks, u[:, :rank], dz[:, :rank])
         # G weighs dz, which already carries m: the quarantine's own derivative, times its gate.
-        gated = _weigh(G, dz) if need_A or branch else dz
+        gated = weigh(G, dz) if need_A or branch else dz
         if need_A:
             assert block_input is not None
-            both = gated.T @ _cast(block_input.reshape(-1, block_input.shape[-1]), compute)
+            both = gated.T @ cast(block_input.reshape(-1, block_input.shape[-1]), compute)
             dA_d, dA_q = (both[:rank] if need_A_d else None), (both[rank:] if need_A_q else None)
         dz = gated if branch else dz
         if need_dropped or not ctx.is_dropped:
-            A = _cast(A_d, compute) if A_q is None else _joined_A(A_d, A_q, compute)
+            A = cast(A_d, compute) if A_q is None else joined_A(A_d, A_q, compute)
             if need_dropped:
                 d_dropped = dz @ A
             elif need_x:
-                dx = dz @ A if dx is None else _plus_product(dx, dz, A)
+                dx = dz @ A if dx is None else plus_product(dx, dz, A)
     if need_B:
         assert u is not None
-        both = dy_blocks.T @ _weigh(G, u)
+        both = dy_blocks.T @ weigh(G, u)
         dB_d, dB_q = (s_d * both[:, :rank] if need_B_d else None), (s_q * both[:, rank:] if need_B_q else None)
 
     x_dtype, read_dtype = ctx.dtypes
     return (
-        None if dx is None else _cast(dx, x_dtype).reshape(ctx.shape),
-        None if d_dropped is None else _cast(d_dropped, read_dtype).reshape(ctx.shape),
+        None if dx is None else cast(dx, x_dtype).reshape(ctx.shape),
+        None if d_dropped is None else cast(d_dropped, read_dtype).reshape(ctx.shape),
         dy if need_output else None,
         _as(dA_d, A_d), _as(dB_d, B_d), _as(dA_q, A_q), _as(dB_q, B_q), None,
     )  # fmt: skip
 
 
-def _scaled(values: Tensor, scaling: float) -> Tensor:
-    return values if scaling == 1.0 else values.mul_(scaling)
-
-
-def _plus_product(dx: Tensor, dz: Tensor, A: Tensor) -> Tensor:
-    return (
-        dx.addmm_(dz, A) if dx.dtype == dz.dtype else torch.addmm(dx.to(torch.promote_types(dx.dtype, dz.dtype)), dz, A)
-    )
-
-
 def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else _cast(gradient, parameter.dtype)
+    return None if gradient is None or parameter is None else cast(gradient, parameter.dtype)

@@ -22,7 +22,8 @@ from gradroute._sharding import check_not_sharded, whole
 from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
 from gradroute.adapters._checkpointing import record_forward
 from gradroute.adapters._gates import NO_GATES
-from gradroute.adapters._op import add_lora_blocks, few_rows, plain_forward
+from gradroute.adapters._op import add_lora_blocks
+from gradroute.adapters._products import few_rows, plain_forward
 from gradroute.adapters._state import INITIAL, ForwardState, check_thread
 from gradroute.adapters.functional import StopGradient
 from gradroute.errors import RouteError, TargetError

@@ -178,6 +178,7 @@ def test_one_row_with_the_quarantine_on_is_enough() -> None:
     with frozen_quarantine(model):
         backward(model, "keep")
         backward(model, "mixed")
+    assert all(p.grad is None for _, p in gr.quarantine_parameters(model))
 
 
 @pytest.mark.parametrize("idle", [["lower"], ["lower", "upper"]])
@@ -197,3 +198,4 @@ def test_an_expert_may_have_learned_nothing() -> None:
         model["experts"][0].lora_B_quarantine.zero_()
     with frozen_quarantine(model):
         model["gate"](inputs(0))
+        assert not any(p.requires_grad for _, p in gr.quarantine_parameters(model))

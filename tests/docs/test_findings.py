@@ -1,11 +1,11 @@
 """The sentences that research pages begin with: their words hold for the figures that are put into them."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.doc_pages import docs_script
 
 from benchmarks import report
 from reporting.suite_report import judged
@@ -16,12 +16,7 @@ BEGUN = ("results", "real-model", "directions-study", "performance", "exactness"
 
 @pytest.fixture(scope="module")
 def findings() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("findings", DOCS / "findings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("findings")
 
 
 def first_bullets(page: str) -> str:

@@ -1,22 +1,17 @@
 """The published results say what the committed result files say."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.doc_pages import docs_script
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
 def update_results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("update_results", DOCS / "update_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("update_results")
 
 
 def test_every_table_is_what_its_result_files_say(update_results: ModuleType) -> None:

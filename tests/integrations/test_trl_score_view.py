@@ -35,9 +35,9 @@ PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "old log-probabilities": (TWICE, "in the pass of the old log-probabilities"),
     "own": (
         {"directions": lambda model: gr.extract_activation_directions(model, PAIRS, features="residual")},
-        "in a pass of its own, each in the state in which it was sampled: decoding does not give features of residual",
+        "in a separate forward, each in the state in which it was sampled: decoding does not give features of residual",
     ),
-    "ablated": ({"score_view": None}, "in a pass of its own, quarantine ablated"),
+    "ablated": ({"score_view": None}, "in a separate forward, quarantine ablated"),
 }
 
 
@@ -129,7 +129,7 @@ def dropped() -> nn.Module:
     return randomize_blocks(model, 0, std=0.3)
 
 
-def test_dropout_takes_a_pass_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_takes_a_separate_forward(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(tmp_path, dropped(), cls=Keeps, directions=extract, **SAMPLED, **STILL)
     with caplog.at_level(logging.INFO, "gradroute"):
         made.train()
@@ -141,13 +141,24 @@ def test_dropout_takes_a_pass_of_its_own(tmp_path: Path, caplog: pytest.LogCaptu
             assert float(batch["route_score"][i]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_was_decoded_is_compared_with_the_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Cuts(Watched):
+def shorter(ids: list[int]) -> list[int]:
+    return ids[: max(1, len(ids) - 1)]
+
+
+def other(ids: list[int]) -> list[int]:
+    return [7 if ids[0] != 7 else 8, *ids[1:]]
+
+
+@pytest.mark.parametrize("change", [shorter, other])
+def test_what_was_decoded_is_compared_with_the_completions(
+    change: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Changes(Watched):
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             completions, *others = super()._generate_single_turn(*args, **kwargs)
-            return [ids[: max(1, len(ids) - 1)] for ids in completions], *others
+            return [change(ids) for ids in completions], *others
 
-    made = trainer(tmp_path, cls=Cuts, directions=extract, **SAMPLED, **STILL)
+    made = trainer(tmp_path, cls=Changes, directions=extract, **SAMPLED, **STILL)
     made.generation_config.suppress_tokens = [2]
     with caplog.at_level(logging.INFO, "gradroute"):
         made.train()

@@ -40,6 +40,7 @@ class DecodedFeatures:
         self._ranks = {name: layer.deployed.A.shape[0] for name, layer in self._layers.items()}
         self._ending = list(ends)
         self._weights: list[Bool[Tensor, " rows"]] = []
+        self._tokens: list[Int[Tensor, " rows"]] = []
         self._running: Bool[Tensor, " rows"] | None = None
         self._ends = torch.empty(0)
         self._sums: dict[str, Tensor] = {}
@@ -59,19 +60,20 @@ class DecodedFeatures:
             self._keep(False)
 
     def capture(
-        self, provenance: Provenance, lengths: Int[Tensor, " rows"]
+        self, provenance: Provenance, ids: Int[Tensor, "rows tokens"], own: Int[Tensor, "rows tokens"]
     ) -> tuple[Capture | None, Int[Tensor, " scored"]]:
         """The features of rows with two tokens and more, and which rows these are; sets `fault` if they do not fit.
 
         Args:
             provenance: of the directions; says whether features are sums or means.
-            lengths: tokens of each completion, with its end; 0 of those that TRL has masked.
+            ids: the completions that are trained on, padded on the right.
+            own: which of these tokens count; none of a completion that TRL has masked.
         """
+        lengths = own.sum(1)
         counts = torch.zeros_like(lengths) if self._counts is None else self._counts
-        known = lengths > 0
-        if self.fault is None and (counts.shape != lengths.shape or (counts != lengths - 1)[known].any()):
+        if self.fault is None and not self._decoded(ids, own, counts):
             self.fault = "the tokens that were decoded are not those of the completions"
-        rows = (known & (lengths > 1)).nonzero().squeeze(1)
+        rows = (lengths > 1).nonzero().squeeze(1)
         if self.fault is not None or not len(rows):
             return None, rows
         settings: Any = (provenance.source, provenance.feature, provenance.reduction)
@@ -82,6 +84,16 @@ class DecodedFeatures:
             capture.fill(name, capture.open_slot(name, self.view), chosen / per_row)
         capture.finish()
         return capture, rows
+
+    def _decoded(self, ids: Tensor, own: Tensor, counts: Tensor) -> bool:
+        """Whether the tokens that were decoded are those of the completions, each but its last."""
+        lengths = own.sum(1)
+        if counts.shape != lengths.shape or bool((counts != lengths - 1)[lengths > 0].any()):
+            return False
+        steps = int((lengths - 1).clamp(min=0).max())
+        read = own[:, 1 : steps + 1].bool()
+        tokens = torch.stack(self._tokens[:steps], dim=1) if steps else ids[:, :0]
+        return bool((tokens == ids[:, :steps])[read].all())
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -99,6 +111,7 @@ class DecodedFeatures:
             if not self._weights:
                 self._keep(True)
                 self.view = next(iter(self._layers.values())).view
+            self._tokens.append(ids[:, 0])
             self._running = self._running & ~torch.isin(ids[:, 0], self._ends)
             self._weights.append(self._running)
 

@@ -1,10 +1,10 @@
 """Which pass the features of rollouts come from, for a gate on directions; said once in the log.
 
+score_view="ablated"    quarantine ablated, as the pairs were measured: a separate forward, without the head
 score_view="sampled"    each rollout in the state in which it was sampled
     old log-probabilities     TRL computes them in any case: with an engine, or where rollouts serve several steps
     decoding                  `generate` samples: every completion token but the last
-    a pass of its own         where neither can give them
-score_view="ablated"    quarantine ablated, as the pairs' were: a pass of its own, of the backbone without its head
+    a separate forward        neither can give them
 """
 
 import re
@@ -28,7 +28,7 @@ Scored = tuple[Capture | None, Int[Tensor, " scored"]]
 
 
 class RolloutFeatures:
-    """Takes the features of a batch while TRL makes it, if it can, and else in a pass of its own.
+    """Features of each batch: taken while TRL makes the batch, where that can be, or in a separate forward.
 
     Args:
         trainer: whose rollouts they are.
@@ -80,10 +80,11 @@ class RolloutFeatures:
         pool = attended.clone()
         pool[:, :-length] = 0
         pool = torch.where(pool.any(1, keepdim=True), pool, attended)
+        of_chunk: dict[int, Tensor] = {}  # one tensor for all layers: it is looked at once
         provenance: Any = self.directions.provenance
         with capture_activations(
             trainer.accelerator.unwrap_model(trainer.model),
-            pool=lambda _: pool[model.chunk],
+            pool=lambda _: of_chunk.setdefault(model.chunk.start, pool[model.chunk]),
             features=provenance.feature,
             reduction=provenance.reduction,
             modules=list(self.directions.hack),
@@ -98,11 +99,11 @@ class RolloutFeatures:
             ablated: which of them were sampled without the quarantine.
         """
         if self._view == "ablated":
-            self._say("in a pass of its own, quarantine ablated")
+            self._say("in a separate forward, quarantine ablated")
             return captured_rollouts(self._trainer, rollouts, self.directions, torch.ones_like(ablated))
         capture, rows = self._taken_on_the_way(rollouts)
         if capture is None and self._passed_by:
-            self._say(f"in a pass of its own, each in the state in which it was sampled: {self._passed_by}")
+            self._say(f"in a separate forward, each in the state in which it was sampled: {self._passed_by}")
             capture, rows = captured_rollouts(self._trainer, rollouts, self.directions, ablated)
         return None if capture is None else capture.as_view(self.directions.provenance.view), rows
 
@@ -115,7 +116,7 @@ class RolloutFeatures:
                 known_identity(self._trainer.model)  # collective, and read with scores, which some ranks may lack
             return (self._captured.take(rows) if len(rows) else None), rows
         if self._decoded is not None:
-            found = self._decoded.capture(self.directions.provenance, own.sum(1))
+            found = self._decoded.capture(self.directions.provenance, rollouts["completion_ids"], own)
             if self._decoded.fault is None:
                 self._say("while they are decoded, at every completion token but the last")
                 return found

@@ -200,8 +200,8 @@ class Flagging:
         self._warned = True
         warn(
             "No rollout of a whole batch has a score, so that all of them absorb: each completion was truncated, and "
-            "mask_truncated_completions hides it, or the detector was undecided. Said once. Fix, if it goes on: a "
-            "larger max_completion_length."
+            "mask_truncated_completions hides it; or each has one token, and scores are taken while decoding; or the "
+            "detector was undecided. Said once. Fix, if it goes on: a larger max_completion_length."
         )
 
 

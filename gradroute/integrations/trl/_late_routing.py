@@ -13,7 +13,8 @@ from gradroute.integrations.trl._flagging import Flagging
 from gradroute.integrations.trl._options import Options
 from gradroute.integrations.trl._recall import check_recall
 from gradroute.integrations.trl._requirements import group_share, shards
-from gradroute.integrations.trl.routing import Routing, extracted_from, is_function, resolve
+from gradroute.integrations.trl.from_pairs import extracted_from
+from gradroute.integrations.trl.routing import Routing, is_function, resolve
 
 
 class LateRouting:

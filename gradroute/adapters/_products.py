@@ -1,0 +1,95 @@
+"""The products that a routed layer is made of: weighed, cast and joined, each as few times as the types allow.
+
+weigh     weights * values, exactly zero where the weight is zero
+joined    [A_d; A_q] and [s_d B_d, s_q B_q]: both blocks in one product
+plain     W x + b + s_d B_d A_d x + s_q B_q A_q x, all in one type
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gradroute._protocol import Block
+from gradroute.adapters._gates import Columns
+
+_FEW_ROWS = 8
+"""With fewer rows, joining the matrices of both blocks costs more than reading x and y twice."""
+
+
+def plain_forward(  # noqa: PLR0917
+    x: Float[Tensor, "*batch d_in"],
+    weight: Tensor,
+    bias: Tensor | None,
+    deployed: Block,
+    quarantine: Block | None,
+    bottlenecks: list[Tensor] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
+    y = linear(x, weight, bias)
+    rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    A, B, scaling = deployed
+    u = linear(rows, A)
+    if bottlenecks is not None:
+        bottlenecks.append(u)
+    if quarantine is None:
+        plus(total, u, B, scaling, in_place=True, stepwise=True)
+        return y
+    total.addmm_(u, B.t(), alpha=scaling)
+    A, B, scaling = quarantine
+    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
+    return y
+
+
+def plus(total: Tensor, z: Tensor, B: Tensor, scaling: float, *, in_place: bool, stepwise: bool) -> Tensor:
+    """total + scaling z B^T; in half precision `stepwise`, with the rounding of each step that PEFT makes.
+
+    So the ablated view is bitwise the deployed block in stock PEFT, and an exported adapter is what was evaluated.
+    """
+    if stepwise and total.dtype.itemsize < 4:
+        delta = linear(z, B).mul_(scaling)
+        return total.add_(delta) if in_place else delta.add_(total)
+    return total.addmm_(z, B.T, alpha=scaling) if in_place else torch.addmm(total, z, B.T, alpha=scaling)
+
+
+def few_rows(x: Float[Tensor, "*batch d_in"]) -> bool:
+    """Whether the blocks are multiplied one by one, as when one token of some rollouts is decoded."""
+    return x.numel() < _FEW_ROWS * x.shape[-1]
+
+
+def weigh(columns: Columns | None, values: Tensor) -> Tensor:
+    """weights * values, and exactly zero where the weight is zero even if the value is not finite."""
+    if columns is None:
+        return values
+    weights, zero = columns
+    if weights is None:
+        return values.masked_fill(zero, 0.0)
+    # The product is formed in the wider of the two types: an advantage rounded to bf16 would be off by 0.4 %.
+    return cast((weights * values).masked_fill_(zero, 0.0), values.dtype)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asking first costs a tenth of a `Tensor.to` that has nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def joined_A(A_d: Tensor, A_q: Tensor, compute: torch.dtype) -> Tensor:
+    return torch.cat([cast(A_d, compute), cast(A_q, compute)])
+
+
+def joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.dtype) -> tuple[Tensor, float]:
+    """[s_d B_d, s_q B_q] as a matrix and a factor; where the scalings are the same, the matrix is not multiplied."""
+    B_d, B_q = cast(B_d, compute), cast(B_q, compute)
+    if s_d == 0.0:
+        return torch.cat([s_d * B_d, s_q * B_q], dim=1), 1.0
+    return torch.cat([B_d, B_q if s_q == s_d else (s_q / s_d) * B_q], dim=1), s_d
+
+
+def scaled(values: Tensor, scaling: float) -> Tensor:
+    return values if scaling == 1.0 else values.mul_(scaling)
+
+
+def plus_product(dx: Tensor, dz: Tensor, A: Tensor) -> Tensor:
+    return (
+        dx.addmm_(dz, A) if dx.dtype == dz.dtype else torch.addmm(dx.to(torch.promote_types(dx.dtype, dz.dtype)), dz, A)
+    )
