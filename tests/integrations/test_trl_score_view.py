@@ -33,6 +33,11 @@ PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "decoding": ({}, "while they are decoded, at every completion token but the last"),
     "decoding, long": ({"args_max_completion_length": 40}, "while they are decoded, at every"),
     "old log-probabilities": (TWICE, "in the pass of the old log-probabilities"),
+    # Chunks of two rows, where a group has four: which rows of a chunk are ablated differs between chunks.
+    "old log-probabilities, in small chunks": (
+        {**TWICE, "args_per_device_train_batch_size": 2, "args_max_steps": 2},
+        "in the pass of the old log-probabilities",
+    ),
     "own": (
         {"directions": lambda model: gr.extract_activation_directions(model, PAIRS, features="residual")},
         "in a separate forward, each in the state in which it was sampled: decoding does not give features of residual",
@@ -64,7 +69,7 @@ def test_each_rollout_is_scored_in_the_state_that_is_asked_for(
     assert len(lines) == 1
     assert said in lines[0]
     seen, views, short = 0, 0, 0
-    for batch in made.micro_batches[0]:
+    for batch in (batch for step in made.micro_batches for batch in step):
         for i, row in enumerate(rows_of(batch)):
             tokens = len(row[1]) - case.startswith("decoding")
             found = float(batch["route_score"][i])
@@ -172,14 +177,21 @@ def test_what_was_decoded_is_compared_with_the_completions(
 def test_layers_keep_nothing_after_a_generation_that_fails(tmp_path: Path) -> None:
     made = trainer(tmp_path, directions=extract, **SAMPLED, **STILL)
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyError("stopped")
+    forwards = 0
 
-    handle = list(routed_layers(made.model).values())[-1].register_forward_hook(fail)
+    def fail(*_: Any, **__: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 3:  # after that of the prompts and of the first token
+            assert layers[0].bottlenecks
+            raise KeyError("stopped")
+
+    layers = list(routed_layers(made.model).values())
+    handle = layers[-1].register_forward_hook(fail)
     with pytest.raises(KeyError, match="stopped"):
         made.train()
     handle.remove()
-    assert all(layer.bottlenecks is None for layer in routed_layers(made.model).values())
+    assert all(layer.bottlenecks is None for layer in layers)
     assert not made.model.get_base_model()._forward_pre_hooks
 
 
