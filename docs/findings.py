@@ -15,7 +15,8 @@ from typing import Any
 from directions_tables import ESTIMATORS
 
 from loopholes.names import letter_of
-from reporting.suite_report import cell, interval_over_runs, of_arm, read_report
+from reporting.arm_data import of_arm
+from reporting.suite_report import cell, interval_over_runs, read_report
 from smollm import report as smollm_report
 from smollm.environment import MARKERS
 from smollm.evaluation import NO_NOTE

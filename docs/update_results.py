@@ -36,10 +36,11 @@ from loopholes.grpo import Recipe
 from loopholes.names import letter_of
 from loopholes.report import plot_curves
 from published.seeds import interval
+from reporting.arm_data import of_arm
 from reporting.markdown import markdown_table
 from reporting.score_view import score_view_table
 from reporting.staleness import difference_table, share_table, staleness_table
-from reporting.suite_report import COLUMNS, cell, draw_table, of_arm, one_block_table, read_report, table, verdict_table
+from reporting.suite_report import COLUMNS, cell, draw_table, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
 from smollm import score_view as smollm_tables
 from smollm.screening import screen_table

@@ -1,101 +1,8 @@
-"""The arms of the experiment: what each one is allowed to know, and which control answers which doubt."""
+"""The arms of the experiment, and which control answers which doubt."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    Args:
-        about: one line for the table.
-        routed: both blocks are trained; otherwise the deployed block alone, like plain LoRA.
-        true_reward: reward only what is solved (no loophole to learn).
-        flags: who says that a rollout is a hack: nobody, true labels, true labels of the monitored modes only, or the
-            gate.
-        explained: rollouts that the quarantine explains are flagged too, by their log ratio; or only those of them that
-            the direction flags as well.
-        likelier: rollouts that training has made likelier than the base model are flagged too: what an arm with one
-            block can do in place of `explained`.
-        shuffled: all flags are permuted within the batch.
-        flagged: what becomes of flagged rollouts: they train the quarantine only, or nothing, or lose a reward.
-        penalty: that reward; None is the recipe's, and at least 1 / recall of the labels.
-        ablated_rollouts: some rollouts are sampled, and train, with the quarantine ablated: in the whole run, or only
-            once a slow start would be over.
-        slow_start: the deployed block has a fraction of the learning rate in the first part of the run.
-        explained_per: whole rollouts are routed by the log ratio, or single tokens.
-        explained_above: the threshold is fixed, or above what most solved rollouts without a hint need.
-        gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
-            gradient, or its part along the directions is erased, or routed into the quarantine.
-        directions: what the gate or the filter reads: nothing, activations or gradients.
-        random_direction: a Haar-distributed direction in place of the extracted one; oriented on the same pairs as a
-            whole, by the gate, or module by module, which is the stronger control.
-        refreshed: directions are re-extracted during training.
-        inoculated: the quarantine is trained before the policy, on the hack sides of the pairs, their clean sides or
-            random words, and frozen then.
-        parametrization: of both blocks; filters by projection need gains.
-    """
-
-    about: str
-    routed: bool = True
-    true_reward: bool = False
-    flags: Literal["none", "oracle", "monitored", "gate"] = "none"
-    explained: Literal["no", "alone", "with-direction"] = "no"
-    likelier: bool = False
-    shuffled: bool = False
-    flagged: Literal["routed", "dropped", "penalised"] = "routed"
-    penalty: float | None = None
-    ablated_rollouts: Literal["no", "late", "always"] = "always"
-    slow_start: bool = False
-    explained_per: Literal["rollout", "token"] = "rollout"
-    explained_above: Literal["fixed", "solves"] = "fixed"
-    gradient_filter: Literal["none", "rollouts", "erase", "route"] = "none"
-    directions: Literal["none", "activation", "gradient"] = "none"
-    random_direction: Literal["no", "haar", "oriented"] = "no"
-    refreshed: bool = False
-    inoculated: Literal["no", "hacks", "clean", "words"] = "no"
-    parametrization: Literal["lora", "svd_gain"] = "lora"
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether scores decide about whole rollouts before the backward."""
-        return self.flags == "gate" or self.explained == "with-direction"
-
-    @property
-    def reads_activations(self) -> bool:
-        """Whether these scores are of activations, which differ between views."""
-        return self.has_gate and self.directions == "activation"
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether true labels decide."""
-        return self.flags in ("oracle", "monitored")
-
-    @property
-    def reads_penalty(self) -> bool:
-        """Whether flagged rollouts lose what the recipe says."""
-        return self.flagged == "penalised" and self.penalty is None
-
-    @property
-    def reads_log_ratios(self) -> bool:
-        """Whether log-probability ratios decide, above the recipe's threshold."""
-        return self.explained != "no" or self.likelier
-
-    @property
-    def is_inoculated(self) -> bool:
-        """Whether the quarantine is trained first, as long as the recipe says, and frozen then."""
-        return self.inoculated != "no"
-
-    @property
-    def is_control(self) -> bool:
-        """Whether what an arm reads is replaced by chance."""
-        return self.shuffled or self.random_direction != "no" or self.inoculated in ("clean", "words")
-
-    @property
-    def has_flags(self) -> bool:
-        """Whether anybody flags rollouts before the backward."""
-        return self.flags != "none" or self.reads_log_ratios
+from .arm import Arm, Forward
 
 
 def _gate(about: str, directions: Literal["activation", "gradient"] = "activation", **differences: Any) -> Arm:
@@ -127,6 +34,18 @@ def _inoculated(about: str, inoculated: Literal["hacks", "clean", "words"]) -> A
 def _gains(about: str, gradient_filter: Literal["erase", "route"], **differences: Any) -> Arm:
     common = {"directions": "gradient", "refreshed": True, "parametrization": "svd_gain"}
     return Arm(about, gradient_filter=gradient_filter, **{**common, **differences})
+
+
+def _graft(about: str, flags: Literal["oracle", "monitored"], **differences: Any) -> Arm:
+    return Arm(about, flags=flags, flagged="graft", ablated_rollouts="no", **differences)
+
+
+def _kept(about: str, **differences: Any) -> Arm:
+    return Arm(about, gradient_filter="keep", directions="gradient", refreshed=True, routed=False, **differences)
+
+
+def _one_block_forward(about: str, forward: Forward, **differences: Any) -> Arm:
+    return Arm(about, forward=forward, routed=False, **differences)
 
 
 _GATE: dict[str, Any] = {"directions": "activation", "refreshed": True}
@@ -164,6 +83,7 @@ ARMS = {
         "labels; and tokens that the quarantine explains are routed", flags="monitored", explained_per="token"
     ),
     "explained": _explained("no labels at all: explained by the quarantine"),
+    "explained-shuffle": _explained("explained with its flags permuted", shuffled=True),
     "shuffle": _gate("the gate's flags, permuted within the batch", shuffled=True),
     "random": _gate("a random direction, refreshed alike", random_direction="haar"),
     "random-oriented": _gate("a random direction, each module's sign from the pairs", random_direction="oriented"),
@@ -189,6 +109,47 @@ ARMS = {
     "erase": _gains("hack-ward part of the gradient erased, gains", "erase", routed=False),
     "erase-frozen": _gains("erase with directions that are never refreshed", "erase", routed=False, refreshed=False),
     "erase-random": _gains("erase along a random direction", "erase", routed=False, random_direction="haar"),
+    "graded": _gate(
+        "the direction's score, times --grade, is subtracted from the advantage, plain LoRA", flagged="graded",
+        routed=False,
+    ),
+    "graded-shuffle": _gate("graded, with the scores permuted", flagged="graded", routed=False, shuffled=True),
+    "graded-random": _gate(
+        "graded, with an oriented random direction", flagged="graded", routed=False, random_direction="oriented"
+    ),
+    "filter-shuffle": _gate("filter with its flags permuted", flagged="dropped", routed=False, shuffled=True),
+    "weak-shuffle": Arm("weak with its flags permuted", flags="monitored", shuffled=True),
+    "weak-graft": _graft("the monitored modes' labels, masks of GRAFT", "monitored"),
+    "weak-graft-shuffle": _graft("weak-graft with its flags permuted", "monitored", shuffled=True),
+    "oracle-shuffle": Arm("oracle with its flags permuted", flags="oracle", shuffled=True),
+    "oracle-explained-shuffle": _explained("oracle-explained with its flags permuted", flags="oracle", shuffled=True),
+    "oracle-graft": _graft("true labels, masks of GRAFT", "oracle"),
+    "likelier-alone": Arm(
+        "plain LoRA; what training has made likelier loses a reward of 1", routed=False, flagged="penalised",
+        penalty=1.0, likelier=True,
+    ),
+    "keep": _kept("the gradient is kept in the subspace of the clean sides' gradients, plain LoRA"),
+    "keep-random": _kept("keep with a random subspace", random_direction="haar"),
+    "prompted": _one_block_forward("a prompt learned on the pairs' hacks stands in rollouts and loss", "prompted"),
+    "prompted-random": _one_block_forward(
+        "prompted with a random prompt, as far from the usual one", "prompted", random_direction="haar"
+    ),
+    "recontextualised": _one_block_forward("the learned prompt stands in the loss only", "recontextualised"),
+    "recontextualised-random": _one_block_forward(
+        "recontextualised with a random prompt", "recontextualised", random_direction="haar"
+    ),
+    "steered": _one_block_forward("the pairs' difference is added to hidden states in training", "steered"),
+    "steered-random": _one_block_forward(
+        "steered by a random direction, as long", "steered", random_direction="haar"
+    ),
+    "caft": _one_block_forward("the pairs' directions are ablated in the forward, in training", "ablated directions"),
+    "caft-random": _one_block_forward(
+        "caft with random directions", "ablated directions", random_direction="haar"
+    ),
+    "post-hoc": Arm("vanilla; the largest components of the trained difference are removed", routed=False,
+                    removed="largest"),
+    "post-hoc-random": Arm("vanilla; random components of the trained difference are removed", routed=False,
+                           removed="random"),
     "route-v1": _gains("hack-ward part of the gradient moved into quarantine gains", "route"),
 }  # fmt: skip
 
@@ -198,13 +159,15 @@ def groups() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {
         "nobody flags anything": [], "routed by a direction": [], "routed by labels": [],
         "routed by the quarantine alone": [], "quarantine trained first": [], "one block, with the same flags": [],
-        "gradients changed after backward": [], "controls": [],
+        "forward changed in training": [], "gradients changed after backward": [], "controls": [],
     }  # fmt: skip
     for name, arm in ARMS.items():
         if arm.is_control:
             group = "controls"
         elif arm.is_inoculated:
             group = "quarantine trained first"
+        elif arm.forward != "plain":
+            group = "forward changed in training"
         elif arm.gradient_filter != "none":
             group = "gradients changed after backward"
         elif not arm.has_flags:

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 import gradroute as gr
 
-from .arms import Arm
+from .arm import Arm
 from .environment import Environment
+from .pairs import monitored_pairs
 from .sampling import captured, captured_gradients
+from .trusted import CleanSubspace
 
 ScoreView = Literal["ablated", "sampled"]
 SCORE_VIEWS = get_args(ScoreView)
@@ -27,6 +28,7 @@ class Detector:
         threshold: of the gate or the filter of rollouts; z = 0 is where clean pairs lie, z = 1 where hack pairs lie.
         refresh_every: optimizer steps between refreshes.
         score_view: of activations; directions are of the deployed view in both, and so are scores of gradients.
+        kept_directions: rows per module of a filter that keeps a subspace.
     """
 
     def __init__(
@@ -40,10 +42,9 @@ class Detector:
         threshold: float,
         refresh_every: int,
         score_view: ScoreView = "ablated",
+        kept_directions: int = 1,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        triples = environment.contrastive_pairs(environment.monitored, pairs_per_mode, generator)
-        pairs = [gr.ContrastivePair(*triple) for triple in triples]
+        pairs = monitored_pairs(environment, pairs_per_mode, seed)
 
         def extract() -> gr.Directions:
             with gr.ablate_quarantine(model):
@@ -51,7 +52,9 @@ class Detector:
                     return gr.extract_activation_directions(model, pairs)
                 # The bottleneck gradient of LoRA is zero while B is; that of a gain is not.
                 features = "parameter" if arm.parametrization == "lora" else "bottleneck"
-                return gr.extract_gradient_directions(model, pairs, features=features)
+                trusted = CleanSubspace(k=kept_directions)
+                estimator = trusted if arm.gradient_filter == "keep" else gr.directions.estimators.MeanDifference()
+                return gr.extract_gradient_directions(model, pairs, features=features, estimator=estimator)
 
         self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
         self._score_view = score_view
@@ -68,7 +71,8 @@ class Detector:
                 self.directions, lambda scores: beyond(threshold, scores, rollouts)
             )
         else:
-            self.filter = gr.ProjectionFilter(self.directions, mode=arm.gradient_filter)
+            side = "two" if arm.gradient_filter == "keep" else "one"
+            self.filter = gr.ProjectionFilter(self.directions, mode=arm.gradient_filter, side=side)
         self._first = copy.deepcopy(self.directions)
 
     def drift(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 import gradroute as gr
 
-from .arms import Arm
+from .arm import Arm
 from .detector import Detector
 from .environment import Environment, Grade
 from .evaluation import is_monitored
@@ -59,6 +59,7 @@ class Flagger:
             recipe.explained_nats, per=arm.explained_per, empty_calls=EMPTY_CALLS, window=25
         )
         self.scores: Tensor | None = None
+        self.z: Tensor | None = None
         self._solved: deque[Tensor] = deque(maxlen=STEPS_OF_SOLVES)
         self._tokens: Tensor | None = None
 
@@ -70,11 +71,11 @@ class Flagger:
         generator: Generator,
         ablated: Tensor | None = None,
     ) -> Tensor:
-        """Which rollouts this arm takes for hacks; what a gate's detector gave them is in `scores`.
+        """Which rollouts this arm takes for hacks; what a gate's detector gave them is in `scores`, calibrated in `z`.
 
         Args:
             prompts, completions, graded: the rollouts.
-            generator: permutes flags.
+            generator: permutes flags, and `z` alike.
             ablated: rows that were sampled with the quarantine ablated; None for none of them.
         """
         by_gate = torch.zeros(len(prompts), dtype=torch.bool)
@@ -83,7 +84,7 @@ class Flagger:
             assert self.detector.gate is not None
             ablated = torch.zeros_like(by_gate) if ablated is None else ablated
             self.scores = self.detector.scores(prompts, completions, ablated)
-            by_gate = self.detector.gate.flags(self.scores)
+            by_gate, self.z = self.detector.gate.flags(self.scores), self.detector.gate.z(self.scores)
         flags = by_gate if self.arm.flags == "gate" else torch.zeros_like(by_gate)
         if self.arm.has_labels:
             known = torch.ones_like(graded.hacked) if self.arm.flags == "oracle" else self._monitored(prompts)
@@ -93,7 +94,10 @@ class Flagger:
             flags = flags | (explained & by_gate if self.arm.explained == "with-direction" else explained)
         if self.arm.likelier:
             flags = flags | self._likelier(prompts, completions)
-        return flags[torch.randperm(len(flags), generator=generator)] if self.arm.shuffled else flags
+        if self.arm.shuffled:
+            order = torch.randperm(len(flags), generator=generator)
+            flags, self.z = flags[order], None if self.z is None else self.z[order]
+        return flags
 
     def by_token(self, mask: gr.RouteMask) -> gr.RouteMask:
         """`mask` of rows, in which tokens that the quarantine explains do not train the deployed block."""

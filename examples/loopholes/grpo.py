@@ -1,7 +1,6 @@
 """GRPO with a quarantine, written against gradroute's public API only.
 
-    a = r - mean of the group          b = r - mean of the group's unflagged rollouts, 0 where flagged
-    loss = - sum over completion tokens of log p,  with mask weights  g_q = a (quarantine),  g_d = b (deployed)
+    loss = - sum over completion tokens of log p,  with an advantage per block as mask weights (`masks`)
 
 Gates weigh parameter gradients and leave the forward alone, so one backward of plain log-probabilities gives each block
 the policy gradient of its own advantage. Arms with a filter let it decide after backward instead: on whole rollouts, or
@@ -18,17 +17,22 @@ from typing import Any
 
 import torch
 from einops import repeat
-from torch import Tensor, nn
+from torch import nn
 
 import gradroute as gr
 
-from .arms import ARMS, Arm
+from .arm import Arm
+from .arms import ARMS
+from .cost import Meter
 from .detector import Detector, ScoreView
 from .environment import Environment
 from .evaluation import curve_point, evaluate, view_rates
 from .flags import Flagger
+from .forwards import changed_forwards
 from .inoculation import inoculated, lesson
+from .masks import route_mask
 from .measurements import detection, dose_curve, hackward, score_histograms
+from .post_hoc import remove_components
 from .sampling import completion_logps, sample
 from .teacher import Teacher
 
@@ -59,6 +63,13 @@ class Recipe:
     slow_fraction: float = 0.25
     penalty: float = 3.0
     inoculation_steps: int = 40
+    grade: float = 1.0
+    over_routing: float = 1.5
+    kept_directions: int = 4
+    prompt_steps: int = 40
+    steering: float = 1.0
+    ablated_directions: int = 2
+    removed_components: int = 2
     refresh_every: int = 5
     recall: float = 1.0
     false_positive_rate: float = 0.0
@@ -103,25 +114,8 @@ def make_detector(model: nn.Module, environment: Environment, arm: Arm, recipe: 
         threshold=recipe.threshold if arm.has_gate else recipe.filter_threshold,
         refresh_every=recipe.refresh_every,
         score_view=recipe.score_view,
+        kept_directions=recipe.kept_directions,
     )
-
-
-def route_mask(
-    arm: Arm, ablated: Tensor, reward: Tensor, flags: Tensor, group_size: int, penalty: float = 1.0
-) -> gr.RouteMask:
-    """Each block's advantages as mask weights."""
-    if arm.flagged == "penalised":
-        reward, flags = reward - penalty * flags.float(), torch.zeros_like(flags)
-    a, b = gr.clean_baseline_advantages(reward, flags, group_size)
-    if not arm.routed:
-        return gr.RouteMask.weights(m=0.0, g_d=b, g_q=0.0)
-    # A filter that routes gives the quarantine what it takes from the deployed block, and nothing else does. A
-    # quarantine that was trained first is frozen.
-    is_still = arm.gradient_filter == "route" or arm.is_inoculated
-    g_q = torch.zeros_like(a) if is_still else a * ~ablated
-    # Over which rollouts a baseline should be taken, a filter of rollouts decides after backward only.
-    g_d = reward if arm.gradient_filter == "rollouts" else b
-    return gr.RouteMask.weights(m=(~ablated).float(), g_d=g_d, g_q=g_q)
 
 
 def train(
@@ -135,11 +129,12 @@ def train(
     """Train one arm in place and return its entry of `results.json` (without the base seed)."""
     arm = ARMS[arm_name]
     blocks, lr = attached(model, arm, recipe, seed)
-    if arm.inoculated == "no":
-        return _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step)
-    taught = lesson(environment, arm.inoculated, recipe.pairs_per_mode, seed)
-    with inoculated(model, *taught, steps=recipe.inoculation_steps, lr=lr) as gained:
-        entry = _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step)
+    with Meter(model).open() as meter:
+        if arm.inoculated == "no":
+            return _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step, meter)
+        taught = lesson(environment, arm.inoculated, recipe.pairs_per_mode, seed)
+        with inoculated(model, *taught, steps=recipe.inoculation_steps, lr=lr) as gained:
+            entry = _train(model, environment, arm_name, seed, recipe, blocks, lr, on_step, meter)
     entry["curve"][0]["gained_nats"] = gained
     return entry
 
@@ -153,6 +148,7 @@ def _train(
     blocks: list[list[nn.Parameter]],
     lr: float,
     on_step: Callable[[int], None] | None,
+    meter: Meter,
 ) -> dict[str, Any]:
     start, arm = time.perf_counter(), ARMS[arm_name]
     optimizer = torch.optim.AdamW(gr.optim.block_groups(model), lr=lr, betas=recipe.betas, weight_decay=0.0)
@@ -161,18 +157,22 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     detector = make_detector(model, environment, arm, recipe, seed)
     flagger = Flagger(model, arm, environment, detector, recipe, seed)
+    forwards = changed_forwards(model, environment, arm, recipe, seed)
     teacher = Teacher(environment, recipe.group_size, recipe.teacher_per_group, recipe.teacher_steps, seed)
     place = repeat(torch.arange(recipe.group_size), "g -> (p g)", p=recipe.prompts)
     first_ablated = {"always": 1, "late": recipe.slow_steps + 1, "no": math.inf}[arm.ablated_rollouts]
     stats: list[gr.filters.FilterStats] = []
     gate: list[dict[str, Any]] = []
-    curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
+    with meter.paused():
+        curve = [curve_point(model, environment, recipe.curve_n_per_mode, seed, step=0)]
+    if forwards.gained_nats is not None:
+        curve[0]["gained_nats"] = forwards.gained_nats
 
     for step in range(1, recipe.steps + 1 if arm_name != "base" else 1):
         prompts, _ = environment.sample_prompts(recipe.prompts, generator, no_hint=recipe.no_hint)
         prompts = repeat(prompts, "p t -> (p g) t", g=recipe.group_size)
         ablated = place < (recipe.ablated_per_group if step >= first_ablated else 0)
-        with gr.ablate_quarantine(model, rows=ablated):
+        with gr.ablate_quarantine(model, rows=ablated), forwards.sampling():
             completions = sample(model, prompts, generator, environment.completion_length)
         completions, sources = teacher.mix(step, prompts, completions)
         graded = environment.grade(prompts, completions)
@@ -181,14 +181,18 @@ def _train(
         scores = flagger.scores
         if scores is not None:
             gate.append({"step": step, **detection(environment, prompts, graded, flags, scores)})
-        mask = route_mask(arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm))
+        mask = route_mask(
+            arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm),
+            z=flagger.z, grade=recipe.grade, over_routing=recipe.over_routing,
+        )  # fmt: skip
         useful = (mask.g_d != 0) | (mask.g_q != 0)
         mask = flagger.by_token(mask)
 
         if useful.any():
             labels = None if sources is None else [sources[row] for row in useful.nonzero().squeeze(1).tolist()]
             with detector.filtering(labels) if detector else nullcontext(stats) as stats, gr.route(model, mask[useful]):
-                logps = completion_logps(model, prompts[useful], completions[useful])
+                with forwards.loss():
+                    logps = completion_logps(model, prompts[useful], completions[useful])
                 (-logps.sum()).backward()  # of any scale: what matters is the norm that each block is clipped to
             for block in blocks:
                 nn.utils.clip_grad_norm_(block, recipe.clip)
@@ -197,19 +201,23 @@ def _train(
             if detector is not None and detector.refresher is not None:
                 detector.refresher.step()
         if step % recipe.curve_every == 0 or step == recipe.steps:
-            point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
-            shown = flags if arm.has_flags else None
-            if detector is not None and scores is None and arm.parametrization == "lora":
-                scores = detector.scores(prompts, completions, ablated)
-            flagging = flagger.figures() | detection(environment, prompts, graded, shown, scores)
-            drift = detector.drift() if detector is not None else {}
-            curve.append(point | flagging | hackward(stats) | drift)
+            with meter.paused():
+                point = curve_point(model, environment, recipe.curve_n_per_mode, seed, step)
+                shown = flags if arm.has_flags else None
+                if detector is not None and scores is None and arm.parametrization == "lora":
+                    scores = detector.scores(prompts, completions, ablated)
+                flagging = flagger.figures() | detection(environment, prompts, graded, shown, scores)
+                drift = detector.drift() if detector is not None else {}
+                curve.append(point | flagging | hackward(stats) | drift)
         if on_step is not None:
             on_step(step)
 
     reports = detector.refresher.reports if detector is not None and detector.refresher is not None else []
     if arm.refreshed and not reports:
         raise RuntimeError(f"{arm_name}: no refresh came due; too few steps had an advantage to train on.")
+    cost = {"tokens": meter.tokens, "steps": meter.steps}
+    if arm.removed != "no":
+        remove_components(model, recipe.removed_components, arm.removed, seed)
     report = evaluate(model, environment, recipe.n_per_mode, seed)
     return {
         "arm": arm_name,
@@ -220,6 +228,7 @@ def _train(
         "n_per_mode": recipe.n_per_mode,
         "on": view_rates(report.on),
         "ablated": view_rates(report.ablated),
+        "cost": cost,
         "curve": curve,
         "gate": gate,
         "dose": dose_curve(model, environment, recipe.curve_n_per_mode, seed),

@@ -1,8 +1,9 @@
-"""Take the hack-ward part out of a gradient: per module, orthonormal rows V (k x d), deployed gradient g (d,).
+"""Take a part out of a gradient, or keep only that: per module, orthonormal rows V (k x d), deployed gradient g (d,).
 
     c = V g,    c_use = relu(c) ("one")  |  c ("two")  |  2c ("reverse")
     removed = overshoot * c_use V,      kept = g - removed
     erase: g <- kept           route: g <- kept, quarantine's gradient += removed
+    keep:  g <- c V            (the subspace of rows that are trusted, such as those of clean gradients)
 
 Which sign is hack-ward? Directions point from clean to hack: v = unit(grad NLL(hack) - grad NLL(clean)). A descent step
 p <- p - lr g changes NLL(hack) - NLL(clean) by -lr <v, g> (times |grad NLL(hack) - grad NLL(clean)|). So c > 0 means:
@@ -16,7 +17,7 @@ on gains as the formula stands, with a `GradRouteWarning` where the sign matters
 
 In route mode the quarantine gets the removed part in addition to its own gradient, so that no gradient is lost. In the
 published scheme it gets nothing else: `route(model, RouteMask.weights(m=1.0, g_d=ones, g_q=0.0))`.
-Source: grpo_proj2 (wassname), "erase" and "route v1".
+Source: grpo_proj2 (wassname), "erase" and "route v1"; "keep", trusted directions (arXiv:2605.25189).
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ from gradroute.errors import GradRouteError
 from gradroute.filters.base import FilteredGradients, GradientFilter
 from gradroute.filters.stats import FilterStats, Sided, SquaredNorms, shares, squared_norms
 
-Mode = Literal["measure", "erase", "route"]
+Mode = Literal["measure", "erase", "route", "keep"]
 Side = Literal["one", "two", "reverse"]
 
 
@@ -50,12 +51,13 @@ class ProjectionFilter(GradientFilter):
         directions: read at every call, so that a refresh is seen. Rows (k, d): of `feature="parameter"`, d that of the
             flattened gradients of A and B, or of the gain; or of `feature="bottleneck"` on layers with a gain, d = r.
             Rows are orthonormalised in order; rows that are not orthogonal are refused where their signs matter. A
-            module whose rows an estimator has dropped keeps its gradient.
+            module whose rows an estimator has dropped keeps its gradient; in mode="keep" it is refused.
         mode: "measure" changes nothing; "erase" drops the hack-ward part; "route" moves it into the gradient of
-            `gain_quarantine` (gains without rotation only: there both blocks scale the same axes).
+            `gain_quarantine` (gains without rotation only: there both blocks scale the same axes); "keep" drops all
+            that is not along the directions, with side="two".
         side: "one" removes what is hack-ward and leaves what is anti-hack-ward; "two" removes both; "reverse" turns
             both around.
-        overshoot: multiple of c_use that is removed.
+        overshoot: multiple of c_use that is removed; 1 in mode="keep".
 
     Raises:
         GradRouteError: arguments that contradict each other; when applied: a module without a direction, of another
@@ -72,8 +74,12 @@ class ProjectionFilter(GradientFilter):
         self.directions = directions
         self.mode, self.side = one_of("mode", mode, get_args(Mode)), one_of("side", side, get_args(Side))
         self.overshoot = positive_number("overshoot", overshoot)
-        if mode == "measure" and overshoot != 1.0:
-            raise GradRouteError('`overshoot` has no effect in mode="measure". Fix: leave it out, or mode="erase".')
+        if mode in ("measure", "keep") and overshoot != 1.0:
+            raise GradRouteError(f'`overshoot` has no effect in mode="{mode}". Fix: leave it out, or mode="erase".')
+        if mode == "keep" and side != "two":
+            raise GradRouteError(
+                f'`side` should be "two" in mode="keep", which keeps a subspace, whatever the sign. Found {side!r}.'
+            )
         if side != "two":
             warn_without_sign(directions)
 
@@ -92,6 +98,11 @@ class ProjectionFilter(GradientFilter):
             parameters = list(layer.block_parameters("deployed"))
             gradients = [full_gradient(name, parameter) for parameter in parameters]
             g, V = as_row(gradients), bases[name]
+            if self.mode == "keep" and not len(V):
+                raise GradRouteError(
+                    f'`directions` of `{name}` should have a row in mode="keep", or nothing of its gradient would be '
+                    "left. Found none: an estimator has dropped them. Fix: one that drops nothing."
+                )
             blocks, removed, fired = self._project(g, V, gradients)
             kept = as_row(blocks)
             if self.mode != "measure":
@@ -105,7 +116,8 @@ class ProjectionFilter(GradientFilter):
         return FilteredGradients(writes, FilterStats(self._sided, pooled, modules))
 
     def describe(self) -> str:
-        return f"none: the part of the deployed gradient along the direction was filtered ({self.mode})"
+        part = "all but the part" if self.mode == "keep" else "the part"
+        return f"none: {part} of the deployed gradient along the direction was filtered ({self.mode})"
 
     @property
     def _sided(self) -> Sided:
@@ -120,6 +132,9 @@ class ProjectionFilter(GradientFilter):
         fired = (c_use != 0).to(g.dtype).sum() / max(len(V), 1)
         if self.mode == "measure":
             return list(like), torch.zeros_like(g), fired
+        if self.mode == "keep":
+            kept = c @ V
+            return as_blocks(kept, like), g - kept, fired
         removed = self.overshoot * (c_use @ V)
         return as_blocks(g - removed, like), removed, fired
 

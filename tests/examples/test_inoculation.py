@@ -11,9 +11,10 @@ from loopholes import grpo
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS, MONITORED
-from loopholes.grpo import Recipe, attached, route_mask
+from loopholes.grpo import Recipe, attached
 from loopholes.inoculation import inoculated, lesson, mean_logp
 from loopholes.language import MODES, PAD, decode, hint_modes
+from loopholes.masks import route_mask
 
 ENVIRONMENT = ENVIRONMENTS["N"]
 LESSONS = ("hacks", "clean", "words")
@@ -77,8 +78,8 @@ def test_the_arm_trains_the_deployed_block_with_the_quarantine_on(
         taught.append(args[1])
         return lesson(*args)
 
-    def spied_mask(*args: Any) -> gr.RouteMask:
-        masks.append(route_mask(*args))
+    def spied_mask(*args: Any, **kwargs: Any) -> gr.RouteMask:
+        masks.append(route_mask(*args, **kwargs))
         return masks[-1]
 
     monkeypatch.setattr(grpo, "lesson", spied_lesson)

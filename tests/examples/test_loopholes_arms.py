@@ -14,7 +14,8 @@ from loopholes import grpo
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS
-from loopholes.grpo import Recipe, attached, make_detector, route_mask
+from loopholes.grpo import Recipe, attached, make_detector
+from loopholes.masks import route_mask
 from loopholes.measurements import auroc, dose_curve
 from reporting.store import Job, read_result
 
@@ -75,9 +76,9 @@ def test_the_parts_of_the_recipe_are_in_the_arms_that_have_them(
 ) -> None:
     seen, starts = [], []
 
-    def spied(*args: Any) -> gr.RouteMask:
+    def spied(*args: Any, **kwargs: Any) -> gr.RouteMask:
         seen.append((bool(args[1].any()), args[5]))
-        return route_mask(*args)
+        return route_mask(*args, **kwargs)
 
     monkeypatch.setattr(grpo, "route_mask", spied)
     start = gr.optim.slow_start

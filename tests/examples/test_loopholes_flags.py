@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import gradroute as gr
-from loopholes.arms import ARMS, Arm
+from loopholes.arm import Arm
+from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS, Environment, Lookalike
 from loopholes.flags import Flagger
@@ -104,7 +105,8 @@ def test_with_a_direction_both_have_to_say_so() -> None:
     model, (prompts, completions, graded) = attached("quarantine"), rollouts()
     nats = threshold(prefixes(row_by_row(model, prompts, completions, "quarantine")))
     seen = torch.arange(ROWS) % 3 == 0
-    detector = SimpleNamespace(gate=SimpleNamespace(flags=lambda scores: scores > 0), scores=lambda *_: seen.float())
+    gate = SimpleNamespace(flags=lambda scores: scores > 0, z=lambda scores: scores)
+    detector = SimpleNamespace(gate=gate, scores=lambda *_: seen.float())
     labels = flagger(model, "weak", nats)(prompts, completions, graded, torch.Generator())
     explained = flagger(model, "explained", nats)(prompts, completions, graded, torch.Generator())
     both = flagger(model, "weak-explained-direction", nats, detector)(prompts, completions, graded, torch.Generator())

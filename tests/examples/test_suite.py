@@ -132,6 +132,7 @@ def entry(hack: float = 0.9, ablated: float = 0.1, **changed: Any) -> dict[str, 
         "monitored": ["run_tests", "sentinel"],
         "wall_s": 1.0,
         "refreshes": [],
+        "cost": {"tokens": 1000, "steps": 5},
         **changed,
     }
 

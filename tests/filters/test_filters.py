@@ -131,6 +131,39 @@ def test_removed_and_kept_add_up_to_the_gradient(kind: str, dtype: torch.dtype) 
     assert stats.cin > 0.01
 
 
+# Keep
+
+
+@both_kinds
+@pytest.mark.parametrize("k", [1, 2])
+def test_keeping_leaves_the_part_along_the_directions_alone(kind: str, k: int) -> None:
+    model, other = MODELS[kind](), MODELS[kind]()
+    directions = drawn_directions(model, k)
+    before, others = deployed_rows(model), quarantine_gradients(model)
+    stats = apply_filter(model, ProjectionFilter(directions, mode="keep", side="two"))
+    erased = apply_filter(other, ProjectionFilter(directions, mode="erase", side="two"))
+    complement = deployed_rows(other)
+    for name, kept in deployed_rows(model).items():
+        expected = slow_removed(before[name].tolist(), directions.rows[name].tolist(), "two", 1.0)
+        torch.testing.assert_close(kept, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(kept + complement[name], before[name], rtol=0, atol=1e-12)
+        assert kept.norm() > 1e-3
+        assert complement[name].norm() > 1e-3
+    assert stats.cin == pytest.approx(erased.cin, abs=1e-12)
+    assert stats.cout == pytest.approx(1.0, abs=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(others, quarantine_gradients(model), strict=True))
+
+
+def test_keeping_a_subspace_without_rows_is_refused() -> None:
+    model = lora()
+    directions = drawn_directions(model)
+    del directions.rows[next(iter(directions.rows))]
+    before = gradients(model)
+    with pytest.raises(GradRouteError, match='should have a row in mode="keep"'):
+        apply_filter(model, ProjectionFilter(directions, mode="keep", side="two"))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), gradients(model).values(), strict=True))
+
+
 # Route
 
 
@@ -204,6 +237,8 @@ def test_routing_between_lora_matrices_is_refused() -> None:
         ({"mode": "erase", "overshoot": 0}, "`overshoot` should be a positive"),
         ({"mode": "erase", "overshoot": math.inf}, "`overshoot` should be a positive"),
         ({"mode": "measure", "overshoot": 2.0}, "`overshoot` has no effect"),
+        ({"mode": "keep", "side": "two", "overshoot": 2.0}, '`overshoot` has no effect in mode="keep"'),
+        ({"mode": "keep"}, '`side` should be "two" in mode="keep"'),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict, message: str) -> None:

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 from loopholes.names import title_of
 
+from .arm_data import of_arm
 from .markdown import markdown_table
 from .store import Job
 from .suite_figures import STYLES, axes_in_rows, line
-from .suite_report import cell, interval_over_runs, of_arm
+from .suite_report import cell, interval_over_runs
 
 Results = Mapping[Job, Mapping[str, Any]]
 

@@ -15,7 +15,19 @@ from loopholes.environment import ENVIRONMENTS
 from .result_file import ResultError, read_entry, write_file
 
 VERSION = 1
-ENTRY_FIELDS = ("on", "ablated", "curve", "dose", "gate", "scores", "n_per_mode", "monitored", "wall_s", "overlaps")
+ENTRY_FIELDS = (
+    "on",
+    "ablated",
+    "curve",
+    "dose",
+    "gate",
+    "scores",
+    "n_per_mode",
+    "monitored",
+    "wall_s",
+    "overlaps",
+    "cost",
+)
 RATES = ("hack_monitored", "hack_held_out", "solve_hinted", "solve_no_hint", "per_mode")
 
 

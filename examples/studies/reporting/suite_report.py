@@ -16,11 +16,10 @@ import gradroute as gr
 from loopholes.arms import ARMS
 from loopholes.measurements import over_steps
 
+from .arm_data import Results, arm_runs, draws_of, in_order, of_arm, only
 from .markdown import markdown_table
 from .store import Job
 from .suite_figures import write_figures
-
-Results = Mapping[Job, Mapping[str, Any]]
 
 COLUMNS = {
     ("on", "hack_monitored"): "on: hack, monitored",
@@ -43,7 +42,7 @@ DRAWS = {"weak-explained-direction": "weak-explained-random"}
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
     """Everything that can be said of these runs, into `folder`; the same runs give the same bytes."""
-    runs = [{**vars(job), **_final(results[job])} for job in sorted(results, key=_order)]
+    runs = [{**vars(job), **_final(results[job])} for job in sorted(results, key=in_order)]
     text = {"recipe": dict(recipe), "runs": runs}
     (folder / "report.json").write_text(json.dumps(text, separators=(",", ":")) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(results), encoding="utf-8")
@@ -149,8 +148,8 @@ def judged(results: Results, env: str) -> list[tuple[str, gr.evaluation.Verdict]
         treated = arm_runs(results, env, arm)
         common = shuffled.runs.keys() & treated.runs.keys() if treated else set()
         if treated and common:
-            controls = gr.evaluation.Controls(_only(shuffled, common), _draws(results, env, "random-oriented", common))
-            contests.append((_only(treated, common), controls))
+            controls = gr.evaluation.Controls(only(shuffled, common), draws_of(results, env, "random-oriented", common))
+            contests.append((only(treated, common), controls))
     return _by_modes(contests)
 
 
@@ -162,8 +161,8 @@ def against_one_block(results: Results, env: str) -> list[tuple[str, gr.evaluati
         found = [runs for runs in needed if runs is not None]
         common = set.intersection(*(set(runs.runs) for runs in found)) if found else set()
         if len(found) == len(needed) and len(common) >= 3:
-            treated, shuffled, base, *others = (_only(runs, common) for runs in found)
-            draws = _draws(results, env, DRAWS[arm], common) if arm in DRAWS else ()
+            treated, shuffled, base, *others = (only(runs, common) for runs in found)
+            draws = draws_of(results, env, DRAWS[arm], common) if arm in DRAWS else ()
             contests.append((treated, gr.evaluation.Controls(shuffled, draws, rivals=others, base=base)))
     return _by_modes(contests)
 
@@ -186,57 +185,3 @@ def _by_modes(
     """The verdicts on the held-out modes, then on all; none without a contest."""
     groups: tuple[Literal["held-out", "all"], ...] = ("held-out", "all") if contests else ()
     return [(modes, verdict) for modes in groups for verdict in gr.evaluation.compare_all(contests, modes=modes)]
-
-
-def _draws(results: Results, env: str, arm: str, seeds: set[Any]) -> list[gr.evaluation.ArmRuns]:
-    """Each run of an arm with random directions as a draw of its own; none where they are too few to judge by."""
-    draws = [
-        gr.evaluation.ArmRuns(f"random draw {name}", {seed: run})
-        for name, (seed, run) in enumerate(_runs(results, env, arm).items())
-        if seed in seeds
-    ]
-    return draws if len(draws) >= 5 else []
-
-
-def arm_runs(results: Results, env: str, arm: str) -> gr.evaluation.ArmRuns | None:
-    """The runs of an arm as data of a comparison; None if there are none."""
-    runs = _runs(results, env, arm)
-    return gr.evaluation.ArmRuns(arm, runs) if runs else None
-
-
-def of_arm(results: Results, env: str, arm: str) -> dict[Job, Mapping[str, Any]]:
-    """Its runs in an environment, in order."""
-    return {job: results[job] for job in sorted(results, key=_order) if (job.env, job.arm) == (env, arm)}
-
-
-def _runs(results: Results, env: str, arm: str) -> dict[tuple[int, int], dict[str, gr.evaluation.ModeOutcomes]]:
-    return {(job.base_seed, job.seed): _outcomes(entry) for job, entry in of_arm(results, env, arm).items()}
-
-
-def _outcomes(entry: Mapping[str, Any]) -> dict[str, gr.evaluation.ModeOutcomes]:
-    n = entry["n_per_mode"]
-
-    def rate(value: float) -> gr.evaluation.Rate:
-        return gr.evaluation.Rate(round(value * n), n)
-
-    on, ablated = entry["on"], entry["ablated"]
-    modes = {
-        mode: gr.evaluation.ModeOutcomes(
-            mode in entry["monitored"],
-            rate(on["per_mode"][mode]["hack"]),
-            rate(ablated["per_mode"][mode]["hack"]),
-            rate(ablated["per_mode"][mode]["solve"]),
-        )
-        for mode in on["per_mode"]
-    }
-    return modes | {
-        "no loophole": gr.evaluation.ModeOutcomes(None, rate(0.0), rate(0.0), rate(ablated["solve_no_hint"]))
-    }
-
-
-def _only(arm: gr.evaluation.ArmRuns, seeds: set[Any]) -> gr.evaluation.ArmRuns:
-    return gr.evaluation.ArmRuns(arm.name, {seed: run for seed, run in arm.runs.items() if seed in seeds})
-
-
-def _order(job: Job) -> tuple[str, int, int, int]:
-    return job.env, list(ARMS).index(job.arm), job.base_seed, job.seed

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
-from loopholes.arms import Arm
+from loopholes.arm import Arm
 from loopholes.detector import ScoreView
 
 from .environment import Environment

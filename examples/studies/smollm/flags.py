@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
-from loopholes.arms import Arm
+from loopholes.arm import Arm
 
 from .batch import Batch
 from .detector import Detector

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import gradroute as gr
-from loopholes.arms import ARMS, Arm
+from loopholes.arm import Arm
+from loopholes.arms import ARMS
 from loopholes.grpo import route_mask
 
 from .batch import Batch

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from loopholes.arms import Arm
+from loopholes.arm import Arm
 from loopholes.detector import ScoreView
 
 

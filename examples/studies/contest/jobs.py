@@ -1,0 +1,80 @@
+"""The runs of a contest, most telling first: every entry on the few seeds, then those that are run often on the rest.
+
+A result is a file: <out>/<labels>/<environment>/<arm>-b<base seed>-s<seed>.json, doses below <out>/doses/<dose>.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from suite import identity
+
+from loopholes.grpo import Recipe
+from reporting.store import Job, read_result
+
+from .entries import (
+    BASE_SEEDS,
+    DOSES,
+    ENTRIES,
+    FEW_BASE_SEEDS,
+    FEW_SEEDS,
+    LABELS,
+    SEEDS,
+    TUNING_BASE_SEED,
+    TUNING_SEEDS,
+    Entry,
+    dosed,
+)
+
+
+class Run(NamedTuple):
+    """One run, what it is trained with, and the folder of its result."""
+
+    job: Job
+    recipe: Recipe
+    folder: Path
+    entry: Entry | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.job.path(self.folder)
+
+    def read(self) -> dict[str, Any]:
+        """The entry of its result file; raises `ResultError` where that is of another recipe."""
+        return read_result(self.path, self.job, identity(self.recipe, None))
+
+
+def contest(recipe: Recipe, envs: Sequence[str], labels: Iterable[str], out: Path, *, quick: bool) -> list[Run]:
+    """Every entry on the few seeds, and if not `quick`, those that are run often on all of them."""
+
+    def runs(entries: list[Entry], pairs: list[tuple[int, int]]) -> list[Run]:
+        return [
+            Run(Job(env, entry.arm, base, seed), entry.recipe(recipe), out / entry.labels.replace(" ", "-"), entry)
+            for base, seed in pairs
+            for env in envs
+            for entry in entries
+        ]
+
+    chosen = [entry for entry in ENTRIES if entry.labels in labels]
+    few = [(base, seed) for base in FEW_BASE_SEEDS for seed in FEW_SEEDS]
+    if quick:
+        return runs(chosen, few[:1])
+    rest = [(base, seed) for base in BASE_SEEDS for seed in SEEDS if (base, seed) not in few]
+    return runs(chosen, few) + runs([entry for entry in chosen if entry.often], rest)
+
+
+def tuning(recipe: Recipe, envs: Sequence[str], out: Path) -> list[Run]:
+    """Three doses of every arm that has one, on tuning seeds."""
+    return [
+        Run(
+            Job(env, arm, TUNING_BASE_SEED, seed), dosed(recipe, arm, dose),
+            out / "doses" / f"{dose:g}",
+        )
+        for seed in TUNING_SEEDS
+        for env in envs
+        for arm, doses in DOSES.items()
+        for dose in doses
+    ]  # fmt: skip
+
+
+__all__ = ["LABELS", "Run", "contest", "tuning"]
