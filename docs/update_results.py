@@ -20,12 +20,16 @@ from typing import Any
 DOCS = Path(__file__).parent
 WRITTEN = (
     DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "exactness.md",
-    DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md", DOCS.parent / "README.md",
+    DOCS / "referee.md", DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md", DOCS.parent / "README.md",
 )  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path[:0] = [str(DOCS), str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
 
 import findings
+from contest import calibration
+from contest import report as contest_report
+from contest.interventions import paragraphs
+from contest.verdicts import verdict_table as contest_verdicts
 from directions_tables import left_out_table, read_study, transfer_table
 
 from benchmarks import sharding
@@ -170,6 +174,19 @@ def setting(path: Path) -> str:
     return f"recall {recipe['recall']:g}, false positives {recipe['false_positive_rate']:g}"
 
 
+def referee(part: str, env: str = "") -> str:
+    """A part of the contest, of an environment where it has one."""
+    contest, doses = contest_report.read_report(DOCS / "results" / "referee.json")
+    if part == "paragraphs":
+        return paragraphs(contest, ("N", "C"))
+    if part == "doses":
+        return contest_report.dose_table(doses)
+    if part == "calibration":
+        return calibration.calibration_table(DOCS / "results" / "referee-calibration.json")
+    make = {"table": contest_report.table, "controls": contest_report.control_table, "verdicts": contest_verdicts}
+    return make[part](contest, env)
+
+
 def split_digits() -> str:
     """Certificate errors of the bottom half, by setting."""
     rows = []
@@ -257,7 +274,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "side-by-side": side_by_side,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
-    "first-run": first_run, "score-view": score_view,
+    "first-run": first_run, "score-view": score_view, "referee": referee,
     "smollm-score-view": smollm_score_view,
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
     python examples/studies/referee.py --quick                             # every arm once in each environment
     python examples/studies/referee.py --tune                              # three doses of each arm, on tuning seeds
     python examples/studies/referee.py                                     # 3 to 10 runs of each
+    python examples/studies/referee.py --calibrate 400                     # false verdicts where nothing is better
 
 Every run that has ended is a file in --out; what was killed goes on where it stopped. Writes `report.md`, `report.json`
 and a figure for each environment to --out.
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the studies share with the other examples lies there
 
+from contest.calibration import write_calibration
 from contest.entries import LABELS
 from contest.jobs import Run, contest, tuning
 from contest.report import write_report
@@ -45,6 +47,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one run of each arm in each environment")
     parser.add_argument("--tune", action="store_true", help="three doses of each arm that has one, on tuning seeds")
     parser.add_argument("--report", action="store_true", help="run nothing: report on what lies in --out")
+    calibrate = "train nothing: simulate N contests in which no arm is better, and write calibration.json"
+    parser.add_argument("--calibrate", type=int, metavar="N", help=calibrate)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/referee"), help="folder; default %(default)s")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -58,8 +62,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 parser.error(f"--{name}: unknown {value!r}; choose from {', '.join(known)}")
         if len(set(values)) < len(values):
             parser.error(f"--{name}: {','.join(values)} names something twice")
-    if args.quick and args.tune:
-        parser.error("--quick, --tune: one of the two")
+    if args.quick + args.tune + args.report + (args.calibrate is not None) > 1:
+        parser.error("--quick, --tune, --report, --calibrate: one of them at most")
+    if args.calibrate is not None and args.calibrate < 1:
+        parser.error(f"--calibrate: expected a positive integer, found {args.calibrate}")
     if args.steps < RECIPE.refresh_every:
         parser.error(f"--steps: expected at least {RECIPE.refresh_every}, found {args.steps}")
     if args.workers < 1:
@@ -92,6 +98,11 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(1)
+    if args.calibrate is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_calibration(args.out / "calibration.json", args.calibrate, seed=0)
+        console.print(f"wrote {args.out / 'calibration.json'}")
+        return
     recipe = replace(RECIPE, steps=args.steps)
     everything = contest(recipe, args.envs, args.labels, args.out, quick=False)
     tuned = tuning(recipe, args.envs, args.out)

@@ -8,12 +8,15 @@ base. Ablated hack rates of seeds are drawn from a law that all arms share; outc
 any of its verdicts is; over many contests that should be at most `Criteria.level`.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import gradroute as gr
+from reporting.markdown import markdown_table
 
 from .entries import BASE_SEEDS, ENTRIES, FEW_BASE_SEEDS, FEW_SEEDS, SEEDS
 from .verdicts import CONTESTS, ONE_BLOCK
@@ -31,7 +34,7 @@ LAWS: dict[str, Law] = {
 
 
 class FalseClaims(NamedTuple):
-    """Shares of simulated contests with any false verdict of a kind; and how often a single arm's is, uncorrected."""
+    """Shares of simulated contests with any false verdict of a kind, and how many arms are judged in each."""
 
     effective: float
     better: float
@@ -47,6 +50,23 @@ def false_claims(law: str, *, simulations: int, seed: int, resamples: int = 200)
         effective += any(verdict.word in ("effective", "directional") for verdict in found)
         better += any(v.one_block is not None and v.one_block.word == "better than one block" for v in found)
     return FalseClaims(effective / simulations, better / simulations, simulations, len(CONTESTS))
+
+
+def write_calibration(path: Path, simulations: int, seed: int) -> None:
+    """`false_claims` of every law, as JSON."""
+    found = {law: false_claims(law, simulations=simulations, seed=seed)._asdict() for law in LAWS}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def calibration_table(path: Path) -> str:
+    """One row per law."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [law, str(each["contests"]), str(each["arms"]), f"{each['effective']:.3f}", f"{each['better']:.3f}"]
+        for law, each in found.items()
+    ]
+    header = ["hack rates of runs", "contests", "arms judged in each", 'any false "effective"', 'any false "better"']
+    return markdown_table(header, rows)
 
 
 def _contests(law: Law, rng: np.random.Generator) -> list[tuple[gr.evaluation.ArmRuns, gr.evaluation.Controls]]:

@@ -24,7 +24,7 @@ EMPTY_CALLS = 5
 
 
 class Flagger:
-    """Which rollouts of a step the arm takes for hacks, and the scores that told it.
+    """Which rollouts of a step the arm takes for hacks, and the scores that told it; a gate's are calibrated in `z`.
 
     Args:
         model: read where log-probabilities decide.
@@ -35,6 +35,7 @@ class Flagger:
     def __init__(self, model: LlamaForCausalLM, arm: Arm, detector: Detector | None, nats: float) -> None:
         self.model, self.arm, self.detector = model, arm, detector
         self.ratios = gr.LogRatioGate(nats, empty_calls=EMPTY_CALLS, window=25)
+        self.z: Tensor | None = None
 
     def __call__(
         self,
@@ -57,13 +58,16 @@ class Flagger:
             flags = batch.hacked if self.arm.flags == "oracle" else batch.hacked & batch.monitored
         if self.detector is not None:
             scores = self.detector.scores(prefixes, rollouts)
-            flags = self.detector.gate.flags(scores)
+            flags, self.z = self.detector.gate.flags(scores), self.detector.gate.z(scores)
         if self.arm.explained != "no" or self.arm.likelier:
             found, present = token_logps(self.model, prefixes, on)
             other = self._ablated(prefixes, ablated) if self.arm.explained != "no" else self._base(prompts, on)
             scores = self.ratios.scores(found, other, present)
             flags = flags | self.ratios(found, other, present).routed
-        return flags[torch.randperm(len(flags), generator=generator)] if self.arm.shuffled else flags, scores
+        if self.arm.shuffled:
+            order = torch.randperm(len(flags), generator=generator)
+            flags, self.z = flags[order], None if self.z is None else self.z[order]
+        return flags, scores
 
     def _ablated(self, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
         with gr.ablate_quarantine(self.model):

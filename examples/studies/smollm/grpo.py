@@ -1,7 +1,6 @@
 """GRPO of a chat model with a quarantine; flags, advantages and the ablated quarter as in `loopholes.grpo`.
 
-    a = r - mean of the group          b = r - mean of the group's unflagged rollouts, 0 where flagged
-    loss = - sum over reply tokens of log p,  with mask weights  g_q = a (quarantine),  g_d = b (deployed)
+    loss = - sum over reply tokens of log p,  with an advantage per block as mask weights (`loopholes.masks`)
 
 A step: 8 prompts x 8 rollouts at temperature 1, of which two in each group are sampled, and train, as deployed; in arms
 with a slow start of the deployed block, only once that is over. Rollouts without an advantage are left out. Frozen
@@ -20,7 +19,8 @@ from transformers import LlamaForCausalLM
 import gradroute as gr
 from loopholes.arm import Arm
 from loopholes.arms import ARMS
-from loopholes.grpo import route_mask
+from loopholes.masks import route_mask
+from loopholes.post_hoc import remove_components
 
 from .batch import Batch
 from .detector import Detector, token_pairs
@@ -69,6 +69,8 @@ def train(
     found: dict[str, Any] = {"curve": [], "refreshes": []}
     if arm_name != "base":
         found = _train(model, codec, environment, arm, seed, draw, recipe, blocks, on_step)
+    if arm.removed != "no":
+        remove_components(model, recipe.removed_components, arm.removed, seed)
     trained = time.perf_counter()
     outcomes = evaluate(model, codec, environment, seed, recipe, one_view=not arm.routed)
     ended = time.perf_counter()
@@ -116,7 +118,9 @@ def _train(
         batch = Batch.graded(codec, prompts, prefix, rollouts)
         flags, scores = flagger(batch, ids, prefixes, rollouts, generator)
         reward = batch.solved.float() if arm.true_reward else batch.reward
-        mask = route_mask(arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm))
+        mask = route_mask(
+            arm, ablated, reward, flags, recipe.group_size, recipe.penalty_of(arm), z=flagger.z, grade=recipe.grade
+        )
         curve.append({"step": step, **batch.counts(ablated, flags if arm.has_flags else None, scores)})
         if scores is not None and detector is None:
             curve[-1]["log_ratios"] = [round(q, 3) for q in scores.quantile(torch.tensor(QUANTILES)).tolist()]

@@ -28,6 +28,8 @@ class Recipe:
     n_per_marker: int = 64
     n_no_note: int = 128
     penalty: float = 3.0
+    grade: float = 1.0
+    removed_components: int = 2
     explained_nats: float = 1.0
     slow_fraction: float = 0.25
     slow_steps: int = 20

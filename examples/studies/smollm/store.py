@@ -20,9 +20,12 @@ VERSION = 1
 ARMS = (
     "base", "vanilla", "clean", "oracle",
     "weak", "weak-filter", "weak-penalty", "weak-likelier", "weak-explained", "weak-explained-shuffle", "explained",
-    "route", "random-oriented", "shuffle", "absorb",
+    "route", "random-oriented", "shuffle", "graded", "graded-random", "graded-shuffle", "post-hoc", "absorb",
 )  # fmt: skip
-ABOUT = {arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}") for arm in ARMS}
+ABOUT = {
+    arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}").replace("--grade", f"{Recipe.grade:g}")
+    for arm in ARMS
+}
 ABOUT["base"] = "the warmed-up model, not trained"
 FIELDS = ("outcomes", "curve", "refreshes", "train_s", "evaluation_s")
 KINDS = ("hack_on", "hack_ablated", "solve_on", "solve_ablated")
