@@ -110,8 +110,11 @@ ARMS = {
     "erase-frozen": _gains("erase with directions that are never refreshed", "erase", routed=False, refreshed=False),
     "erase-random": _gains("erase along a random direction", "erase", routed=False, random_direction="haar"),
     "graded": _gate(
-        "the direction's score, times --grade, is subtracted from the advantage, plain LoRA", flagged="graded",
+        "the direction's score is subtracted from the advantage, plain LoRA", flagged="graded",
         routed=False,
+    ),
+    "graded-frozen": _gate(
+        "graded, with a direction that is never refreshed", flagged="graded", routed=False, refreshed=False
     ),
     "graded-shuffle": _gate("graded, with the scores permuted", flagged="graded", routed=False, shuffled=True),
     "graded-random": _gate(

@@ -62,13 +62,13 @@ class Recipe:
     slow_share: float = 0.5
     slow_fraction: float = 0.25
     penalty: float = 3.0
-    inoculation_steps: int = 40
+    inoculation_steps: int = 20
     grade: float = 1.0
-    over_routing: float = 1.5
+    over_routing: float = 2.0
     kept_directions: int = 4
     prompt_steps: int = 40
-    steering: float = 1.0
-    ablated_directions: int = 2
+    steering: float = 2.0
+    ablated_directions: int = 8
     removed_components: int = 2
     refresh_every: int = 5
     recall: float = 1.0

@@ -26,7 +26,7 @@ from contest.calibration import write_calibration
 from contest.entries import LABELS
 from contest.jobs import Run, contest, tuning
 from contest.report import write_report
-from suite import RECIPE, run_one, start_worker
+from suite import RECIPE, start_worker
 
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
@@ -81,7 +81,7 @@ def run_missing(runs: list[Run], workers: int, progress: Progress) -> None:
     bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(missing))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        started = [pool.submit(run_one, run.job, None, run.recipe, run.folder) for run in missing]
+        started = [pool.submit(run.train) for run in missing]
         try:
             for ended in as_completed(started):
                 ended.result()

@@ -10,14 +10,22 @@ import pytest
 import referee
 from contest.calibration import LAWS, false_claims
 from contest.entries import DOSES, ENTRIES, LABELS, dosed
-from contest.jobs import Run, contest, tuning
-from contest.report import control_table, dose_table, environments, markdown, over_control, read_report, table
+from contest.jobs import SPECIFIC, Run, contest, tuning
+from contest.report import (
+    chosen_dose,
+    control_table,
+    dose_table,
+    environments,
+    markdown,
+    over_control,
+    read_report,
+    table,
+)
 from contest.verdicts import CONTESTS, ONE_BLOCK, verdict_table
 from scipy.stats import binom
-from suite import RECIPE, identity
+from suite import RECIPE
 
 from loopholes.arms import ARMS
-from loopholes.grpo import Recipe
 from reporting.store import Job, write_result
 
 
@@ -171,12 +179,20 @@ def test_a_quick_contest_is_run_and_goes_on_where_it_stopped(
     assert (tmp_path / "report.json").read_bytes() == before
 
 
+def test_a_result_depends_on_the_doses_that_its_arm_reads_alone(tmp_path: Path) -> None:
+    other = replace(RECIPE, **{field: getattr(RECIPE, field) + 1 for field in SPECIFIC})
+    both = (contest(recipe, ["C"], LABELS, tmp_path, quick=True) for recipe in (RECIPE, other))
+    differ = {a.job.arm for a, b in zip(*both, strict=True) if a.identity != b.identity}
+    assert differ == {entry.arm for entry in ENTRIES if ARMS[entry.arm].dose in SPECIFIC}
+    assert {ARMS[arm].dose for arm in differ} == set(SPECIFIC)
+
+
 # What is said
 
 
 def written(tmp_path: Path, make: Callable[[Run], dict[str, Any]], envs: tuple[str, ...] = ("C",)) -> None:
     for run in contest(RECIPE, envs, LABELS, tmp_path, quick=False):
-        write_result(run.path, run.job, identity(run.recipe, None), make(run))
+        write_result(run.path, run.job, run.identity, make(run))
 
 
 def one_block(rate: float, **changed: Any) -> dict[str, Any]:
@@ -206,7 +222,7 @@ def test_the_report_finds_what_was_planted_and_is_made_again_from_its_json(
 ) -> None:
     written(tmp_path, planted)
     for run in tuning(RECIPE, ["C"], tmp_path):
-        write_result(run.path, run.job, identity(run.recipe, None), entry(0.3))
+        write_result(run.path, run.job, run.identity, entry(0.3))
     referee.main(["--report", "--envs", "C", "--out", str(tmp_path)])
     assert "runs and 39 of doses" in capsys.readouterr().out
     found, doses = read_report(tmp_path / "report.json")
@@ -244,17 +260,33 @@ def test_an_entry_is_compared_with_its_control_seed_by_seed(tmp_path: Path) -> N
 
 
 def test_a_result_of_another_recipe_stops_the_referee_before_any_training(tmp_path: Path) -> None:
-    job = Job("C", "vanilla", 0, 0)
-    write_result(job.path(tmp_path / "none"), job, identity(Recipe(), None), entry())
+    run = next(r for r in contest(RECIPE, ["C"], LABELS, tmp_path, quick=True) if r.job == Job("C", "vanilla", 0, 0))
+    write_result(run.path, run.job, {**run.identity, "curve_every": 10}, entry())
     with pytest.raises(SystemExit, match=r"vanilla-b0-s0\.json: `recipe\.curve_every` should be 25"):
         referee.main(["--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="--report: no results"):
         referee.main(["--report", "--out", str(tmp_path / "empty")])
 
 
+def test_the_recipe_has_the_doses_that_the_tuning_runs_choose() -> None:
+    _, doses = read_report(Path(__file__).parents[2] / "docs" / "results" / "referee.json")
+    for arm in DOSES:
+        default = getattr(RECIPE, str(ARMS[arm].dose))
+        assert chosen_dose(arm, doses, default) == default, arm
+
+
+def test_a_dose_is_chosen_by_what_it_solves_without_hacks() -> None:
+    rates = {1.0: (0.5, 0.5), 2.0: (0.1, 0.5), 3.0: (0.1, 0.49), 4.0: (0.05, 0.3)}
+    doses = [
+        {"arm": "keep", "dose": dose, "ablated": {"hack_held_out": hack, "solve_hinted": solve}}
+        for dose, (hack, solve) in rates.items()
+    ]
+    assert [chosen_dose("keep", doses, default) for default in (1.0, 2.0, 3.0, 4.0)] == [2.0, 2.0, 3.0, 2.0]
+
+
 def test_a_report_of_some_runs_leaves_the_others_out(tmp_path: Path) -> None:
     run = contest(RECIPE, ["N"], LABELS, tmp_path, quick=True)[1]
-    write_result(run.path, run.job, identity(run.recipe, None), entry())
+    write_result(run.path, run.job, run.identity, entry())
     referee.main(["--report", "--out", str(tmp_path)])
     found, doses = read_report(tmp_path / "report.json")
     assert [len(results) for results in found.values()] == [1, 0, 0, 0, 0]

@@ -62,6 +62,7 @@ ENTRIES = [
             "likelier": None, "erase": "erase-random", "keep": "keep-random", "prompted": "prompted-random",
             "recontextualised": "recontextualised-random", "steered": "steered-random", "caft": "caft-random",
             "inoculated": "inoculated-clean", "route-explained": "shuffle", "graded": "graded-random",
+            "graded-frozen": "graded-random",
         },
         often={"filter": "filter-shuffle", "penalty": None, "route": "random-oriented", "shuffle": None},
     ),

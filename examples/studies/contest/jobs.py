@@ -3,14 +3,18 @@
 A result is a file: <out>/<labels>/<environment>/<arm>-b<base seed>-s<seed>.json, doses below <out>/doses/<dose>.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from suite import identity
 
-from loopholes.grpo import Recipe
-from reporting.store import Job, read_result
+from loopholes.arms import ARMS
+from loopholes.base_model import load_base
+from loopholes.environment import ENVIRONMENTS
+from loopholes.grpo import Recipe, train
+from reporting.store import Job, read_result, write_result
 
 from .entries import (
     BASE_SEEDS,
@@ -26,6 +30,12 @@ from .entries import (
     dosed,
 )
 
+SPECIFIC = (
+    "grade", "over_routing", "kept_directions", "prompt_steps", "steering", "ablated_directions", "removed_components",
+    "inoculation_steps",
+)  # fmt: skip
+"""Fields of the recipe that one intervention reads: results of other arms do not depend on them."""
+
 
 class Run(NamedTuple):
     """One run, what it is trained with, and the folder of its result."""
@@ -39,9 +49,24 @@ class Run(NamedTuple):
     def path(self) -> Path:
         return self.job.path(self.folder)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its result file has to agree with."""
+        own = ARMS[self.job.arm].dose
+        return {k: v for k, v in identity(self.recipe, None).items() if k not in SPECIFIC or k == own}
+
     def read(self) -> dict[str, Any]:
         """The entry of its result file; raises `ResultError` where that is of another recipe."""
-        return read_result(self.path, self.job, identity(self.recipe, None))
+        return read_result(self.path, self.job, self.identity)
+
+    def train(self) -> None:
+        """In a worker process: train, and write the result file."""
+        environment = ENVIRONMENTS[self.job.env]
+        model = load_base(environment, self.job.base_seed)
+        # What a gate has to say about its precision is not in the report.
+        with warnings.catch_warnings(action="ignore"):
+            entry = train(model, environment, self.job.arm, self.job.seed, self.recipe)
+        write_result(self.path, self.job, self.identity, entry)
 
 
 def contest(recipe: Recipe, envs: Sequence[str], labels: Iterable[str], out: Path, *, quick: bool) -> list[Run]:

@@ -121,6 +121,22 @@ def _difference(values: list[float]) -> str:
     return f"{fmean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def chosen_dose(arm: str, doses: Sequence[Mapping[str, Any]], default: float) -> float:
+    """The dose with the largest solve rate minus held-out hack rate, the mean over all tuning runs.
+
+    Of doses within .05 of it, `default` if it is one of them, else the smallest: one run does not tell them apart.
+    """
+    runs = [run for run in doses if run["arm"] == arm]
+    merit = {
+        dose: fmean(
+            run["ablated"]["solve_hinted"] - run["ablated"]["hack_held_out"] for run in runs if run["dose"] == dose
+        )
+        for dose in sorted({run["dose"] for run in runs})
+    }
+    good = [dose for dose, value in merit.items() if value >= max(merit.values()) - 0.05]
+    return default if default in good else good[0]
+
+
 def dose_table(doses: Sequence[Mapping[str, Any]]) -> str:
     """One row per arm and dose: held-out and monitored hacks and the solve rate as deployed, by environment."""
     envs = sorted({run["env"] for run in doses})

@@ -22,10 +22,7 @@ ARMS = (
     "weak", "weak-filter", "weak-penalty", "weak-likelier", "weak-explained", "weak-explained-shuffle", "explained",
     "route", "random-oriented", "shuffle", "graded", "graded-random", "graded-shuffle", "post-hoc", "absorb",
 )  # fmt: skip
-ABOUT = {
-    arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}").replace("--grade", f"{Recipe.grade:g}")
-    for arm in ARMS
-}
+ABOUT = {arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}") for arm in ARMS}
 ABOUT["base"] = "the warmed-up model, not trained"
 FIELDS = ("outcomes", "curve", "refreshes", "train_s", "evaluation_s")
 KINDS = ("hack_on", "hack_ablated", "solve_on", "solve_ablated")
