@@ -32,6 +32,7 @@ class Arm:
         gradient_filter: what happens between backward and step: nothing, flagged rollouts are taken out of the deployed
             gradient, or its part along the directions is erased, or routed into the quarantine, or kept alone.
         directions: what the gate or the filter reads: nothing, activations or gradients.
+        cosine: gradients are divided by their length before anything is read from them.
         random_direction: a Haar-distributed direction in place of the extracted one; oriented on the same pairs as a
             whole, by the gate, or module by module, which is the stronger control.
         refreshed: directions are re-extracted during training.
@@ -57,6 +58,7 @@ class Arm:
     explained_above: Literal["fixed", "solves"] = "fixed"
     gradient_filter: Literal["none", "rollouts", "erase", "route", "keep"] = "none"
     directions: Literal["none", "activation", "gradient"] = "none"
+    cosine: bool = False
     random_direction: Literal["no", "haar", "oriented"] = "no"
     refreshed: bool = False
     inoculated: Literal["no", "hacks", "clean", "words"] = "no"

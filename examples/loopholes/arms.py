@@ -101,6 +101,10 @@ ARMS = {
     "inoculated-words": _inoculated("inoculated with random words", "words"),
     "gradient": _gate("the direction of gradients, refreshed", "gradient"),
     "gradient-frozen": _gate("the direction of gradients, never refreshed", "gradient", refreshed=False),
+    "gradient-cosine": _gate("gradient, of gradients of unit length", "gradient", cosine=True),
+    "gradient-cosine-frozen": _gate(
+        "gradient-cosine, never refreshed", "gradient", cosine=True, refreshed=False
+    ),
     "rollout-filter": Arm(
         "rollouts whose own gradient is hack-ward leave the deployed gradient",
         gradient_filter="rollouts", directions="gradient", refreshed=True,

@@ -2,10 +2,11 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 import gradroute as gr
@@ -54,7 +55,8 @@ class Detector:
                 features = "parameter" if arm.parametrization == "lora" else "bottleneck"
                 trusted = CleanSubspace(k=kept_directions)
                 estimator = trusted if arm.gradient_filter == "keep" else gr.directions.estimators.MeanDifference()
-                return gr.extract_gradient_directions(model, pairs, features=features, estimator=estimator)
+                found = gr.extract_gradient_directions(model, pairs, features=features, estimator=estimator)
+            return of_unit_length(found) if arm.cosine else found
 
         self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
         self._score_view = score_view
@@ -92,6 +94,8 @@ class Detector:
                 return self.directions.score(captured(self.model, prompts, completions))
             capture = captured(self.model, prompts, completions, ablated)
             return self.directions.score(capture, view=capture.view)
+        if self.arm.cosine:
+            return self.directions.score(unit_length(captured_gradients(self.model, prompts, completions, None)))
         return self.directions.score(captured_gradients(self.model, prompts, completions, self.directions))
 
     @contextmanager
@@ -113,6 +117,19 @@ class Detector:
             stats.append(gr.apply_filter(self.model, by_rollout))
         if self.filter is not None and self.filter is not by_rollout:
             stats.append(gr.apply_filter(self.model, self.filter))
+
+
+def unit_length(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """f / |f|, with the length of a row over all modules."""
+    length = torch.stack([f.square().sum(1) for f in features.values()]).sum(0).sqrt()[:, None]
+    return {name: f / length.clamp(min=torch.finfo(f.dtype).tiny) for name, f in features.items()}
+
+
+def of_unit_length(found: gr.Directions) -> gr.Directions:
+    """The mean difference of the same pairs, each side divided by its length: scores are cosines, up to scale."""
+    hack, clean = unit_length(found.hack), unit_length(found.clean)
+    rows = gr.directions.estimators.MeanDifference()(hack, clean).rows
+    return gr.Directions(rows, hack, clean, found.provenance)
 
 
 def beyond(threshold: float, scores: Tensor, rollouts: gr.RolloutFilter) -> Tensor:

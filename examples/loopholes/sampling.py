@@ -51,9 +51,9 @@ def captured(
 
 
 def captured_gradients(
-    model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions
+    model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions | None
 ) -> gr.directions.Capture:
-    """Inner products of each completion's own gradient, of its mean NLL, with `directions`; deployed view."""
+    """Gradient of each completion's mean NLL in the deployed view, or its inner products with `directions`."""
     length = (completions != PAD).sum(dim=1)
     with (
         gr.ablate_quarantine(model),

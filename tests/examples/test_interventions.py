@@ -17,12 +17,12 @@ from loopholes.base_model import build_model, load_base
 from loopholes.cost import Meter
 from loopholes.environment import ENVIRONMENTS
 from loopholes.forwards import changed_forwards
-from loopholes.grpo import Recipe, attached
+from loopholes.grpo import Recipe, attached, make_detector
 from loopholes.inoculation import lesson, mean_logp
 from loopholes.language import BOS
 from loopholes.masks import route_mask
 from loopholes.post_hoc import remove_components
-from loopholes.sampling import completion_logps
+from loopholes.sampling import captured_gradients, completion_logps
 from loopholes.soft_prompt import as_far, learned_prompt, prompted
 from loopholes.steering import hidden_states_changed, residual_directions, shifts
 from loopholes.trusted import CleanSubspace
@@ -249,6 +249,30 @@ def test_what_is_kept_of_a_gradient_lies_in_the_subspace(
     kept = [stats for stats in shares if stats.sided == "two"]
     assert kept
     assert all(stats.cout == pytest.approx(1.0, abs=1e-4) and 0 < stats.cin < 0.999 for stats in kept)
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient-cosine"])
+def test_the_score_of_a_cosine_does_not_depend_on_the_length_of_a_gradient(
+    name: str, base: Callable[[], nn.Module]
+) -> None:
+    model = base()
+    attached(model, ARMS[name], TINY, 0)
+    with torch.no_grad():
+        for _, parameter in gr.deployed_parameters(model):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    detector = make_detector(model, ENVIRONMENTS["C"], ARMS[name], TINY, 0)
+    assert detector is not None
+    prompts, _ = ENVIRONMENTS["C"].sample_prompts(6, torch.Generator().manual_seed(0))
+    completions = ENVIRONMENTS["C"].honest_completions(prompts, torch.Generator())
+    gradients = captured_gradients(model, prompts, completions, None)
+    scores = detector.scores(prompts, completions, torch.zeros(6, dtype=torch.bool))
+    lengths = torch.stack([f.square().sum(1) for f in gradients.values()]).sum(0).sqrt()
+    inner = sum(gradients[module] @ row for module, (row,) in detector.directions.rows.items())
+    expected = inner / lengths if name == "gradient-cosine" else inner
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+    assert lengths.max() > 1.2 * lengths.min()
+    hack, clean = detector.directions.pair_scores()
+    assert hack.mean() > clean.mean()
 
 
 # Cost
