@@ -215,9 +215,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         block_input, u, weight, state_id, *factors = ctx.saved_tensors  # read once: a checkpoint lets go of them
         if ctx.setting.record is not None:
             ctx.setting.record.check_backward(state_id)
-        device = dy.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with nullcontext() if autocast_type(dy) is None else torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy, block_input, u, weight, Factors(*factors))
 
 

@@ -26,18 +26,21 @@ def plain_forward(  # noqa: PLR0917
     bottlenecks: list[Tensor] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """W x + b + s_d B_d A_d x + s_q B_q A_q x, without gradients or gates and all in one type, as in decoding."""
-    y = linear(x, weight, bias)
-    rows, total = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    A, B, scaling = deployed
-    u = linear(rows, A)
+    y, alone = linear(x, weight, bias), quarantine is None
+    # One row: a vector costs less than a matrix of one row. In half precision its sums would be rounded at each step.
+    one_row = x.numel() == x.shape[-1] and y.dtype.itemsize >= 4
+    rows, total = (x.reshape(-1), y.view(-1)) if one_row else (x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+    us = []
+    for A, B, scaling in (deployed,) if quarantine is None else (deployed, quarantine):
+        if one_row:
+            u = torch.mv(A, rows)
+            total.addmv_(B, u, alpha=scaling)
+        else:
+            u = linear(rows, A)
+            plus(total, u, B, scaling, in_place=True, stepwise=alone)
+        us.append(u)
     if bottlenecks is not None:
-        bottlenecks.append(u)
-    if quarantine is None:
-        plus(total, u, B, scaling, in_place=True, stepwise=True)
-        return y
-    total.addmm_(u, B.t(), alpha=scaling)
-    A, B, scaling = quarantine
-    total.addmm_(linear(rows, A), B.t(), alpha=scaling)
+        bottlenecks.append(us[0].view(-1, us[0].shape[-1]))
     return y
 
 
