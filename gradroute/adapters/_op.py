@@ -29,10 +29,19 @@ from torch.nn.functional import linear
 
 from gradroute._protocol import Block
 from gradroute._torch_private import unsafe_view
-from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
 from gradroute.adapters._gates import Columns, Gates, Undecided
-from gradroute.adapters._products import cast, few_rows, joined_A, joined_B, plus, plus_product, scaled, weigh
+from gradroute.adapters._products import (
+    autocast_type,
+    cast,
+    few_rows,
+    joined_A,
+    joined_B,
+    plus,
+    plus_product,
+    scaled,
+    weigh,
+)
 from gradroute.errors import RouteError
 
 Linear = tuple[Tensor, Tensor | None]
