@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.models import Shape
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "addmv", "mv")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "addmv", "addmv_", "mv")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class _Counter(TorchDispatchMode):
         counted = torch.ops.aten.addmm if name == "addmm_" else packet
         if counted in flop_registry:
             self.flops += flop_registry[counted](*args, **(kwargs or {}), out_val=out)
+        elif name in ("mv", "addmv_"):  # nor has torch any for products with a vector
+            self.flops += 2 * args[name == "addmv_"].numel()
         self.products += name in _PRODUCTS
         if not func.is_view and name not in ("_unsafe_view", "detach", "empty", "empty_like", "t"):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradroute.errors import RouteError
@@ -19,10 +19,14 @@ Weights = Float[Tensor, "*batch"]
 
 
 class Columns(NamedTuple):
-    """Weights in the columns of both blocks' bottlenecks, None if all are 0 or 1; and where they are zero."""
+    """Weights in the columns of both blocks' bottlenecks, None if all are 0 or 1; and the bits of the values to keep.
+
+    No bit is kept where the weight is zero, every bit elsewhere: so nan and inf become zero as well, in an eighth of
+    the time that `masked_fill` takes on a CPU.
+    """
 
     weights: Float[Tensor, "rows ranks"] | None
-    zero: Bool[Tensor, "rows ranks"]
+    bits: Int[Tensor, "rows ranks"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Gates:
     g_q: Weights | None = None
     binary: bool = False
     decided: Callable[[], "Gates"] | None = None
-    _columns: dict[tuple[int, int], tuple[Columns | None, "Columns | Undecided | None"]] = field(
+    _columns: dict[tuple[int, int, torch.dtype], tuple[Columns | None, "Columns | Undecided | None"]] = field(
         default_factory=dict, repr=False
     )
 
@@ -55,23 +59,41 @@ class Gates:
         like = next((rows for rows in (g_d, uses) if rows is not None), torch.tensor(True))
         return torch.stack([like.new_ones(()) if rows is None else rows.any() for rows in (g_d, uses)])
 
-    def columns(self, r: int, r_quarantine: int) -> tuple[Columns | None, "Columns | Undecided | None"]:
+    def columns(
+        self, r: int, r_quarantine: int, compute: torch.dtype
+    ) -> tuple[Columns | None, "Columns | Undecided | None"]:
         """[1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks (rows, r + r_quarantine); None for 1.
 
-        Made once for all layers of one width: spread out in memory, they cost a tenth of what a broadcast along narrow
-        rows does.
+        Made once for all layers of one width, for values of the type `compute`: spread out in memory, they cost a tenth
+        of what a broadcast along narrow rows does.
         """
         if torch.compiler.is_compiling():
-            return self._spread(r, r_quarantine)
-        if (r, r_quarantine) not in self._columns:
-            self._columns[r, r_quarantine] = self._spread(r, r_quarantine)
-        return self._columns[r, r_quarantine]
+            return self._spread(r, r_quarantine, compute)
+        key = (r, r_quarantine, compute)
+        if key not in self._columns:
+            self._columns[key] = self._spread(*key)
+        return self._columns[key]
 
-    def _spread(self, r: int, r_quarantine: int) -> tuple[Columns | None, "Columns | Undecided | None"]:
-        M = _side_by_side(None, self.m, r, r_quarantine, binary=self.binary)
+    def _spread(
+        self, r: int, r_quarantine: int, compute: torch.dtype
+    ) -> tuple[Columns | None, "Columns | Undecided | None"]:
+        M = self._side_by_side(None, self.m, r, r_quarantine, compute)
         if self.decided is not None:
-            return M, Undecided(self, r, r_quarantine)
-        return M, _side_by_side(self.g_d, self.g_q, r, r_quarantine, binary=self.binary)
+            return M, Undecided(self, r, r_quarantine, compute)
+        return M, self._side_by_side(self.g_d, self.g_q, r, r_quarantine, compute)
+
+    def _side_by_side(
+        self, left: Weights | None, right: Weights | None, r: int, r_quarantine: int, compute: torch.dtype
+    ) -> Columns | None:
+        like = right if left is None else left
+        if like is None:
+            return None
+        left, right = (torch.ones_like(like) if each is None else each for each in (left, right))
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        columns = [each.reshape(-1, 1).to(dtype).expand(-1, n) for each, n in ((left, r), (right, r_quarantine))]
+        weights = torch.cat(columns, dim=1)
+        # -1 has every bit.
+        return Columns(None if self.binary else weights, -(weights != 0).to(_INTEGERS[compute.itemsize]))
 
 
 class Undecided(NamedTuple):
@@ -80,10 +102,11 @@ class Undecided(NamedTuple):
     gates: Gates
     r: int
     r_quarantine: int
+    compute: torch.dtype
 
     def columns(self) -> Columns | None:
         """[g_d, g_q], in backward; raises if they have not been decided."""
-        _, G = self.gates.known.columns(self.r, self.r_quarantine)
+        _, G = self.gates.known.columns(self.r, self.r_quarantine, self.compute)
         assert not isinstance(G, Undecided)
         return G
 
@@ -91,18 +114,7 @@ class Undecided(NamedTuple):
 NO_GATES = Gates()
 
 
-def _side_by_side(
-    left: Weights | None, right: Weights | None, r: int, r_quarantine: int, *, binary: bool
-) -> Columns | None:
-    if left is None and right is None:
-        return None
-    like = left if left is not None else right
-    assert like is not None
-    left, right = (torch.ones_like(like) if each is None else each for each in (left, right))
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    columns = [each.reshape(-1, 1).to(dtype).expand(-1, width) for each, width in ((left, r), (right, r_quarantine))]
-    weights = torch.cat(columns, dim=1)
-    return Columns(None if binary else weights, weights == 0)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_type(x: Tensor) -> torch.dtype:

@@ -29,10 +29,19 @@ from torch.nn.functional import linear
 
 from gradroute._protocol import Block
 from gradroute._torch_private import unsafe_view
-from gradroute.adapters._base_product import autocast_type
 from gradroute.adapters._checkpointing import ForwardRecord
 from gradroute.adapters._gates import Columns, Gates, Undecided
-from gradroute.adapters._products import cast, few_rows, joined_A, joined_B, plus, plus_product, scaled, weigh
+from gradroute.adapters._products import (
+    autocast_type,
+    cast,
+    few_rows,
+    joined_A,
+    joined_B,
+    plus,
+    plus_product,
+    scaled,
+    weigh,
+)
 from gradroute.errors import RouteError
 
 Linear = tuple[Tensor, Tensor | None]
@@ -102,7 +111,7 @@ def add_lora_blocks(
     autocast = autocast_type(x)
     compute = autocast or A_d.dtype
     base_dtype = compute if linear_of_base is None or autocast is not None else linear_of_base[0].dtype
-    M, G = (None, None) if A_q is None else gates.columns(A_d.shape[0], A_q.shape[0])
+    M, G = (None, None) if A_q is None else gates.columns(A_d.shape[0], A_q.shape[0], compute)
     setting = Setting(linear_of_base, s_d, s_q, M, G, base_dtype, compute, branch, record)
     with nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
@@ -128,6 +137,7 @@ def _forward(
     `without_graph`: [u_d, u_q] may be that of the deployed block alone; see `plus` for half precision.
     """
     (A_d, B_d, A_q, B_q), (base, s_d, s_q, M, _, base_dtype, compute, _, _) = factors, setting
+    eager = not torch.compiler.is_compiling()
     if output is None:
         assert base is not None
         weight, bias = base
@@ -138,26 +148,32 @@ def _forward(
     rows = block_input.reshape(-1, block_input.shape[-1])
     if A_q is None or B_q is None:
         parts = [(cast(A_d, compute), cast(B_d, compute), s_d)]
-    elif not torch.compiler.is_compiling() and few_rows(rows):
+    elif eager and few_rows(rows):
         blocks = (A_d, B_d, s_d), (A_q, B_q, s_q)
         parts = [(cast(A, compute), cast(B, compute), scaling) for A, B, scaling in blocks]
     else:
         parts = [(joined_A(A_d, A_q, compute), *joined_B(B_d, B_q, s_d, s_q, compute))]
     us = [linear(rows, A) for A, _, _ in parts]
-    u = torch.cat(us, dim=1) if len(us) > 1 and not (without_graph and M is None) else us[0]
-    u = weigh(M, u)
-    zs = us if M is None else torch.split(u, [len(A) for A, _, _ in parts], dim=1)
+    u = us[0] if len(us) == 1 or (without_graph and M is None) else torch.cat(us, dim=1)
+    u = weigh(M, u, in_place=True)
+    if len(us) == 1:
+        us = [u]
+    elif M is not None:
+        us = [u[:, : len(A_d)], u[:, len(A_d) :]]
     total = y.reshape(-1, y.shape[-1])
     if total.dtype != compute:
         # Two types are added in the wider one and rounded once, as PEFT does.
         total = total.to(torch.promote_types(total.dtype, compute))
     # Nobody else holds what was made here.
     in_place = output is None or total.dtype != y.dtype
-    for bottleneck, (_, B, scaling) in zip(zs, parts, strict=True):
+    written = in_place and total.dtype == y.dtype
+    for bottleneck, (_, B, scaling) in zip(us, parts, strict=True):
         z, B = cast(bottleneck, total.dtype), cast(B, total.dtype)  # noqa: PLW2901
         total = plus(total, z, B, scaling, in_place=in_place, stepwise=A_q is None and without_graph)
         in_place = True
     # No view of something that was made in here: its caller could not change it in place.
+    if written and eager and not y._is_view():
+        return y, u, block_input
     return unsafe_view(cast(total, y.dtype), y.shape), u, block_input
 
 
@@ -208,9 +224,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         block_input, u, weight, state_id, *factors = ctx.saved_tensors  # read once: a checkpoint lets go of them
         if ctx.setting.record is not None:
             ctx.setting.record.check_backward(state_id)
-        device = dy.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with nullcontext() if autocast_type(dy) is None else torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy, block_input, u, weight, Factors(*factors))
 
 
@@ -230,7 +244,7 @@ def _backward(  # noqa: PLR0917
         dx = cast(dy_rows, base_dtype) @ cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or need_A:
         B, scaling = (cast(B_d, compute), s_d) if B_q is None else joined_B(B_d, B_q, s_d, s_q, compute)
-        dz = weigh(M, scaled(dy_blocks @ B, scaling))
+        dz = weigh(M, scaled(dy_blocks @ B, scaling), in_place=True)
         if ctx.observer is not None and block_input is not None and u is not None:
             ctx.observer(block_input, dy_blocks, u[:, :rank], dz[:, :rank])
         # G weighs dz, which already carries m: the quarantine's own derivative, times its gate.

@@ -19,11 +19,10 @@ from gradroute._checks import one_of, positive_integer, positive_number
 from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
 from gradroute._sharding import check_not_sharded, whole
-from gradroute.adapters._base_product import autocast_type, frozen_linear, is_identity
 from gradroute.adapters._checkpointing import record_forward
 from gradroute.adapters._gates import NO_GATES
 from gradroute.adapters._op import add_lora_blocks
-from gradroute.adapters._products import few_rows, plain_forward
+from gradroute.adapters._products import autocast_type, few_rows, frozen_linear, plain_forward
 from gradroute.adapters._state import INITIAL, ForwardState, check_thread
 from gradroute.adapters.functional import StopGradient
 from gradroute.errors import RouteError, TargetError
@@ -94,7 +93,7 @@ class RoutedLinear(RoutedLayer):
         if grad and state.ablates_what_trains:
             raise RouteError(_ABLATED_UNDER_ROUTE.format(name=self.name))
         base = frozen_linear(base_layer, x) if call is None else None
-        dropped = None if dropout is None or is_identity(dropout) else dropout(x)
+        dropped = None if dropout is None or _is_identity(dropout) else dropout(x)
         route, off = state.route, state.quarantine_is_off
         alone = off and (not grad or (route is None and not self._trains_quarantine()))
         gates = NO_GATES if alone and route is None else state.gates(x, self.name)
@@ -241,6 +240,11 @@ def routed_linears(model: nn.Module) -> dict[str, RoutedLinear]:
     for name, layer in layers.items():
         layer.name = layer.name or name
     return layers
+
+
+def _is_identity(dropout: nn.Module) -> bool:
+    """Whether a dropout need not be called: PEFT's place holder for none, without hooks."""
+    return type(dropout) is nn.Identity and not (dropout._forward_hooks or dropout._forward_pre_hooks)
 
 
 def _kaiming(r: int, base_layer: nn.Linear, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,7 @@ from support.tiny_models import config
 from torch import Tensor, nn
 
 import gradroute as gr
-from gradroute.adapters._base_product import frozen_linear
+from gradroute.adapters._products import frozen_linear
 
 X = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MASK = gr.RouteMask.weights(m=[0.5, 1.0], g_d=[1.0, -0.5], g_q=[2.0, 0.0])

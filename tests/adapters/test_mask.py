@@ -119,4 +119,4 @@ def test_weights_of_a_wider_type_than_the_layer_do_not_make_it_compute_in_theirs
         gates = model.lower.state.gates(x, "lower")
         model(x)
     assert {gates.m.dtype, gates.g_d.dtype, gates.g_q.dtype} == {torch.float32}
-    assert {columns.weights.dtype for columns in gates.columns(2, 3)} == {torch.float32}
+    assert {columns.weights.dtype for columns in gates.columns(2, 3, dtype)} == {torch.float32}
