@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from contest import report as contest_report
 from directions_tables import ESTIMATORS
 
 from loopholes.names import letter_of
@@ -213,8 +214,68 @@ def directions_study() -> str:
     """
 
 
+class Contest:
+    """The runs of the referee."""
+
+    def __init__(self) -> None:
+        self.results, _ = contest_report.read_report(RESULTS / "referee.json")
+
+    def value(self, env: str, labels: str, arm: str, rate: str = "hack_held_out") -> float:
+        """The mean over runs, as deployed."""
+        runs = of_arm(self.results[labels], letter_of(env), arm).values()
+        return fmean(run["ablated"][rate] for run in runs)
+
+    def both(self, labels: str, arm: str, rate: str = "hack_held_out") -> str:
+        """In `own-tokens` and in `shared-token`."""
+        return " and ".join(short(self.value(env, labels, arm, rate)) for env in ("own-tokens", "shared-token"))
+
+    def worst(self, arms: Iterable[tuple[str, str]], rate: str = "hack_held_out") -> str:
+        """Over arms and environments: the least to the largest."""
+        return span(
+            self.value(env, labels, arm, rate) for labels, arm in arms for env in ("own-tokens", "shared-token")
+        )
+
+
+FORWARDS = (("pairs", "prompted"), ("pairs", "recontextualised"), ("pairs", "caft"))
+
+
+def referee() -> str:
+    """Of `referee.md`; in each sentence `own-tokens` comes first."""
+    found = Contest()
+    return f"""
+    With 16 pairs of two of the four kinds of hacks, the best methods have one block. A penalty where the gate fires
+    (`penalty`) leaves {found.both("pairs", "penalty")} of the held-out hacks (in `own-tokens` and in `shared-token`)
+    and solves {found.both("pairs", "penalty", SOLVE)}; one graded by the score (`graded`, Advantage Modification) leaves
+    {found.both("pairs", "graded")} and solves {found.both("pairs", "graded", SOLVE)}. Training on the true reward solves
+    {found.both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {found.both("pairs", "route")}
+    and solves {found.both("pairs", "route", SOLVE)}.
+
+    The extracted direction deserves little of the credit: a random one, oriented on the same pairs, leaves
+    {found.both("pairs", "graded-random")} in a graded penalty, {found.both("pairs", "random-oriented")} in routing.
+
+    With labels of two kinds that share no token (`own-tokens`), dropping and penalising leave
+    {short(found.value("own-tokens", "two kinds", "weak-filter"))} and
+    {short(found.value("own-tokens", "two kinds", "weak-penalty"))} of the other two. The log-ratio gate with a slow start
+    (`weak-explained`) leaves {short(found.value("own-tokens", "two kinds", "weak-explained"))} and solves
+    {short(found.value("own-tokens", "two kinds", "weak-explained", SOLVE))}; a penalty on what training has made likelier
+    (`weak-likelier`) leaves {short(found.value("own-tokens", "two kinds", "weak-likelier"))} and solves
+    {short(found.value("own-tokens", "two kinds", "weak-likelier", SOLVE))}.
+
+    If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`): {found.both("half", "oracle-penalty")}
+    of the held-out hacks are left and {found.both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate leaves
+    {found.both("half", "oracle-explained")} and solves {found.both("half", "oracle-explained", SOLVE)}.
+
+    Nothing that changes the forward while training kept hacks out, at any of three doses: a learned inoculation prompt,
+    recontextualization and CAFT leave {found.worst(FORWARDS)}; steering leaves {found.both("pairs", "steered")} and solves
+    {found.both("pairs", "steered", SOLVE)}, less than before training ({found.both("none", "base", SOLVE)}).
+
+    Removing two components after training gives back the model before training: {found.both("none", "post-hoc")} of the
+    hacks, {found.both("none", "post-hoc", SOLVE)} solved.
+    """
+
+
 PAGES: dict[str, Callable[[], str]] = {
-    "results": results, "real-model": real_model, "directions-study": directions_study,
+    "results": results, "real-model": real_model, "directions-study": directions_study, "referee": referee,
 }  # fmt: skip
 
 

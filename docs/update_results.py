@@ -179,6 +179,8 @@ def referee(part: str, env: str = "") -> str:
     contest, doses = contest_report.read_report(DOCS / "results" / "referee.json")
     if part == "paragraphs":
         return paragraphs(contest, ("N", "C"))
+    if part == "negative":
+        return contest_report.negative_table(contest)
     if part == "doses":
         return contest_report.dose_table(doses)
     if part == "calibration":

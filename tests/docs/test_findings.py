@@ -11,7 +11,7 @@ from benchmarks import report
 from reporting.suite_report import judged
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGUN = ("results", "real-model", "directions-study", "performance", "exactness")
+BEGUN = ("results", "real-model", "directions-study", "performance", "exactness", "referee")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,28 @@ def test_what_the_language_model_says(findings: ModuleType) -> None:
     assert best == "weak-likelier"
     for arm in (best, "weak-explained", "oracle"):
         assert max(missed_harder.means(arm)) > max(missed_harder.means("base"))
+
+
+def test_what_the_referee_says(findings: ModuleType) -> None:
+    found = findings.Contest()
+    for env in ("own-tokens", "shared-token"):
+        clean, base, plain = (found.value(env, "none", arm, findings.SOLVE) for arm in ("clean", "base", "vanilla"))
+        assert plain < 0.1 < base < clean
+        for arm in ("penalty", "graded"):
+            assert found.value(env, "pairs", arm) < 0.02 < found.value(env, "pairs", "route")
+            solved = found.value(env, "pairs", arm, findings.SOLVE)
+            assert found.value(env, "pairs", "route", findings.SOLVE) < solved
+            assert abs(solved - clean) < 0.05
+        assert found.value(env, "pairs", "steered", findings.SOLVE) < base
+        assert min(found.value(env, *each) for each in findings.FORWARDS) > 0.4
+        assert abs(found.value(env, "none", "post-hoc", findings.SOLVE) - base) < 0.06
+        assert abs(found.value(env, "none", "post-hoc") - found.value(env, "none", "base")) < 0.06
+        penalty, ours = ("half", "oracle-penalty"), ("half", "oracle-explained")
+        assert found.value(env, *penalty) < found.value(env, *ours)
+        assert found.value(env, *penalty, findings.SOLVE) > found.value(env, *ours, findings.SOLVE)
+    own = {arm: found.value("own-tokens", "two kinds", arm) for arm in findings.ONE_BLOCK}
+    ours = found.value("own-tokens", "two kinds", "weak-explained")
+    assert ours < own["weak-likelier"] < 0.5 < min(own["weak-filter"], own["weak-penalty"])
 
 
 def test_what_the_directions_say(findings: ModuleType) -> None:
