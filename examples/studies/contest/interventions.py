@@ -1,6 +1,7 @@
 """What each intervention of the contest is, where it comes from, and what it came to: a paragraph each."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from statistics import fmean
 from typing import NamedTuple
@@ -139,6 +140,10 @@ def paragraphs(contest: Mapping[str, Results], envs: tuple[str, ...]) -> str:
         ]
         parts.append("\n".join([text, "", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts)
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 125, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _came_to(contest: Mapping[str, Results], env: str, labels: Labels, arm: str) -> str:
