@@ -135,10 +135,9 @@ def paragraphs(contest: Mapping[str, Results], envs: tuple[str, ...]) -> str:
     parts = []
     for title, text, entries in INTERVENTIONS:
         parts.append(f"### {title}")
-        lines = [
-            sentence for env in envs for labels, arm in entries if (sentence := _came_to(contest, env, labels, arm))
-        ]
-        parts.append("\n".join([text, "", *(f"- {line}" for line in lines)]))
+        found = [_came_to(contest, env, labels, arm) for env in envs for labels, arm in entries]
+        lines = [_filled(f"- {sentence}", indent="  ") for sentence in found if sentence]
+        parts.append("\n".join([_filled(text), "", *lines]))
     return "\n\n".join(parts)
 
 
@@ -160,7 +159,8 @@ def _figures(results: Results, env: str, arm: str) -> str | None:
     runs = [run["ablated"] for run in of_arm(results, env, arm).values()]
     if not runs:
         return None
-    held_out = cell([run["hack_held_out"] for run in runs]).rpartition(", ")[0] or "-"
+    rates = [run["hack_held_out"] for run in runs]
+    held_out = cell(rates).rpartition(", ")[0] if len(runs) >= 3 else f"{fmean(rates):.2f}"
     monitored, solve = (fmean(run[rate] for run in runs) for rate in ("hack_monitored", "solve_hinted"))
     said = (
         f"{held_out} of the held-out and {monitored:.2f} of the monitored hacks, solves {solve:.2f} ({len(runs)} runs)"
