@@ -1,5 +1,6 @@
 """The arms of the experiment, and which control answers which doubt."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from .arm import Arm, Forward
@@ -10,9 +11,9 @@ def _gate(about: str, directions: Literal["activation", "gradient"] = "activatio
 
 
 def _one_block(flags: Literal["oracle", "monitored", "gate"], whose: str, **differences: Any) -> dict[str, Arm]:
-    """What can be done with flags without a second block."""
+    """What can be done with flags without a second block; each with its flags permuted as well."""
     common: dict[str, Any] = {"flags": flags, "routed": False, **differences}
-    return {
+    arms = {
         "filter": Arm(f"plain LoRA; {whose} flags are dropped", flagged="dropped", **common),
         "penalty": Arm(f"plain LoRA; {whose} flags lose a reward of --penalty", flagged="penalised", **common),
         "likelier": Arm(
@@ -20,6 +21,10 @@ def _one_block(flags: Literal["oracle", "monitored", "gate"], whose: str, **diff
             flagged="penalised", penalty=1.0, likelier=True, **common,
         ),
     }  # fmt: skip
+    permuted = {
+        f"{name}-shuffle": replace(arm, about=f"{arm.about}; permuted", shuffled=True) for name, arm in arms.items()
+    }
+    return arms | permuted
 
 
 def _explained(about: str, **differences: Any) -> Arm:
@@ -125,6 +130,10 @@ ARMS = {
         "graded, with an oriented random direction", flagged="graded", routed=False, random_direction="oriented"
     ),
     "filter-shuffle": _gate("filter with its flags permuted", flagged="dropped", routed=False, shuffled=True),
+    "penalty-shuffle": _gate(
+        "penalty with its flags permuted", flagged="penalised", penalty=1.0, routed=False, shuffled=True
+    ),
+    "likelier-shuffle": _one_block("gate", "the gate's", **_GATE)["likelier-shuffle"],
     "weak-shuffle": Arm("weak with its flags permuted", flags="monitored", shuffled=True),
     "weak-graft": _graft("the monitored modes' labels, masks of GRAFT", "monitored"),
     "weak-graft-shuffle": _graft("weak-graft with its flags permuted", "monitored", shuffled=True),

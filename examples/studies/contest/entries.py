@@ -43,47 +43,51 @@ class Entry:
         return replace(recipe, recall=0.5) if self.labels == "half" else recipe
 
 
-def _entries(labels: Labels, few: dict[str, str | None], often: dict[str, str | None]) -> list[Entry]:
-    both = {**{arm: (control, True) for arm, control in often.items()}, **{a: (c, False) for a, c in few.items()}}
-    named = [Entry(arm, labels, control, many) for arm, (control, many) in both.items()]
-    controls = {entry.control: entry.often for entry in named if entry.control not in (None, *both)}
-    return named + [Entry(arm, labels, often=many) for arm, many in controls.items() if arm]
+def _entries(labels: Labels, arms: dict[str, str | None], often: tuple[str, ...] = ()) -> list[Entry]:
+    """An entry for each arm, given with its control, and one for each control that is not an arm of these itself."""
+    named = [Entry(arm, labels, control, arm in often) for arm, control in arms.items()]
+    controls = dict.fromkeys(control for control in arms.values() if control is not None and control not in arms)
+    return named + [Entry(control, labels, often=control in often) for control in controls]
 
 
 ENTRIES = [
     *_entries(
         "none",
-        few={"clean": None, "post-hoc": "post-hoc-random", "likelier-alone": None, "explained": "explained-shuffle"},
-        often={"base": None, "vanilla": None},
+        {
+            "base": None, "vanilla": None, "clean": None, "post-hoc": "post-hoc-random", "likelier-alone": None,
+            "explained": "explained-shuffle",
+        },
+        often=("base", "vanilla"),
     ),
     *_entries(
         "pairs",
-        few={
-            "likelier": None, "erase": "erase-random", "keep": "keep-random", "prompted": "prompted-random",
+        {
+            "filter": "filter-shuffle", "penalty": "penalty-shuffle", "likelier": "likelier-shuffle",
+            "graded": "graded-random", "graded-frozen": "graded-random", "graded-shuffle": None,
+            "erase": "erase-random", "keep": "keep-random", "prompted": "prompted-random",
             "recontextualised": "recontextualised-random", "steered": "steered-random", "caft": "caft-random",
-            "inoculated": "inoculated-clean", "route-explained": "shuffle", "graded": "graded-random",
-            "graded-frozen": "graded-random",
+            "inoculated": "inoculated-clean", "route": "random-oriented", "shuffle": None, "route-explained": "shuffle",
         },
-        often={"filter": "filter-shuffle", "penalty": None, "route": "random-oriented", "shuffle": None},
+        often=("filter", "penalty", "route", "random-oriented", "shuffle"),
     ),
-    Entry("graded-shuffle", "pairs"),
     *_entries(
         "two kinds",
-        few={"weak": "weak-shuffle", "weak-graft": "weak-graft-shuffle"},
-        often={
-            "weak-filter": None, "weak-penalty": None, "weak-likelier": None,
+        {
+            "weak-filter": "weak-filter-shuffle", "weak-penalty": "weak-penalty-shuffle",
+            "weak-likelier": "weak-likelier-shuffle", "weak": "weak-shuffle", "weak-graft": "weak-graft-shuffle",
             "weak-explained": "weak-explained-shuffle",
         },
+        often=("weak-filter", "weak-penalty", "weak-likelier", "weak-explained", "weak-explained-shuffle"),
     ),
     *_entries(
         "half",
-        few={
-            "oracle-filter": None, "oracle-penalty": None, "oracle-likelier": None, "oracle": "oracle-shuffle",
-            "oracle-graft": "oracle-shuffle", "oracle-explained": "oracle-explained-shuffle",
+        {
+            "oracle-filter": "oracle-filter-shuffle", "oracle-penalty": "oracle-penalty-shuffle",
+            "oracle-likelier": "oracle-likelier-shuffle", "oracle": "oracle-shuffle", "oracle-graft": "oracle-shuffle",
+            "oracle-explained": "oracle-explained-shuffle",
         },
-        often={},
     ),
-    *_entries("all", few=dict.fromkeys(("oracle-filter", "oracle-penalty", "oracle", "oracle-graft")), often={}),
+    *_entries("all", dict.fromkeys(("oracle-filter", "oracle-penalty", "oracle", "oracle-graft"))),
 ]  # fmt: skip
 
 DOSES: dict[str, tuple[float, ...]] = {
