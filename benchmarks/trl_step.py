@@ -1,6 +1,6 @@
 """What a routed optimizer step costs in TRL: generation, scores, masks, loss, backward, optimizer; against a plain one.
 
-    python benchmarks/trl_step.py [--pairs 4] [--hidden 576] [--layers 4] [--tokens 256] [--score-view sampled]
+    python benchmarks/trl_step.py [--pairs 5] [--hidden 576] [--layers 4] [--tokens 256] [--score-view sampled]
 
 Both trainers train the same model, the plain one with LoRA of rank r + r_quarantine, with TRL's defaults (256 tokens,
 checkpointing), and take turns, step by step, so that what else the machine does falls on both. Prints medians, and the
@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 import gradroute as gr
 from gradroute.integrations.trl import GradRouteGRPOTrainer
 
-VOCABULARY, PROMPT, ROLLOUTS = 4096, 48, 16
+VOCABULARY, PROMPT, ROLLOUTS, REFRESH_EVERY = 4096, 48, 16, 5
 
 
 class TakesTurns(TrainerCallback):
@@ -34,10 +34,12 @@ class TakesTurns(TrainerCallback):
 
     def __init__(self, mine: threading.Semaphore, other: threading.Semaphore) -> None:
         self.mine, self.other, self.seconds = mine, other, []
+        self.alone = False
         self._start = (0.0, 0.0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.mine.acquire()
+        if not self.alone:
+            self.mine.acquire()
         self._start = clocks()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -97,8 +99,8 @@ def routed_options(arm: str, score_view: str) -> dict[str, Any]:
     }
     more = {
         "score": {},
-        "refreshed": {"refresher": 5},
-        "ablated": {"refresher": 5, "ablated_fraction": 0.25},
+        "refreshed": {"refresher": REFRESH_EVERY},
+        "ablated": {"refresher": REFRESH_EVERY, "ablated_fraction": 0.25},
     }
     return options | more[arm]
 
@@ -109,15 +111,20 @@ def interleaved(plain: Any, routed: Any) -> tuple[list[tuple[float, float]], ...
     callbacks = [TakesTurns(turns[0], turns[1]), TakesTurns(turns[1], turns[0])]
     failed: list[BaseException] = []
 
-    def run(trainer: Any, clock: TakesTurns) -> None:
+    def run(trainer: Any, clock: TakesTurns, other: TakesTurns) -> None:
         try:
             trainer.add_callback(clock)
             trainer.train()
         except BaseException as error:
             failed.append(error)
+            # The other one would wait for its next turn for ever.
+            other.alone = True
             clock.other.release()
 
-    threads = [threading.Thread(target=run, args=each) for each in zip((plain, routed), callbacks, strict=True)]
+    threads = [
+        threading.Thread(target=run, args=(trainer, clock, other))
+        for trainer, clock, other in zip((plain, routed), callbacks, reversed(callbacks), strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -129,11 +136,13 @@ def interleaved(plain: Any, routed: Any) -> tuple[list[tuple[float, float]], ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for name, default in (("pairs", 4), ("hidden", 576), ("layers", 4), ("tokens", 256)):
+    for name, default in (("pairs", 5), ("hidden", 576), ("layers", 4), ("tokens", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--arms", default="score,refreshed,ablated")
     parser.add_argument("--score-view", choices=("ablated", "sampled"), default="ablated")
     arguments = parser.parse_args()
+    if arguments.pairs < REFRESH_EVERY and arguments.arms != "score":
+        parser.error(f"--pairs: expected at least {REFRESH_EVERY}, or no refresh would come due; or --arms score")
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     both = lora | {"r": 32, "lora_alpha": 64}
     print(f"{arguments.pairs} pairs of steps, {ROLLOUTS} rollouts of {PROMPT} + {arguments.tokens} tokens, "
