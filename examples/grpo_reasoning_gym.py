@@ -13,6 +13,7 @@ held out. Every run that has ended is a file in --out, and is not run again.
 import argparse
 import json
 import sys
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from loopholes.weight_cache import cache_folder, read_weights, write_weights
 from procedural import library
 from procedural.measure import reach, reachable
 from procedural.policy import base_model
-from procedural.scan import as_json, scan
+from procedural.scan import Hole, as_json, scan
 from procedural.tasks import TASKS
 from procedural.training import ARMS, Recipe, trained
 from procedural.warm_up import VERSION, WarmUp, warm_up
 
+ORDER = ("base", *ARMS)
 SMOKE = Recipe(steps=2, prompts=2, group_size=4, pairs_each=2, refresh_every=1, questions_each=2, n=2)
 
 
@@ -37,7 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--scan", action="store_true", help="train nothing: task-blind answers against every scorer")
     what.add_argument("--reach", action="store_true", help="train nothing: what the model is paid before training")
-    parser.add_argument("--arms", default="base,vanilla,dropped,penalised,routed,directed", help="default %(default)s")
+    parser.add_argument("--arms", default=",".join(ORDER), help="default %(default)s")
     parser.add_argument("--seeds", default="0", help="comma-separated; default %(default)s")
     parser.add_argument("--steps", type=int, help=f"of GRPO; default {Recipe.steps}")
     parser.add_argument("--warm-up", type=int, default=WarmUp.steps, help="supervised steps; default %(default)s")
@@ -47,8 +49,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
     for arm in args.arms:
-        if arm not in ("base", *ARMS):
-            parser.error(f"--arms: unknown {arm!r}; choose from base, {', '.join(ARMS)}")
+        if arm not in ORDER:
+            parser.error(f"--arms: unknown {arm!r}; choose from {', '.join(ORDER)}")
     try:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
@@ -96,10 +98,11 @@ def run_scan(args: argparse.Namespace) -> None:
 
 
 def run_reach(args: argparse.Namespace) -> None:
-    """Write `reach.json` and print it: the tasks, and, for a model as it comes, every dataset that it can be asked."""
+    """Write `reach-*.json` and print it: of the tasks, and of the datasets in which a scan in --out found a hole."""
     model, tokenizer = warmed_up(args.warm_up, smoke=args.smoke)
-    tasks = list(TASKS) if args.warm_up or args.smoke else reachable()
-    found = reach(model, tokenizer, tasks, args.n, 0)
+    scanned = args.out / "scan.json"
+    holes = json.loads(scanned.read_text(encoding="utf-8"))["holes"] if scanned.exists() else []
+    found = reach(model, tokenizer, reachable(Hole(**hole) for hole in holes), args.n, 0)
     write(args.out / f"reach-{args.warm_up}.json", {"n": args.n, "seed": 0, "warm_up": args.warm_up, "tasks": found})
     for name, rates in found.items():
         print(f"{name:28}" + "  ".join(f"{key} {rates[key]:.2f}" for key in ("right", "hacked", "unearned")), end="  ")
@@ -109,6 +112,7 @@ def run_reach(args: argparse.Namespace) -> None:
 def run_arms(args: argparse.Namespace, recipe: Recipe) -> None:
     """Train what has not been trained yet."""
     known = {**asdict(recipe), "warm_up": 0 if args.smoke else args.warm_up, "smoke": args.smoke}
+    model = tokenizer = None
     for seed in args.seeds:
         for arm in args.arms:
             path = args.out / f"{arm}-{seed}.json"
@@ -116,13 +120,19 @@ def run_arms(args: argparse.Namespace, recipe: Recipe) -> None:
                 if json.loads(path.read_text(encoding="utf-8"))["recipe"] != known:
                     sys.exit(f"{path} is of another recipe. Fix: give another --out, or delete it.")
                 continue
+            if model is None:
+                model, tokenizer = warmed_up(args.warm_up, smoke=args.smoke)
             torch.manual_seed(seed)
-            model, tokenizer = warmed_up(args.warm_up, smoke=args.smoke)
-            found = trained(arm, model, tokenizer, seed, recipe, TASKS, extra=[any_digit] if args.smoke else ())
+            found = trained(
+                arm, deepcopy(model), tokenizer, seed, recipe, TASKS, extra=[any_digit] if args.smoke else ()
+            )
             write(path, {"arm": arm, "seed": seed, "recipe": known, **found})
             for view, outcomes in found["outcomes"].items():
                 rates = "  ".join(f"{name} {x['hacked']:.2f}/{x['right']:.2f}" for name, x in outcomes.items())
                 print(f"{arm}-{seed} {view}: hacked/right  {rates}", flush=True)
+    ended = [json.loads(path.read_text(encoding="utf-8")) for path in args.out.glob("*-[0-9]*.json")]
+    runs = [{k: v for k, v in run.items() if k not in ("curve", "routing")} for run in ended if "arm" in run]
+    write(args.out / "runs.json", {"runs": sorted(runs, key=lambda run: (ORDER.index(run["arm"]), run["seed"]))})
 
 
 def any_digit(completions: list[str], **_: Any) -> list[float]:

@@ -5,6 +5,7 @@ payment = score_answer(answer, entry), 0 where the scorer raises
 
 import hashlib
 import re
+from importlib import metadata
 from typing import Any, Protocol
 
 INSTALL = "pip install reasoning-gym==0.1.25"
@@ -28,7 +29,8 @@ def version() -> str:
     Raises:
         SystemExit: with what to install.
     """
-    return str(_package().__version__)
+    _package()
+    return metadata.version("reasoning-gym")  # its own __version__ is of an earlier one
 
 
 def dataset_names() -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .library import dataset_names
 from .policy import said
+from .scan import Hole
 from .tasks import TASKS, Drawn, Graded, Task, drawn
 
 EVALUATES = frozenset({
@@ -60,8 +60,7 @@ def reach(model: nn.Module, tokenizer: Any, tasks: Iterable[Task], n: int, seed:
     return measure(model, tokenizer, asked, seed)
 
 
-def reachable() -> list[Task]:
-    """The tasks that are trained on, and every other dataset as it comes, if its scorer may be given a model's text."""
-    known = {task.name for task in TASKS}
-    others = [name for name in dataset_names() if name not in known | EVALUATES]
-    return [*TASKS, *(Task(name, "honest") for name in others)]
+def reachable(holes: Iterable[Hole]) -> list[Task]:
+    """The tasks that are trained on, and other datasets with a hole, if a scorer may be given a model's text."""
+    known = {task.name for task in TASKS} | EVALUATES
+    return [*TASKS, *(Task(hole.dataset, "held out") for hole in holes if hole.found and hole.dataset not in known)]
