@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_trl import bytes_tokenizer
 
-LENGTH = 16
-"""Tokens of a completion. A digit is one: the longest right answers have 14."""
+LENGTH = 12
+"""Tokens of a completion. A digit is one: some right answers of `coin_flip` are longer, and out of reach anyway."""
 
 
 def bfloat16_is_fast() -> bool:
@@ -46,7 +46,13 @@ def base_model(*, smoke: bool) -> tuple[Any, Any]:
     model.tie_weights()
     # Rows of a few tokens: the fused kernel's backward takes longer here.
     model.set_attn_implementation("eager")
+    model.lm_head.register_forward_pre_hook(contiguous)
     return model.eval().to(torch.bfloat16 if bfloat16_is_fast() else torch.float32), tokenizer
+
+
+def contiguous(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Makes the head a hundred times faster: of a slice, a CPU multiplies every row with a copy of the weight."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 @torch.no_grad()

@@ -37,17 +37,17 @@ EVALUATION = 5000
 class Recipe:
     """Everything a run depends on, except for its arm, seed and model."""
 
-    steps: int = 40
-    prompts: int = 8
+    steps: int = 30
+    prompts: int = 3
     group_size: int = 8
-    lr: float = 4e-4
+    lr: float = 6e-4
     r: int = 8
     lora_alpha: int = 16
-    pairs_each: int = 8
+    pairs_each: int = 6
     refresh_every: int = 5
     ablated_fraction: float = 0.25
-    questions_each: int = 100
-    n: int = 48
+    questions_each: int = 30
+    n: int = 24
 
 
 def trained(

@@ -24,8 +24,8 @@ VERSION = 1
 class WarmUp:
     """The supervised part."""
 
-    steps: int = 40
-    examples: int = 32
+    steps: int = 20
+    examples: int = 16
     lr: float = 2e-3
     r: int = 16
     seed: int = 10_000
