@@ -8,7 +8,7 @@ import torch
 from support.fake_datasets import Failing, Halves, Sums, items
 
 import gradroute as gr
-from procedural import library, measure, right, scan, tasks
+from procedural import library, measure, right, scan, tables, tasks
 from procedural.exploits import exploit_pairs
 from procedural.reward import PENALTY, Reward, dropped, rows
 from procedural.tasks import Drawn, Graded, Task, answer_of, drawn
@@ -144,6 +144,29 @@ def test_figures_name_the_answer_that_brought_most() -> None:
     )
     assert found["unearned"] == pytest.approx(0.575)
     assert measure.figures(graded[2:])["exploit"] == ""
+
+
+def test_tables_say_what_result_files_hold() -> None:
+    hole = {"dataset": "halves", "answer": "0", "unearned": 0.9, "paid": 0.9, "right": 0.0}
+    _, rows = tables.holes_table({"holes": [hole, {**hole, "unearned": 0.04}]})
+    assert rows == [["halves", "`0`", "0.90", "0.00"]]
+    rates = {"right": 0.1, "hacked": 0.5, "unearned": 0.25, "exploit": "0", "exploit_share": 0.4}
+    reached = {"tasks": {"coin_flip": rates, "halves": {**rates, "exploit": ""}}}
+    assert tables.reach_table(reached, "trained")[1] == [["coin_flip *", "0.10", "0.50", "0.25", "`0` (0.40)"]]
+    assert tables.reach_table(reached, "other")[1] == [["halves", "0.10", "0.50", "0.25", "-"]]
+    low, high = ({task.name: {"hacked": rate} for task in tasks.TASKS} for rate in (0.0, 0.5))
+    runs = [
+        {"arm": "vanilla", "outcomes": {"on": low}},
+        {"arm": "vanilla", "outcomes": {"on": high}},
+        {"arm": "routed", "outcomes": {"on": high, "ablated": low}},
+    ]
+    header, rows = tables.runs_table({"runs": runs}, "hacked")
+    assert header[3] == "coin_flip *"
+    assert [row[:4] for row in rows] == [
+        ["vanilla", "2", "-", "0.25 [0.00, 0.50]"],
+        ["routed", "1", "on", "0.50"],
+        ["routed", "1", "ablated", "0.00"],
+    ]
 
 
 def test_without_the_package_it_ends_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
