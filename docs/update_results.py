@@ -19,8 +19,9 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 WRITTEN = (
-    DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "exactness.md",
-    DOCS / "referee.md", DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md", DOCS.parent / "README.md",
+    DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "reasoning-gym.md",
+    DOCS / "referee.md", DOCS / "exactness.md", DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md",
+    DOCS.parent / "README.md",
 )  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path[:0] = [str(DOCS), str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
@@ -39,6 +40,7 @@ from loopholes.environment import MODES
 from loopholes.grpo import Recipe
 from loopholes.names import letter_of
 from loopholes.report import plot_curves
+from procedural import tables as procedural
 from published.seeds import interval
 from reporting.arm_data import of_arm
 from reporting.markdown import markdown_table
@@ -244,6 +246,16 @@ def smollm_screening() -> str:
     return screen_table(json.loads((DOCS / "results" / "smollm-screening.json").read_text(encoding="utf-8")))
 
 
+def reasoning_gym(part: str, *what: str) -> str:
+    """Holes of other people's scorers: `holes`, `reach` and `runs`, from the file of each."""
+    file = {"holes": "scan"}.get(part, part)
+    if part == "reach":
+        file, *what = f"reach-{what[0]}", *what[1:]
+    found = json.loads((DOCS / "results" / f"reasoning-gym-{file}.json").read_text(encoding="utf-8"))
+    table: Callable[..., procedural.Table] = getattr(procedural, f"{part}_table")
+    return markdown_table(*table(found, *what))
+
+
 def sharded() -> str:
     """Errors of sharded engines, by part."""
     engines = json.loads((DOCS / "results" / "sharded.json").read_text(encoding="utf-8"))
@@ -276,7 +288,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "side-by-side": side_by_side,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,
     "smollm-screening": smollm_screening, "sharded": sharded, "sharding-plan": sharding_plan,
-    "first-run": first_run, "score-view": score_view, "referee": referee,
+    "reasoning-gym": reasoning_gym, "first-run": first_run, "score-view": score_view, "referee": referee,
     "smollm-score-view": smollm_score_view,
 }  # fmt: skip
 
