@@ -245,8 +245,10 @@ def referee() -> str:
     return f"""
     With 16 pairs of two of the four kinds of hacks, the best methods have one block. A penalty where the gate fires
     (`penalty`) leaves {found.both("pairs", "penalty")} of the held-out hacks (in `own-tokens` and in `shared-token`)
-    and solves {found.both("pairs", "penalty", SOLVE)}; one graded by the score (`graded`, Advantage Modification) leaves
-    {found.both("pairs", "graded")} and solves {found.both("pairs", "graded", SOLVE)}. Training on the true reward solves
+    and solves {found.both("pairs", "penalty", SOLVE)}; one graded by the score (`graded`, Advantage Modification)
+    leaves
+    {found.both("pairs", "graded")} and solves {found.both("pairs", "graded", SOLVE)}. Training on the true reward
+    solves
     {found.both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {found.both("pairs", "route")}
     and solves {found.both("pairs", "route", SOLVE)}.
 
@@ -255,18 +257,23 @@ def referee() -> str:
 
     With labels of two kinds that share no token (`own-tokens`), dropping and penalising leave
     {short(found.value("own-tokens", "two kinds", "weak-filter"))} and
-    {short(found.value("own-tokens", "two kinds", "weak-penalty"))} of the other two. The log-ratio gate with a slow start
+    {short(found.value("own-tokens", "two kinds", "weak-penalty"))} of the other two. The log-ratio gate with a slow
+    start
     (`weak-explained`) leaves {short(found.value("own-tokens", "two kinds", "weak-explained"))} and solves
-    {short(found.value("own-tokens", "two kinds", "weak-explained", SOLVE))}; a penalty on what training has made likelier
+    {short(found.value("own-tokens", "two kinds", "weak-explained", SOLVE))}; a penalty on what training has made
+    likelier
     (`weak-likelier`) leaves {short(found.value("own-tokens", "two kinds", "weak-likelier"))} and solves
     {short(found.value("own-tokens", "two kinds", "weak-likelier", SOLVE))}.
 
-    If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`): {found.both("half", "oracle-penalty")}
-    of the held-out hacks are left and {found.both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate leaves
+    If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`):
+    {found.both("half", "oracle-penalty")}
+    of the held-out hacks are left and {found.both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate
+    leaves
     {found.both("half", "oracle-explained")} and solves {found.both("half", "oracle-explained", SOLVE)}.
 
     Nothing that changes the forward while training kept hacks out, at any of three doses: a learned inoculation prompt,
-    recontextualization and CAFT leave {found.worst(FORWARDS)}; steering leaves {found.both("pairs", "steered")} and solves
+    recontextualization and CAFT leave {found.worst(FORWARDS)}; steering leaves {found.both("pairs", "steered")} and
+    solves
     {found.both("pairs", "steered", SOLVE)}, less than before training ({found.both("none", "base", SOLVE)}).
 
     Removing two components after training gives back the model before training: {found.both("none", "post-hoc")} of the
