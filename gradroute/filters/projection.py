@@ -3,7 +3,7 @@
     c = V g,    c_use = relu(c) ("one")  |  c ("two")  |  2c ("reverse")
     removed = overshoot * c_use V,      kept = g - removed
     erase: g <- kept           route: g <- kept, quarantine's gradient += removed
-    keep:  g <- c V            (the subspace of rows that are trusted, such as those of clean gradients)
+    keep:  g <- c V            for rows that are trusted, such as those of clean gradients
 
 Which sign is hack-ward? Directions point from clean to hack: v = unit(grad NLL(hack) - grad NLL(clean)). A descent step
 p <- p - lr g changes NLL(hack) - NLL(clean) by -lr <v, g> (times |grad NLL(hack) - grad NLL(clean)|). So c > 0 means:

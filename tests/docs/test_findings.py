@@ -73,7 +73,7 @@ def test_what_the_referee_says(findings: ModuleType) -> None:
         clean, base, plain = (found.value(env, "none", arm, findings.SOLVE) for arm in ("clean", "base", "vanilla"))
         assert plain < 0.1 < base < clean
         for arm in ("penalty", "graded"):
-            assert found.value(env, "pairs", arm) < 0.02 < found.value(env, "pairs", "route")
+            assert found.value(env, "pairs", arm) < min(0.015, found.value(env, "pairs", "route"))
             solved = found.value(env, "pairs", arm, findings.SOLVE)
             assert found.value(env, "pairs", "route", findings.SOLVE) < solved
             assert abs(solved - clean) < 0.05
