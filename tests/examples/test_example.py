@@ -203,7 +203,7 @@ def test_noisy_labels_miss_and_raise_alarms_at_the_rates_asked_for() -> None:
 
 def test_permuted_flags_are_rate_matched() -> None:
     class TwoOfFive:
-        gate = SimpleNamespace(flags=lambda scores: scores > 0)
+        gate = SimpleNamespace(flags=lambda scores: scores > 0, z=lambda scores: scores)
 
         def scores(self, *_: torch.Tensor) -> torch.Tensor:
             return torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
