@@ -141,11 +141,14 @@ def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> Non
     entry = train(model, ENVIRONMENT, arm, 0, SHORT)
     assert entry["on"] == entry["ablated"]
     assert all(not layer.quarantine.B.any() for layer in routed_layers(model).values())
-    assert any(layer.deployed.B.any() for layer in routed_layers(model).values()) == (arm != "base")
+    # With a random direction added to its hidden states the policy solves nothing, and nothing is trained.
+    trained = any(layer.deployed.B.any() for layer in routed_layers(model).values())
+    assert trained == (entry["cost"]["steps"] > 0)
+    assert trained == (arm not in ("base", "steered-random"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.gradient_filter != "none"])
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.gradient_filter not in ("none", "keep")])
 def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, home: Path) -> None:
     entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
     points = entry["curve"][1:]

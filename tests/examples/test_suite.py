@@ -225,7 +225,7 @@ def test_a_cell_shows_mean_interval_and_worst_run() -> None:
 
 @pytest.mark.slow
 def test_the_report_can_be_made_again_from_its_json(tmp_path: Path) -> None:
-    found = results({arm: [0.1 + 0.02 * i, 0.2, 0.3 + 0.01 * i] for i, arm in enumerate(ARMS)})
+    found = results({arm: [0.1 + 0.006 * i, 0.2, 0.3 + 0.004 * i] for i, arm in enumerate(ARMS)})
     write_report(tmp_path, found, {"steps": 5})
     assert markdown(read_report(tmp_path / "report.json")) == (tmp_path / "report.md").read_text()
 
