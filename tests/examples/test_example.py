@@ -133,18 +133,15 @@ def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
-    # with true labels of all modes they differ from those with labels of two in nothing that is trained
-    [name for name, arm in ARMS.items() if not arm.routed and not name.startswith("oracle-")],
+    # With true labels of all modes they differ from those with labels of two in nothing that is trained.
+    [name for name, arm in ARMS.items() if not arm.routed and not arm.is_control and not name.startswith("oracle-")],
 )
 def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
     model = base(home)
     entry = train(model, ENVIRONMENT, arm, 0, SHORT)
     assert entry["on"] == entry["ablated"]
     assert all(not layer.quarantine.B.any() for layer in routed_layers(model).values())
-    # With a random direction added to its hidden states the policy solves nothing, and nothing is trained.
-    trained = any(layer.deployed.B.any() for layer in routed_layers(model).values())
-    assert trained == (entry["cost"]["steps"] > 0)
-    assert trained == (arm not in ("base", "steered-random"))
+    assert any(layer.deployed.B.any() for layer in routed_layers(model).values()) == (arm != "base")
 
 
 @pytest.mark.slow
