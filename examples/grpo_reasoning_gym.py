@@ -30,6 +30,7 @@ from procedural.training import ARMS, Recipe, trained
 from procedural.warm_up import VERSION, WarmUp, warm_up
 
 ORDER = ("base", *ARMS)
+DEFAULTS = {"arms": ",".join(ORDER), "seeds": "0", "warm_up": WarmUp.steps, "n": 100}
 SMOKE = Recipe(steps=2, prompts=2, group_size=4, pairs_each=2, refresh_every=1, questions_each=2, n=2)
 
 
@@ -39,14 +40,26 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--scan", action="store_true", help="train nothing: task-blind answers against every scorer")
     what.add_argument("--reach", action="store_true", help="train nothing: what the model is paid before training")
-    parser.add_argument("--arms", default=",".join(ORDER), help="default %(default)s")
-    parser.add_argument("--seeds", default="0", help="comma-separated; default %(default)s")
-    parser.add_argument("--steps", type=int, help=f"of GRPO; default {Recipe.steps}")
-    parser.add_argument("--warm-up", type=int, default=WarmUp.steps, help="supervised steps; default %(default)s")
-    parser.add_argument("--n", type=int, default=100, help="of --scan, --reach: items a dataset; default %(default)s")
+    parser.add_argument("--arms", help=f"comma-separated; {','.join(ORDER)} if not given")
+    parser.add_argument("--seeds", help=f"comma-separated; {DEFAULTS['seeds']} if not given")
+    parser.add_argument("--steps", type=int, help=f"of GRPO; {Recipe.steps} if not given")
+    parser.add_argument("--warm-up", type=int, help=f"supervised steps; {WarmUp.steps} if not given")
+    parser.add_argument("--n", type=int, help=f"of --scan, --reach: items a dataset; {DEFAULTS['n']} if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/reasoning-gym"), help="folder; default %(default)s")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, two steps")
     args = parser.parse_args(argv)
+    mode = "--scan" if args.scan else "--reach" if args.reach else "training"
+    unread = {
+        "--scan": ("arms", "seeds", "steps", "warm_up", "smoke"), "--reach": ("arms", "seeds", "steps"),
+        "training": ("n",), "--smoke": ("warm_up",),
+    }  # fmt: skip
+    for reader in (mode, *["--smoke"] * args.smoke):
+        for name in unread[reader]:
+            if getattr(args, name) not in (None, False):
+                parser.error(f"--{name.replace('_', '-')}: {reader} does not read it")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, 0 if args.smoke and name == "warm_up" else default)
     args.arms = args.arms.split(",")
     for arm in args.arms:
         if arm not in ORDER:
@@ -111,7 +124,7 @@ def run_reach(args: argparse.Namespace) -> None:
 
 def run_arms(args: argparse.Namespace, recipe: Recipe) -> None:
     """Train what has not been trained yet."""
-    known = {**asdict(recipe), "warm_up": 0 if args.smoke else args.warm_up, "smoke": args.smoke}
+    known = {**asdict(recipe), "warm_up": args.warm_up, "smoke": args.smoke}
     model = tokenizer = None
     for seed in args.seeds:
         for arm in args.arms:

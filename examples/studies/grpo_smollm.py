@@ -11,11 +11,10 @@ Every run that has ended is a file in --out; a study that was killed goes on whe
 
 import argparse
 import json
-import multiprocessing
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the studies share with the other examples lies there
 
-from suite import start_worker
+from suite import run_all
 
 from loopholes.arms import ARMS as LOOPHOLE_ARMS
 from loopholes.detector import SCORE_VIEWS
@@ -77,6 +76,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("draws", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected a positive integer, found {getattr(args, name)}")
+    if args.draws > 1 and not (
+        args.report or args.screen or any(LOOPHOLE_ARMS[arm].random_direction != "no" for arm in args.arms)
+    ):
+        parser.error("--draws: no arm of these has a random direction")
     if args.score_view is not None and not (args.report or any(LOOPHOLE_ARMS[arm].has_gate for arm in args.arms)):
         parser.error("--score-view: no arm of these has a gate on activations")
     args.score_view = args.score_view or Recipe.score_view
@@ -114,7 +117,7 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
         for seed in args.seeds
         for arm in args.arms
         for variant in args.variants
-        if draw == 0 or arm == "random-oriented"
+        if draw == 0 or LOOPHOLE_ARMS[arm].random_direction != "no"
     ]
 
 
@@ -155,17 +158,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     if not jobs:
         sys.exit(f"{Path(sys.argv[0]).name}: error: --report: no results in {args.out}")
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        runs = {pool.submit(run_one, job, recipe, args.smoke, args.out): job for job in missing}
-        try:
-            for run in as_completed(runs):
-                run.result()
-                print(f"{runs[run].path(args.out)} ({len(list(args.out.glob('*/*.json')))} of {len(jobs)})", flush=True)
-        except BaseException:
-            # Leaving the block waits for the workers: end them, or Ctrl-C and a failed run would take minutes.
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+
+    def ended(place: int) -> None:
+        done = len(list(args.out.glob("*/*.json")))
+        print(f"{missing[place].path(args.out)} ({done} of {len(jobs)})", flush=True)
+
+    run_all([partial(run_one, job, recipe, args.smoke, args.out) for job in missing], args.workers, ended)
     write_report(args.out, {job: read_result(job.path(args.out), job, known) for job in jobs}, known)
     print(f"{len(jobs)} runs; wrote report.md, report.json and curves.png to {args.out}")
 

@@ -10,9 +10,7 @@ and a figure for each environment to --out.
 """
 
 import argparse
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from contest.calibration import write_calibration
 from contest.entries import LABELS
 from contest.jobs import Run, contest, tuning
 from contest.report import write_report
-from suite import RECIPE, start_worker
+from suite import RECIPE, run_all
 
 from loopholes.base_model import load_base
 from loopholes.environment import ENVIRONMENTS
@@ -40,19 +38,34 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The checked command line; anything wrong ends with one line and exit code 2, before any training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
-    parser.add_argument("--envs", default=ENVS, help=f"comma-separated, of {', '.join(NAMES)}; default %(default)s")
-    labels = f"comma-separated, of {', '.join(LABELS)}; default: all"
-    parser.add_argument("--labels", default=",".join(LABELS), help=labels)
-    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="GRPO steps; default %(default)s")
+    parser.add_argument("--envs", help=f"comma-separated, of {', '.join(NAMES)}; {ENVS} if not given")
+    parser.add_argument("--labels", help=f"comma-separated, of {', '.join(LABELS)}; each of them if not given")
+    parser.add_argument("--steps", type=int, help=f"GRPO steps; {RECIPE.steps} if not given")
     parser.add_argument("--quick", action="store_true", help="one run of each arm in each environment")
     parser.add_argument("--tune", action="store_true", help="three doses of each arm that has one, on tuning seeds")
     parser.add_argument("--report", action="store_true", help="run nothing: report on what lies in --out")
     calibrate = "train nothing: simulate N contests in which no arm is better, and write calibration.json"
     parser.add_argument("--calibrate", type=int, metavar="N", help=calibrate)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread; default %(default)s")
+    parser.add_argument("--workers", type=int, help="processes of one thread; 2 if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/referee"), help="folder; default %(default)s")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    modes = {"--quick": args.quick, "--tune": args.tune, "--report": args.report}
+    chosen = [name for name, given in modes.items() if given] + ["--calibrate"] * (args.calibrate is not None)
+    if len(chosen) > 1:
+        parser.error(f"{', '.join([*modes, '--calibrate'])}: one of them at most")
+    unread = {
+        "--tune": ("labels",), "--report": ("workers", "no_progress"),
+        "--calibrate": ("envs", "labels", "steps", "workers", "no_progress"),
+    }  # fmt: skip
+    for mode in chosen:
+        for name in unread.get(mode, ()):
+            if getattr(args, name) not in (None, False):
+                parser.error(f"--{name.replace('_', '-')}: {mode} does not read it")
+    defaults = {"envs": ENVS, "labels": ",".join(LABELS), "steps": RECIPE.steps, "workers": 2}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     args.envs = [letter_of(name) for name in args.envs.split(",")]
     args.labels = args.labels.split(",")
     for name, known in (("envs", ENVIRONMENTS), ("labels", LABELS)):
@@ -62,8 +75,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 parser.error(f"--{name}: unknown {value!r}; choose from {', '.join(known)}")
         if len(set(values)) < len(values):
             parser.error(f"--{name}: {','.join(values)} names something twice")
-    if args.quick + args.tune + args.report + (args.calibrate is not None) > 1:
-        parser.error("--quick, --tune, --report, --calibrate: one of them at most")
     if args.calibrate is not None and args.calibrate < 1:
         parser.error(f"--calibrate: expected a positive integer, found {args.calibrate}")
     if args.steps < RECIPE.refresh_every:
@@ -79,18 +90,7 @@ def run_missing(runs: list[Run], workers: int, progress: Progress) -> None:
     for env, base_seed in sorted({(run.job.env, run.job.base_seed) for run in missing}):
         load_base(ENVIRONMENTS[env], base_seed)
     bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(missing))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        started = [pool.submit(run.train) for run in missing]
-        try:
-            for ended in as_completed(started):
-                ended.result()
-                progress.advance(bar)
-        except BaseException:
-            # Leaving the block waits for the workers: end them, or Ctrl-C and a failed run would take minutes.
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    run_all([run.train for run in missing], workers, lambda _: progress.advance(bar))
 
 
 def main(argv: list[str]) -> None:

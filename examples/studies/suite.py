@@ -14,9 +14,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,21 @@ def end_with_the_main_process() -> None:
     os._exit(1)
 
 
+def run_all(calls: Sequence[Callable[[], None]], workers: int, ended: Callable[[int], None]) -> None:
+    """Make the calls in worker processes, and `ended(place)` after each. The first that fails ends them all."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        started = {pool.submit(call): place for place, call in enumerate(calls)}
+        try:
+            for call in as_completed(started):
+                call.result()
+                ended(started[call])
+        except BaseException:
+            # Leaving the block waits for the workers: end them, or Ctrl-C and a failed run would take minutes.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
 def run_one(job: Job, monitored: Sequence[str] | None, recipe: Recipe, folder: Path) -> None:
     """One run in a worker process, which writes its result."""
     environment = ENVIRONMENTS[job.env]
@@ -211,18 +227,8 @@ def main(argv: list[str]) -> None:
             load_base(ENVIRONMENTS[env], base_seed)
             progress.advance(bar)
         bar = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(missing))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, context, start_worker) as pool:
-            runs = [pool.submit(run_one, job, args.monitored, recipe, args.out) for job in missing]
-            try:
-                for run in as_completed(runs):
-                    run.result()
-                    progress.advance(bar)
-            except BaseException:
-                # Leaving the block waits for the workers: end them, or Ctrl-C and a failed run would take minutes.
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                raise
+        calls = [partial(run_one, job, args.monitored, recipe, args.out) for job in missing]
+        run_all(calls, args.workers, lambda _: progress.advance(bar))
     results = {job: read_result(job.path(args.out), job, known) for job in jobs}
     write_report(args.out, results, known)
     write_staleness(args.out, read_report(args.out / "report.json"))

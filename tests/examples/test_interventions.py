@@ -1,7 +1,8 @@
 """The loophole example's interventions other than routing: their formulas, and that nothing of them stays behind."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from loopholes.arms import ARMS
 from loopholes.base_model import build_model, load_base
 from loopholes.cost import Meter
 from loopholes.environment import ENVIRONMENTS
-from loopholes.forwards import changed_forwards
+from loopholes.forwards import Change, Forwards, changed_forwards
 from loopholes.grpo import Recipe, attached, make_detector
 from loopholes.inoculation import lesson, mean_logp
 from loopholes.language import BOS
@@ -191,6 +192,35 @@ def test_a_changed_forward_is_in_rollouts_and_loss_as_its_arm_says_and_leaves_no
             raise KeyError
         assert torch.equal(plain, completion_logps(model, *rollouts))
     assert hooks(model) == 0
+
+
+def test_a_run_samples_and_trains_inside_the_changed_forwards(
+    base: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, inside = {"sampling": 0, "loss": 0}, {"now": ""}
+
+    def counted(where: str) -> Change:
+        @contextmanager
+        def change() -> Iterator[None]:
+            entered[where] += 1
+            inside["now"] = where
+            yield
+            inside["now"] = ""
+
+        return change
+
+    def spied(name: str, function: Callable[..., Tensor], where: str) -> None:
+        def called(*args: Any) -> Tensor:
+            assert inside["now"] == where
+            return function(*args)
+
+        monkeypatch.setattr(grpo, name, called)
+
+    monkeypatch.setattr(grpo, "changed_forwards", lambda *_: Forwards(counted("sampling"), counted("loss")))
+    spied("sample", grpo.sample, "sampling")
+    spied("completion_logps", grpo.completion_logps, "loss")
+    entry = grpo.train(base(), ENVIRONMENTS["C"], "vanilla", 0, TINY)
+    assert entered == {"sampling": TINY.steps, "loss": entry["cost"]["steps"]} == {"sampling": 2, "loss": 2}
 
 
 # After training

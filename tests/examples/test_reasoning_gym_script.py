@@ -94,7 +94,11 @@ def test_what_is_asked_for_wrongly_ends_before_training(capsys: pytest.CaptureFi
         (["--arms", "none"], "unknown 'none'"),
         (["--seeds", "x"], "comma-separated integers"),
         (["--steps", "1"], "expected at least 2"),
-        (["--n", "0"], "expected at least 1"),
+        (["--scan", "--n", "0"], "expected at least 1"),
+        (["--n", "5"], "--n: training does not read it"),
+        (["--scan", "--arms", "routed"], "--arms: --scan does not read it"),
+        (["--reach", "--steps", "5"], "--steps: --reach does not read it"),
+        (["--smoke", "--warm-up", "5"], "--warm-up: --smoke does not read it"),
         (["--scan", "--reach"], "not allowed with"),
     ):
         with pytest.raises(SystemExit) as ended:

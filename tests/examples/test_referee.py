@@ -125,6 +125,9 @@ def test_doses_are_tried_on_seeds_that_the_table_does_not_have(tmp_path: Path) -
         (["--envs", "C,shared-token"], "--envs: C,C names something twice"),
         (["--labels", "pairs,pears"], "--labels: unknown 'pears'"),
         (["--quick", "--tune"], "--quick, --tune, --report, --calibrate: one of them at most"),
+        (["--tune", "--labels", "pairs"], "--labels: --tune does not read it"),
+        (["--report", "--workers", "1"], "--workers: --report does not read it"),
+        (["--calibrate", "9", "--steps", "9"], "--steps: --calibrate does not read it"),
         (["--calibrate", "0"], "--calibrate: expected a positive integer, found 0"),
         (["--steps", "4"], "--steps: expected at least 5, found 4"),
         (["--workers", "0"], "--workers: expected a positive integer, found 0"),
@@ -153,7 +156,7 @@ def test_a_quick_contest_is_run_and_goes_on_where_it_stopped(
         "--envs",
         "C",
         "--labels",
-        "none,half",
+        "all",
         "--steps",
         "5",
         "--no-progress",
@@ -161,7 +164,7 @@ def test_a_quick_contest_is_run_and_goes_on_where_it_stopped(
         str(tmp_path),
     ]
     referee.main(command)
-    wanted = sum(entry.labels in ("none", "half") for entry in ENTRIES)
+    wanted = sum(entry.labels == "all" for entry in ENTRIES)
     assert capsys.readouterr().out.startswith(f"{wanted} runs and 0 of doses")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/C/*.json")}
     assert len(stamps) == wanted

@@ -47,6 +47,7 @@ def entries(home: Path) -> dict[tuple[str, int], dict[str, Any]]:
             ("base", 0), ("vanilla", 0), ("clean", 0), ("oracle", 0), ("weak", 0), ("route", 0),
             ("random-oriented", 0), ("random-oriented", 1), ("shuffle", 0), ("weak-filter", 0), ("weak-penalty", 0),
             ("weak-likelier", 0), ("weak-explained", 0), ("weak-explained-shuffle", 0), ("explained", 0),
+            ("graded", 0), ("graded-random", 0), ("graded-shuffle", 0), ("post-hoc", 0),
         ]:  # fmt: skip
             model, codec = load_base(VARIANTS["harder"], smoke=True)
             found[arm, draw] = train(model, codec, VARIANTS["harder"], arm, 0, 1000 * draw, RECIPE)

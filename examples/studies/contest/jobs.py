@@ -22,7 +22,6 @@ from .entries import (
     ENTRIES,
     FEW_BASE_SEEDS,
     FEW_SEEDS,
-    LABELS,
     SEEDS,
     TUNING_BASE_SEED,
     TUNING_SEEDS,
@@ -100,6 +99,3 @@ def tuning(recipe: Recipe, envs: Sequence[str], out: Path) -> list[Run]:
         for arm, doses in DOSES.items()
         for dose in doses
     ]  # fmt: skip
-
-
-__all__ = ["LABELS", "Run", "contest", "tuning"]
