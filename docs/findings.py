@@ -7,6 +7,7 @@
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
@@ -229,6 +230,16 @@ class Contest:
         """In `own-tokens` and in `shared-token`."""
         return " and ".join(short(self.value(env, labels, arm, rate)) for env in ("own-tokens", "shared-token"))
 
+    def own(self, arm: str, rate: str = "hack_held_out") -> str:
+        """In `own-tokens`, with labels of two kinds."""
+        return short(self.value("own-tokens", "two kinds", arm, rate))
+
+    def runs(self) -> str:
+        """The least and the largest number of runs of an arm in an environment."""
+        counts = Counter((labels, job.env, job.arm) for labels, runs in self.results.items() for job in runs)
+        low, high = min(counts.values()), max(counts.values())
+        return f"{low}" if low == high else f"{low} to {high}"
+
     def worst(self, arms: Iterable[tuple[str, str]], rate: str = "hack_held_out") -> str:
         """Over arms and environments: the least to the largest."""
         return span(
@@ -240,44 +251,37 @@ FORWARDS = (("pairs", "prompted"), ("pairs", "recontextualised"), ("pairs", "caf
 
 
 def referee() -> str:
-    """Of `referee.md`; in each sentence `own-tokens` comes first."""
+    """Of `referee.md`; of two figures the first is of `own-tokens`, the second of `shared-token`."""
     found = Contest()
+    both, own = found.both, found.own
     return f"""
     With 16 pairs of two of the four kinds of hacks, the best methods have one block. A penalty where the gate fires
-    (`penalty`) leaves {found.both("pairs", "penalty")} of the held-out hacks (in `own-tokens` and in `shared-token`)
-    and solves {found.both("pairs", "penalty", SOLVE)}; one graded by the score (`graded`, Advantage Modification)
-    leaves
-    {found.both("pairs", "graded")} and solves {found.both("pairs", "graded", SOLVE)}. Training on the true reward
-    solves
-    {found.both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {found.both("pairs", "route")}
-    and solves {found.both("pairs", "route", SOLVE)}.
+    (`penalty`) leaves {both("pairs", "penalty")} of the held-out hacks in `own-tokens` and in `shared-token`, and
+    solves {both("pairs", "penalty", SOLVE)}. One that is graded by the score (`graded`, Advantage Modification) leaves
+    {both("pairs", "graded")} and solves {both("pairs", "graded", SOLVE)}. Training on the true reward solves
+    {both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {both("pairs", "route")} and solves
+    {both("pairs", "route", SOLVE)}. The same flags, permuted, leave {both("pairs", "penalty-shuffle")} in a penalty
+    and {both("pairs", "shuffle")} in routing. ({found.runs()} runs an arm, here and below.)
 
-    The extracted direction deserves little of the credit: a random one, oriented on the same pairs, leaves
-    {found.both("pairs", "graded-random")} in a graded penalty, {found.both("pairs", "random-oriented")} in routing.
+    The extracted direction deserves little of the credit. A random one, oriented on the same pairs, leaves
+    {both("pairs", "graded-random")} in a graded penalty, and {both("pairs", "random-oriented")} in routing.
 
-    With labels of two kinds that share no token (`own-tokens`), dropping and penalising leave
-    {short(found.value("own-tokens", "two kinds", "weak-filter"))} and
-    {short(found.value("own-tokens", "two kinds", "weak-penalty"))} of the other two. The log-ratio gate with a slow
-    start
-    (`weak-explained`) leaves {short(found.value("own-tokens", "two kinds", "weak-explained"))} and solves
-    {short(found.value("own-tokens", "two kinds", "weak-explained", SOLVE))}; a penalty on what training has made
-    likelier
-    (`weak-likelier`) leaves {short(found.value("own-tokens", "two kinds", "weak-likelier"))} and solves
-    {short(found.value("own-tokens", "two kinds", "weak-likelier", SOLVE))}.
+    With labels of two kinds that share no token (`own-tokens`), dropping and penalising leave {own("weak-filter")} and
+    {own("weak-penalty")} of the other two. The log-ratio gate with a slow start (`weak-explained`) leaves
+    {own("weak-explained")} and solves {own("weak-explained", SOLVE)}, with permuted flags it leaves
+    {own("weak-explained-shuffle")}. A penalty on what training has made likelier (`weak-likelier`) leaves
+    {own("weak-likelier")} and solves {own("weak-likelier", SOLVE)}.
 
-    If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`):
-    {found.both("half", "oracle-penalty")}
-    of the held-out hacks are left and {found.both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate
-    leaves
-    {found.both("half", "oracle-explained")} and solves {found.both("half", "oracle-explained", SOLVE)}.
+    If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`): {both("half", "oracle-penalty")}
+    of the held-out hacks are left and {both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate leaves
+    {both("half", "oracle-explained")} and solves {both("half", "oracle-explained", SOLVE)}.
 
-    Nothing that changes the forward while training kept hacks out, at any of three doses: a learned inoculation prompt,
-    recontextualization and CAFT leave {found.worst(FORWARDS)}; steering leaves {found.both("pairs", "steered")} and
-    solves
-    {found.both("pairs", "steered", SOLVE)}, less than before training ({found.both("none", "base", SOLVE)}).
+    Nothing that changes the forward while training helped, at any of three doses. A learned inoculation prompt,
+    recontextualization and CAFT leave {found.worst(FORWARDS)}. Steering leaves {both("pairs", "steered")}, but solves
+    {both("pairs", "steered", SOLVE)}, less than before training ({both("none", "base", SOLVE)}).
 
-    Removing two components after training gives back the model before training: {found.both("none", "post-hoc")} of the
-    hacks, {found.both("none", "post-hoc", SOLVE)} solved.
+    Removing two components after training gives back the model before training: {both("none", "post-hoc")} of the
+    hacks are left and {both("none", "post-hoc", SOLVE)} is solved.
     """
 
 

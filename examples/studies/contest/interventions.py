@@ -60,8 +60,8 @@ INTERVENTIONS = (
     Intervention(
         "Trusted directions (arXiv:2605.25189)",
         "The gradient is projected onto the top `kept_directions` right singular vectors of the gradients of the "
-        "pairs' clean sides, per module, taken anew every 5 steps. (Published: of a short clean warm-up.) The "
-        "control keeps a random subspace, of rows that were drawn once.",
+        "pairs' clean sides, per module. They are extracted again every 5 steps. The published method takes the "
+        "gradients of a short clean warm-up. The control keeps a random subspace, whose rows are drawn once.",
         (("pairs", "keep"),),
     ),
     Intervention(
