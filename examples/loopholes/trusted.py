@@ -2,8 +2,8 @@
 
     V = top k right singular vectors of the gradients of the clean sides of the pairs, per module
 
-The published method takes the gradients of a short clean warm-up; here those of the pairs' clean sides stand for it,
-and are taken anew in each refresh. Source: trusted-direction projection (arXiv:2605.25189).
+The published method takes the gradients of a short clean warm-up. Here those of the pairs' clean sides stand for it,
+and each refresh extracts them again. Source: trusted-direction projection (arXiv:2605.25189).
 """
 
 from collections.abc import Mapping

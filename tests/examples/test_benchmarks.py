@@ -10,6 +10,7 @@ from support.emulated_gpu import emulated_gpu
 from benchmarks import commands, report
 from benchmarks.__main__ import GOALS, main, measure, parse_arguments
 from benchmarks.row import Row
+from benchmarks.trl_step import TakesTurns, interleaved
 
 # P7 and P9 start processes of their own, and are one command each.
 PARTS = [name for name in GOALS if name not in ("P7", "P9")]
@@ -33,6 +34,33 @@ def test_the_page_is_what_its_result_file_says() -> None:
     assert "| P1 |" in text
     edited = text.replace("| P1 |", "| P0 |", 1)
     assert report.updated(edited, json.loads(report.RESULTS.read_text())) == text
+
+
+class Steps:
+    """A trainer of which each step only calls back; one of them fails."""
+
+    def __init__(self, failing: int | None) -> None:
+        self.failing = failing
+
+    def add_callback(self, callback: TakesTurns) -> None:
+        self.callback = callback
+
+    def train(self) -> None:
+        for step in range(4):
+            self.callback.on_step_begin()
+            if step == self.failing:
+                raise ValueError("this step fails")
+            self.callback.on_step_end()
+
+
+@pytest.mark.parametrize(("plain", "routed"), [(2, None), (None, 2), (None, 0)])
+def test_a_trainer_that_fails_ends_the_other_ones_wait(plain: int | None, routed: int | None) -> None:
+    with pytest.raises(ValueError, match="this step fails"):
+        interleaved(Steps(plain), Steps(routed))
+
+
+def test_trainers_take_turns_and_the_first_step_of_each_does_not_count() -> None:
+    assert [len(seconds) for seconds in interleaved(Steps(None), Steps(None))] == [3, 3]
 
 
 def test_a_goal_is_met_at_its_limit_and_not_above_it() -> None:
