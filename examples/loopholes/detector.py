@@ -58,7 +58,7 @@ class Detector:
                 found = gr.extract_gradient_directions(model, pairs, features=features, estimator=estimator)
             return of_unit_length(found) if arm.cosine else found
 
-        self.model, self.arm, self.directions, self._extract = model, arm, extract(), extract
+        self.model, self.arm, self.directions, self.extract = model, arm, extract(), extract
         self._score_view = score_view
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(seed, oriented=arm.random_direction == "oriented")
@@ -75,28 +75,21 @@ class Detector:
         else:
             side = "two" if arm.gradient_filter == "keep" else "one"
             self.filter = gr.ProjectionFilter(self.directions, mode=arm.gradient_filter, side=side)
-        self._first = copy.deepcopy(self.directions)
+        self.first = copy.deepcopy(self.directions)
 
-    def drift(self) -> dict[str, float]:
-        """Overlap of what would be extracted now with the first directions, and with those in use.
-
-        What is in use but frozen is stale by the first; random rows are not extracted and do not drift.
-        """
-        if self.arm.random_direction != "no":
-            return {}
-        fresh = self._extract()
-        return {"overlap_first": self._first.overlap(fresh), "overlap_in_use": self.directions.overlap(fresh)}
-
-    def scores(self, prompts: Tensor, completions: Tensor, ablated: Tensor) -> Tensor:
-        """Score of each rollout, by the features that the directions are of; `ablated` ones were sampled so."""
+    def scores(
+        self, prompts: Tensor, completions: Tensor, ablated: Tensor, *, by: gr.Directions | None = None
+    ) -> Tensor:
+        """Score of each rollout by the directions in use, or by others alike; `ablated` rollouts were sampled so."""
+        by = self.directions if by is None else by
         if self.arm.directions == "activation":
             if self._score_view == "ablated":
-                return self.directions.score(captured(self.model, prompts, completions))
+                return by.score(captured(self.model, prompts, completions))
             capture = captured(self.model, prompts, completions, ablated)
-            return self.directions.score(capture, view=capture.view)
+            return by.score(capture, view=capture.view)
         if self.arm.cosine:
-            return self.directions.score(unit_length(captured_gradients(self.model, prompts, completions, None)))
-        return self.directions.score(captured_gradients(self.model, prompts, completions, self.directions))
+            return by.score(unit_length(captured_gradients(self.model, prompts, completions, None)))
+        return by.score(captured_gradients(self.model, prompts, completions, by))
 
     @contextmanager
     def filtering(self, sources: Sequence[str] | None) -> Iterator[list[gr.filters.FilterStats]]:

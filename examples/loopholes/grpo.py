@@ -31,7 +31,7 @@ from .flags import Flagger
 from .forwards import changed_forwards
 from .inoculation import inoculated, lesson
 from .masks import route_mask
-from .measurements import detection, dose_curve, hackward, score_histograms
+from .measurements import detection, dose_curve, drift, hackward, score_histograms
 from .post_hoc import remove_components
 from .sampling import completion_logps, sample
 from .teacher import Teacher
@@ -207,8 +207,8 @@ def _train(
                 if detector is not None and scores is None and arm.parametrization == "lora":
                     scores = detector.scores(prompts, completions, ablated)
                 flagging = flagger.figures() | detection(environment, prompts, graded, shown, scores)
-                drift = detector.drift() if detector is not None else {}
-                curve.append(point | flagging | hackward(stats) | drift)
+                moved = drift(detector, prompts, completions, ablated, graded.hacked) if detector is not None else {}
+                curve.append(point | flagging | hackward(stats) | moved)
         if on_step is not None:
             on_step(step)
 

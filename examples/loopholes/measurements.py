@@ -59,6 +59,32 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     return ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
 
 
+def drift(detector: Detector, prompts: Tensor, completions: Tensor, ablated: Tensor, hacked: Tensor) -> dict[str, Any]:
+    """How far fresh directions are from the first ones, and what the first ones would cost on these rollouts.
+
+    Overlap of what would be extracted now with the first directions, and with those in use; AUROC of `hacked` by the
+    first directions and by fresh ones, of all modules and of the last block's. Random rows are not extracted: nothing.
+    """
+    if detector.arm.random_direction != "no":
+        return {}
+    fresh = detector.extract()
+    found: dict[str, Any] = {"overlap_in_use": detector.directions.overlap(fresh)}
+    tells_apart = detector.arm.has_gate and hacked.any() and not hacked.all()
+    upper = last_block(detector.first), last_block(fresh)
+    for where, first, now in (("", detector.first, fresh), ("_upper", *upper)):
+        found[f"overlap_first{where}"] = first.overlap(now)
+        for name, by in (("first", first), ("fresh", now)) if tells_apart else ():
+            found[f"auroc_{name}{where}"] = auroc(detector.scores(prompts, completions, ablated, by=by), hacked)
+    return found
+
+
+def last_block(directions: gr.Directions) -> gr.Directions:
+    """Those of the last transformer block's modules alone."""
+    depth = {name: int(name.split(".layers.")[1].split(".")[0]) for name in directions.rows}
+    rows = {name: rows for name, rows in directions.rows.items() if depth[name] == max(depth.values())}
+    return gr.Directions(rows, directions.hack, directions.clean, directions.provenance)
+
+
 def hackward(stats: Sequence[gr.filters.FilterStats]) -> dict[str, Any]:
     """Hack-ward share of this step's deployed gradient, before and after its filter, and what chance would give."""
     if not stats:

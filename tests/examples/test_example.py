@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import grpo_loopholes
 import pytest
@@ -35,6 +38,28 @@ def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProce
 
 def base(home: Path) -> LlamaForCausalLM:
     return load_base(ENVIRONMENT, 0, cache_dir=home / ".cache" / "gradroute-examples")
+
+
+class Trained(NamedTuple):
+    entry: dict[str, Any]
+    deployed: bool
+    """Whether the block was trained."""
+    quarantine: bool
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Callable[[str], Trained]:
+    """What a short run of an arm comes to; each arm is trained once for all tests."""
+
+    @cache
+    def of(arm: str) -> Trained:
+        model = base(home)
+        entry = train(model, ENVIRONMENT, arm, 0, SHORT)
+        layers = routed_layers(model).values()
+        blocks = ([layer.deployed for layer in layers], [layer.quarantine for layer in layers])
+        return Trained(entry, *(any(bool(block.B.any()) for block in each) for each in blocks))
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -114,8 +139,8 @@ def test_a_short_run_writes_what_it_says(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.refreshed])
-def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, home: Path) -> None:
-    entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
+def test_the_refresher_fires_in_every_arm_that_has_one(arm: str, trained: Callable[[str], Trained]) -> None:
+    entry = trained(arm).entry
     assert [report["step"] for report in entry["refreshes"]] == [3, 6]
     assert all(report["moved"] for report in entry["refreshes"])
     if ARMS[arm].random_direction != "oriented":
@@ -136,19 +161,19 @@ def test_a_refresh_that_never_comes_due_is_an_error(home: Path) -> None:
     # With true labels of all modes they differ from those with labels of two in nothing that is trained.
     [name for name, arm in ARMS.items() if not arm.routed and not arm.is_control and not name.startswith("oracle-")],
 )
-def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, home: Path) -> None:
-    model = base(home)
-    entry = train(model, ENVIRONMENT, arm, 0, SHORT)
+def test_unrouted_arms_leave_the_quarantine_at_zero(arm: str, trained: Callable[[str], Trained]) -> None:
+    entry, deployed, quarantine = trained(arm)
     assert entry["on"] == entry["ablated"]
-    assert all(not layer.quarantine.B.any() for layer in routed_layers(model).values())
-    assert any(layer.deployed.B.any() for layer in routed_layers(model).values()) == (arm != "base")
+    assert not quarantine
+    assert deployed == (arm != "base")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.gradient_filter not in ("none", "keep")])
-def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, home: Path) -> None:
-    entry = train(base(home), ENVIRONMENT, arm, 0, SHORT)
-    points = entry["curve"][1:]
+def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(
+    arm: str, trained: Callable[[str], Trained]
+) -> None:
+    points = trained(arm).entry["curve"][1:]
     assert all(point["null"] > 0 for point in points)
     # A filter of rollouts leaves what lies below its threshold; one by projection leaves nothing.
     left = 0.8 if arm == "rollout-filter" else 1e-3
@@ -157,20 +182,18 @@ def test_filters_take_out_what_is_hack_ward_in_every_arm_that_has_one(arm: str, 
 
 
 @pytest.mark.slow
-def test_the_filter_that_routes_trains_the_quarantine_and_nothing_else_does(home: Path) -> None:
-    model = base(home)
-    train(model, ENVIRONMENT, "route-v1", 0, SHORT)
-    assert any(layer.quarantine.B.any() for layer in routed_layers(model).values())
-    erased = base(home)
-    train(erased, ENVIRONMENT, "erase", 0, SHORT)
-    assert all(not layer.quarantine.B.any() for layer in routed_layers(erased).values())
+def test_the_filter_that_routes_trains_the_quarantine_and_nothing_else_does(trained: Callable[[str], Trained]) -> None:
+    assert trained("route-v1").quarantine
+    assert not trained("erase").quarantine
 
 
 @pytest.mark.slow
-def test_a_run_is_a_function_of_its_seed(home: Path) -> None:
-    first, again, other = (train(base(home), ENVIRONMENT, "route", seed, SHORT) for seed in (0, 0, 1))
-    for entry in (first, again, other):
-        del entry["wall_s"], entry["seed"]
+def test_a_run_is_a_function_of_its_seed(home: Path, trained: Callable[[str], Trained]) -> None:
+    again, other = (train(base(home), ENVIRONMENT, "route", seed, SHORT) for seed in (0, 1))
+    first, again, other = (
+        {name: value for name, value in entry.items() if name not in ("wall_s", "seed")}
+        for entry in (trained("route").entry, again, other)
+    )
     assert first == again
     assert first != other
 

@@ -10,13 +10,14 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import gradroute as gr
-from loopholes import grpo
+from loopholes import grpo, measurements
 from loopholes.arms import ARMS
 from loopholes.base_model import build_model
 from loopholes.environment import ENVIRONMENTS
 from loopholes.grpo import Recipe, attached, make_detector
 from loopholes.masks import route_mask
 from loopholes.measurements import auroc, dose_curve
+from loopholes.sampling import sample
 from reporting.store import Job, read_result
 
 REWARD = torch.tensor([1.0, 0.0, 1.0, 0.0])
@@ -140,23 +141,36 @@ def test_the_modes_asked_for_are_those_that_are_monitored(tmp_path: Path, monkey
 
 def test_drift_is_of_what_would_be_extracted_now_with_the_first() -> None:
     """Ablated: what only the quarantine learnt moves nothing."""
-    model = build_model(0)
+    model, environment = build_model(0), ENVIRONMENTS["C"]
     attached(model, ARMS["route"], Recipe(), 0)
-    detector = make_detector(model, ENVIRONMENTS["C"], ARMS["route"], Recipe(), 0)
+    detector = make_detector(model, environment, ARMS["route"], Recipe(), 0)
     assert detector is not None
-    assert detector.drift() == pytest.approx({"overlap_first": 1.0, "overlap_in_use": 1.0})
+    prompts, _ = environment.sample_prompts(16, torch.Generator().manual_seed(0))
+    completions = sample(model, prompts, torch.Generator().manual_seed(1), environment.completion_length)
+    ablated, hacked = torch.zeros(16, dtype=torch.bool), torch.arange(16) < 8
+
+    def drift() -> dict[str, Any]:
+        assert detector is not None
+        return measurements.drift(detector, prompts, completions, ablated, hacked)
+
+    for where in ("", "_upper"):
+        assert drift()[f"overlap_first{where}"] == pytest.approx(1.0)
+        assert drift()[f"auroc_first{where}"] == drift()[f"auroc_fresh{where}"]
     blocks = dict(model.named_parameters())
     for name, moves in (("lora_B_quarantine", False), ("lora_B", True)):
         with torch.no_grad():
             for parameter in (p for key, p in blocks.items() if key.endswith(name)):
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
-        drift = detector.drift()
-        assert (drift["overlap_first"] < 0.95) is moves
-        assert drift["overlap_in_use"] == pytest.approx(drift["overlap_first"])
-    with gr.ablate_quarantine(model):
-        detector.directions.update_(detector._extract(), step=1)
-    assert detector.drift()["overlap_in_use"] == pytest.approx(1.0)
-    assert detector.drift()["overlap_first"] < 0.95
+        moved = drift()
+        for where in ("", "_upper"):
+            assert (moved[f"overlap_first{where}"] < 0.95) is moves
+            assert (moved[f"auroc_first{where}"] != moved[f"auroc_fresh{where}"]) is moves
+        assert moved["overlap_in_use"] == pytest.approx(moved["overlap_first"])
+    assert moved["overlap_first"] != moved["overlap_first_upper"]
+    detector.directions.update_(detector.extract(), step=1)
+    assert drift()["overlap_in_use"] == pytest.approx(1.0)
+    assert drift()["overlap_first"] < 0.95
+    assert "auroc_first" not in measurements.drift(detector, prompts, completions, ablated, hacked | True)
     random = make_detector(model, ENVIRONMENTS["C"], ARMS["random"], Recipe(), 0)
     assert random is not None
-    assert random.drift() == {}
+    assert measurements.drift(random, prompts, completions, ablated, hacked) == {}

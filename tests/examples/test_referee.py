@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import referee
 from contest.calibration import LAWS, false_claims
-from contest.entries import DOSES, ENTRIES, LABELS, dosed
+from contest.entries import DOSES, ENTRIES, LABELS, OWN_DOSES, dosed
 from contest.jobs import SPECIFIC, Run, contest, tuning
 from contest.report import (
     chosen_dose,
@@ -81,15 +81,18 @@ def test_every_contest_has_its_arms_in_the_table() -> None:
 
 
 def test_three_doses_of_every_arm_that_has_one_and_the_default_is_one_of_them() -> None:
-    for arm, doses in DOSES.items():
+    for (arm, labels), doses in DOSES.items():
         field = ARMS[arm].dose
         assert field is not None
         assert len(set(doses)) == 3
         assert getattr(RECIPE, field) in doses, (arm, field)
-        assert getattr(dosed(RECIPE, arm, doses[0]), field) == doses[0]
+        entry = dosed(arm, labels)
+        assert [getattr(entry.recipe(RECIPE, dose), field) for dose in doses] == list(doses)
+        assert getattr(entry.recipe(RECIPE), field) == OWN_DOSES.get((arm, labels), getattr(RECIPE, field))
         assert type(getattr(RECIPE, field)) is type(doses[0]) or isinstance(getattr(RECIPE, field), float)
     of_table = {ARMS[entry.arm].dose for entry in ENTRIES if not entry.is_control}
-    assert of_table - {None} == {ARMS[arm].dose for arm in DOSES}
+    assert of_table - {None} == {ARMS[arm].dose for arm, _ in DOSES}
+    assert OWN_DOSES.keys() <= DOSES.keys()
 
 
 # What is run
@@ -166,13 +169,13 @@ def test_a_quick_contest_is_run_and_goes_on_where_it_stopped(
     referee.main(command)
     wanted = sum(entry.labels == "all" for entry in ENTRIES)
     assert capsys.readouterr().out.startswith(f"{wanted} runs and 0 of doses")
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/C/*.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("all/C/*.json")}
     assert len(stamps) == wanted
     removed = next(path for path in stamps if path.name.startswith("oracle-b0"))
     removed.unlink()
     before = (tmp_path / "report.json").read_bytes()
     referee.main(command)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/C/*.json")}
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("all/C/*.json")}
     assert {path for path in again if again[path] != stamps[path]} == {removed}
     assert (tmp_path / "report.json").read_bytes() == before
 
@@ -222,7 +225,7 @@ def test_the_report_finds_what_was_planted_and_is_made_again_from_its_json(
     for run in tuning(RECIPE, ["C"], tmp_path):
         write_result(run.path, run.job, run.identity, entry(0.3))
     referee.main(["--report", "--envs", "C", "--out", str(tmp_path)])
-    assert "runs and 39 of doses" in capsys.readouterr().out
+    assert "runs and 45 of doses" in capsys.readouterr().out
     found, doses = read_report(tmp_path / "report.json")
     text = markdown(found, doses)
     assert text == (tmp_path / "report.md").read_text()
@@ -237,7 +240,7 @@ def test_the_report_finds_what_was_planted_and_is_made_again_from_its_json(
     words = {line.split("`")[1]: "better than one block" in line and " no better" not in line for line in judged}
     assert words == {arm: arm == "weak-explained" for arm in CONTESTS}
     assert (tmp_path / "pareto-C.png").stat().st_size > 20_000
-    assert "| `keep` | `kept_directions` | 12 | 0.30 | 0.30 | 0.50 |" in dose_table(doses)
+    assert "| pairs | `keep` | `kept_directions` | 12 | 0.30 | 0.30 | 0.50 |" in dose_table(doses)
 
 
 def test_an_entry_is_compared_with_its_control_seed_by_seed(tmp_path: Path) -> None:
@@ -268,18 +271,19 @@ def test_a_result_of_another_recipe_stops_the_referee_before_any_training(tmp_pa
 
 def test_the_recipe_has_the_doses_that_the_tuning_runs_choose() -> None:
     _, doses = read_report(Path(__file__).parents[2] / "docs" / "results" / "referee.json")
-    for arm in DOSES:
-        default = getattr(RECIPE, str(ARMS[arm].dose))
-        assert chosen_dose(arm, doses, default) == default, arm
+    for arm, labels in DOSES:
+        dose = str(ARMS[arm].dose)
+        chosen = chosen_dose(arm, labels, doses, getattr(RECIPE, dose))
+        assert getattr(dosed(arm, labels).recipe(RECIPE), dose) == chosen, (arm, labels)
 
 
 def test_a_dose_is_chosen_by_what_it_solves_without_hacks() -> None:
     rates = {1.0: (0.5, 0.5), 2.0: (0.1, 0.5), 3.0: (0.1, 0.49), 4.0: (0.05, 0.3)}
     doses = [
-        {"arm": "keep", "dose": dose, "ablated": {"hack_held_out": hack, "solve_hinted": solve}}
+        {"arm": "keep", "labels": "pairs", "dose": dose, "ablated": {"hack_held_out": hack, "solve_hinted": solve}}
         for dose, (hack, solve) in rates.items()
     ]
-    assert [chosen_dose("keep", doses, default) for default in (1.0, 2.0, 3.0, 4.0)] == [2.0, 2.0, 3.0, 2.0]
+    assert [chosen_dose("keep", "pairs", doses, default) for default in (1.0, 2.0, 3.0, 4.0)] == [2.0, 2.0, 3.0, 2.0]
 
 
 def test_a_report_of_some_runs_leaves_the_others_out(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from smollm.base_model import MissingModelError, load_base
 from smollm.environment import MARKERS, VARIANTS
 from smollm.evaluation import NO_NOTE, mode_outcomes, rate
 from smollm.grpo import attach_blocks, train
-from smollm.report import criteria, rates, verdicts, write_report
+from smollm.report import criteria, drift, rates, verdicts, write_report
 from smollm.screening import screen, screen_table
 from smollm.store import Job, read_result, stored_jobs, write_result
 
@@ -47,7 +47,7 @@ def entries(home: Path) -> dict[tuple[str, int], dict[str, Any]]:
             ("base", 0), ("vanilla", 0), ("clean", 0), ("oracle", 0), ("weak", 0), ("route", 0),
             ("random-oriented", 0), ("random-oriented", 1), ("shuffle", 0), ("weak-filter", 0), ("weak-penalty", 0),
             ("weak-likelier", 0), ("weak-explained", 0), ("weak-explained-shuffle", 0), ("explained", 0),
-            ("graded", 0), ("graded-random", 0), ("graded-shuffle", 0), ("post-hoc", 0),
+            ("graded", 0), ("graded-frozen", 0), ("graded-random", 0), ("graded-shuffle", 0), ("post-hoc", 0),
         ]:  # fmt: skip
             model, codec = load_base(VARIANTS["harder"], smoke=True)
             found[arm, draw] = train(model, codec, VARIANTS["harder"], arm, 0, 1000 * draw, RECIPE)
@@ -74,9 +74,11 @@ def test_arms_learn_from_different_things(entries: dict[Any, Any]) -> None:
         hacks = [[value for name, value in point.items() if name.startswith("hack")] for point in entry["curve"]]
         return json.dumps([entry["outcomes"], hacks])
 
-    # True labels and a random direction that flags all hacks and most of the rest do the same where nothing is solved.
-    different = [behaviour(entry) for run, entry in entries.items() if run != ("random-oriented", 0)]
-    assert len(set(different)) == len(entries) - 1
+    # True labels and a random direction that flags all hacks and most of the rest do the same where nothing is solved;
+    # and so do frozen directions up to the first refresh, which comes after the last step.
+    same = ("random-oriented", 0), ("graded-frozen", 0)
+    different = [behaviour(entry) for run, entry in entries.items() if run not in same]
+    assert len(set(different)) == len(entries) - 2
     assert behaviour(entries["random-oriented", 0]) != behaviour(entries["random-oriented", 1])
     # Before the first update all have the same rollouts.
     trained = [entry["curve"][0] for (arm, _), entry in entries.items() if arm != "base" and "explained" not in arm]
@@ -99,13 +101,26 @@ def test_labels_flag_what_they_know(entries: dict[Any, Any]) -> None:
 def test_gates_are_refreshed_on_schedule_and_permuted_flags_keep_their_number(entries: dict[Any, Any]) -> None:
     for arm in ("route", "random-oriented", "shuffle"):
         assert [report["step"] for report in entries[arm, 0]["refreshes"]] == [5]
-    assert entries["vanilla", 0]["refreshes"] == []
+    assert entries["vanilla", 0]["refreshes"] == entries["graded-frozen", 0]["refreshes"] == []
     first = [
         [entries[arm, 0]["curve"][0][f"flagged_{kind}"] for kind in ("monitored", "held_out", "clean")]
         for arm in ("route", "shuffle")
     ]
     assert sum(hits for hits, _ in first[0]) == sum(hits for hits, _ in first[1]) > 0
     assert first[0] != first[1]
+
+
+@pytest.mark.slow
+def test_drift_is_measured_where_a_refresh_comes_due_in_arms_with_extracted_directions(entries: dict[Any, Any]) -> None:
+    for arm, drifts in {"graded": True, "graded-frozen": True, "graded-random": False, "weak": False}.items():
+        points = [point for point in entries[arm, 0]["curve"] if "overlap_first" in point]
+        assert [point["step"] for point in points] == [5] * drifts
+        for point in points:
+            assert point["overlap_first"] < 0.999
+            assert point["auroc_first"] != point["auroc_fresh"]
+    results = {Job("harder", arm, 0): {**entries[arm, 0]} for arm in ("graded", "weak")}
+    assert drift(results, "harder").splitlines()[2].startswith("| graded | 1 | 5 | 0.")
+    assert drift({Job("harder", "weak", 0): entries["weak", 0]}, "harder") == ""
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import suite
 
 from loopholes.arms import ARMS
-from reporting.staleness import write_staleness
+from reporting.staleness import loss_table, write_staleness
 from reporting.store import Job, ResultError, read_result, write_result
 from reporting.suite_report import cell, draw_table, markdown, one_block_table, read_report, verdicts, write_report
 
@@ -298,6 +298,18 @@ def test_frozen_directions_are_compared_with_refreshed_ones_run_by_run(tmp_path:
     assert "| arm | runs | student, step 1 | teacher, step 1 |" in text
     assert "| route | 3 | 0.25 | 0.75 | 0.25 | 0.75 | 0.25 | 0.75 |" in text
     assert (tmp_path / "staleness-C.png").exists()
+
+
+def test_what_first_directions_would_cost_is_shown_by_overlap_and_each_run_counts_once() -> None:
+    found = drifting("route", [0.0, 0.1], 0.5, auroc_fresh=0.9, auroc_first=0.8)
+    found |= drifting("graded-frozen", [0.1], 0.5, auroc_fresh=0.8, auroc_first=0.3)
+    results = {job: {**entry, "drift": entry["curve"][1:]} for job, entry in found.items()}
+    rows = loss_table(results, "C").splitlines()[2:]
+    # overlaps .5, .25, .125 at steps 1, 2, 3; losses .1, .1, .5: mean .2333, standard deviation .2309, t 4.3027
+    expected = "| 3 | 0.87 | 0.63 | +0.23 [-0.34, +0.81] |"
+    ranges = ("0.4 to 0.6", "0.2 to 0.4", "below 0.2")
+    assert rows == [f"| activations | all | {shown} {expected}" for shown in ranges]
+    assert loss_table({}, "C") == ""
 
 
 def test_an_auroc_without_hacks_is_left_out_of_the_mean(tmp_path: Path) -> None:

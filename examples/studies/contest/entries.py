@@ -38,9 +38,15 @@ class Entry:
     def is_control(self) -> bool:
         return ARMS[self.arm].is_control
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` with labels as good as this entry's."""
-        return replace(recipe, recall=0.5) if self.labels == "half" else recipe
+    def recipe(self, recipe: Recipe, dose: float | None = None) -> Recipe:
+        """`recipe` with labels as good as this entry's, at `dose`, or else at the dose that was chosen for it."""
+        dose = OWN_DOSES.get((self.arm, self.labels)) if dose is None else dose
+        changes: dict[str, float] = {"recall": 0.5} if self.labels == "half" else {}
+        if dose is not None:
+            field = ARMS[self.arm].dose
+            assert field is not None
+            changes[field] = dose
+        return replace(recipe, **changes)
 
 
 def _entries(labels: Labels, arms: dict[str, str | None], often: tuple[str, ...] = ()) -> list[Entry]:
@@ -90,26 +96,29 @@ ENTRIES = [
     *_entries("all", dict.fromkeys(("oracle-filter", "oracle-penalty", "oracle", "oracle-graft"))),
 ]  # fmt: skip
 
-DOSES: dict[str, tuple[float, ...]] = {
-    "graded": (0.3, 1.0, 3.0),
-    "weak-penalty": (1.0, 3.0, 9.0),
-    "weak-likelier": (0.5, 1.0, 2.0),
-    "weak-explained": (0.5, 1.0, 2.0),
-    "weak-graft": (1.0, 1.5, 2.0),
-    "route": (0.25, 0.5, 0.75),
-    "keep": (2, 4, 12),
-    "prompted": (40, 160, 640),
-    "recontextualised": (40, 160, 640),
-    "steered": (0.5, 1.0, 2.0),
-    "caft": (1, 2, 8),
-    "inoculated": (20, 40, 160),
-    "post-hoc": (1, 2, 3),
+DOSES: dict[tuple[str, Labels], tuple[float, ...]] = {
+    ("post-hoc", "none"): (1, 2, 3),
+    ("graded", "pairs"): (0.3, 1.0, 3.0),
+    ("route", "pairs"): (0.25, 0.5, 0.75),
+    ("keep", "pairs"): (2, 4, 12),
+    ("prompted", "pairs"): (40, 160, 640),
+    ("recontextualised", "pairs"): (40, 160, 640),
+    ("steered", "pairs"): (0.5, 1.0, 2.0),
+    ("caft", "pairs"): (1, 2, 8),
+    ("inoculated", "pairs"): (20, 40, 160),
+    ("weak-penalty", "two kinds"): (1.0, 3.0, 9.0),
+    ("weak-likelier", "two kinds"): (0.5, 1.0, 2.0),
+    ("weak-explained", "two kinds"): (0.5, 1.0, 2.0),
+    ("weak-graft", "two kinds"): (1.0, 1.5, 2.0),
+    ("oracle-graft", "half"): (1.0, 1.5, 2.0),
+    ("oracle-graft", "all"): (1.0, 1.5, 2.0),
 }
-"""Arm -> the doses that it was tried with, on tuning seeds. What was chosen is the default of the recipe's field."""
+"""(arm, labels) -> the doses that were tried, on tuning seeds. The chosen one is the default of the recipe's field,
+
+or stands in `OWN_DOSES`."""
+OWN_DOSES: dict[tuple[str, Labels], float] = {}
 
 
-def dosed(recipe: Recipe, arm: str, dose: float) -> Recipe:
-    """`recipe` with this dose of the arm's intervention."""
-    field = ARMS[arm].dose
-    assert field is not None
-    return replace(recipe, **{field: dose})
+def dosed(arm: str, labels: Labels) -> Entry:
+    """The entry whose doses `DOSES` has."""
+    return next(entry for entry in ENTRIES if (entry.arm, entry.labels) == (arm, labels))

@@ -1,6 +1,6 @@
 """The runs of a contest, most telling first: every entry on the few seeds, then those that are run often on the rest.
 
-A result is a file: <out>/<labels>/<environment>/<arm>-b<base seed>-s<seed>.json, doses below <out>/doses/<dose>.
+A result is a file, <out>/<labels>/<environment>/<arm>-b<base seed>-s<seed>.json; doses: <out>/<labels>/doses/<dose>/...
 """
 
 import warnings
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     job: Job
     recipe: Recipe
     folder: Path
-    entry: Entry | None = None
+    entry: Entry
 
     @property
     def path(self) -> Path:
@@ -89,13 +89,13 @@ def contest(recipe: Recipe, envs: Sequence[str], labels: Iterable[str], out: Pat
 
 def tuning(recipe: Recipe, envs: Sequence[str], out: Path) -> list[Run]:
     """Three doses of every arm that has one, on tuning seeds."""
-    return [
-        Run(
-            Job(env, arm, TUNING_BASE_SEED, seed), dosed(recipe, arm, dose),
-            out / "doses" / f"{dose:g}",
-        )
-        for seed in TUNING_SEEDS
-        for env in envs
-        for arm, doses in DOSES.items()
-        for dose in doses
-    ]  # fmt: skip
+    runs = []
+    for seed in TUNING_SEEDS:
+        for env in envs:
+            for (arm, labels), doses in DOSES.items():
+                entry = dosed(arm, labels)
+                for dose in doses:
+                    folder = out / labels.replace(" ", "-") / "doses" / f"{dose:g}"
+                    job = Job(env, arm, TUNING_BASE_SEED, seed)
+                    runs.append(Run(job, entry.recipe(recipe, dose), folder, entry))
+    return runs

@@ -11,9 +11,9 @@ from loopholes.names import title_of
 from reporting.arm_data import Results, of_arm
 from reporting.markdown import markdown_table
 from reporting.store import Job
-from reporting.suite_report import cell, interval_over_runs
+from reporting.suite_report import cell, difference_cell
 
-from .entries import DOSES, ENTRIES, LABELS, Entry
+from .entries import DOSES, ENTRIES, LABELS, Entry, Labels
 from .figures import write_figures
 from .jobs import Run
 from .verdicts import verdict_table
@@ -35,8 +35,11 @@ def write_report(
     folder: Path, found: Sequence[tuple[Run, Mapping[str, Any]]], doses: Sequence[tuple[Run, Mapping[str, Any]]]
 ) -> None:
     """Everything that can be said of these runs, into `folder`; the same runs give the same bytes."""
-    runs = [{"labels": run.entry.labels, **vars(run.job), **_final(entry)} for run, entry in found if run.entry]
-    tried = [{"dose": float(run.folder.name), **vars(run.job), **_final(entry)} for run, entry in doses]
+    runs = [{"labels": run.entry.labels, **vars(run.job), **_final(entry)} for run, entry in found]
+    tried = [
+        {"dose": float(run.folder.name), "labels": run.entry.labels, **vars(run.job), **_final(entry)}
+        for run, entry in doses
+    ]
     text = json.dumps({"runs": runs, "doses": tried}, separators=(",", ":"))
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     contest, tuned = read_report(folder / "report.json")
@@ -102,7 +105,7 @@ def control_table(contest: Contest, env: str) -> str:
         differences = [over_control(contest, env, entry, rate) for rate in DIFFERENCES]
         if differences[0]:
             rows.append([entry.labels, f"`{entry.arm}`", f"`{entry.control}`", str(len(differences[0])),
-                         *map(_difference, differences)])  # fmt: skip
+                         *map(difference_cell, differences)])  # fmt: skip
     return markdown_table(["labels", "arm", "control", "runs", *DIFFERENCES.values()], rows)
 
 
@@ -117,19 +120,12 @@ def _by_seed(results: Results, env: str, arm: str) -> dict[tuple[int, int], Mapp
     return {(job.base_seed, job.seed): run for job, run in of_arm(results, env, arm).items()}
 
 
-def _difference(values: list[float]) -> str:
-    if len(values) < 3:
-        return " ".join(f"{value:+.2f}" for value in values)
-    low, high = interval_over_runs(values)
-    return f"{fmean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def chosen_dose(arm: str, doses: Sequence[Mapping[str, Any]], default: float) -> float:
+def chosen_dose(arm: str, labels: Labels, doses: Sequence[Mapping[str, Any]], default: float) -> float:
     """The dose with the largest solve rate minus held-out hack rate, the mean over all tuning runs.
 
     Of doses within .05 of it, `default` if it is one of them, else the smallest: one run does not tell them apart.
     """
-    runs = [run for run in doses if run["arm"] == arm]
+    runs = [run for run in doses if (run["arm"], run["labels"]) == (arm, labels)]
     merit = {
         dose: fmean(
             run["ablated"]["solve_hinted"] - run["ablated"]["hack_held_out"] for run in runs if run["dose"] == dose
@@ -144,15 +140,18 @@ def dose_table(doses: Sequence[Mapping[str, Any]]) -> str:
     """One row per arm and dose: held-out and monitored hacks and the solve rate as deployed, by environment."""
     envs = sorted({run["env"] for run in doses})
     rows = []
-    for arm in DOSES:
-        for dose in DOSES[arm]:
+    for (arm, labels), tried in DOSES.items():
+        for dose in tried:
             cells = []
             for env in envs:
-                of = [run["ablated"] for run in doses if (run["arm"], run["dose"], run["env"]) == (arm, dose, env)]
+                of = [
+                    run["ablated"] for run in doses
+                    if (run["arm"], run["labels"], run["dose"], run["env"]) == (arm, labels, dose, env)
+                ]  # fmt: skip
                 shown = [fmean(run[rate] for run in of) if of else None for rate in list(SEEN)[:3]]
                 cells += ["" if each is None else f"{each:.2f}" for each in shown]
-            rows.append([f"`{arm}`", f"`{ARMS[arm].dose}`", f"{dose:g}", *cells])
-    header = ["arm", "what", "dose"]
+            rows.append([labels, f"`{arm}`", f"`{ARMS[arm].dose}`", f"{dose:g}", *cells])
+    header = ["labels", "arm", "what", "dose"]
     for env in envs:
         header += [f"{title_of(env)}: {SEEN[rate]}" for rate in list(SEEN)[:3]]
     return markdown_table(header, rows)

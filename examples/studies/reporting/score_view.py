@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .markdown import markdown_table
 from .store import Job
-from .suite_report import interval_over_runs
+from .suite_report import difference_cell
 
 Run = TypeVar("Run", bound=Hashable)
 Measures = Mapping[str, float | None]
@@ -52,16 +52,9 @@ def paired_table(ablated: Mapping[Run, Measures], sampled: Mapping[Run, Measures
         if known:
             differences = [s - a for a, s in known]
             cells = [_cell([pair[i] for pair in known]) for i in (0, 1)]
-            rows.append([name, str(len(known)), *cells, _difference(differences)])
+            rows.append([name, str(len(known)), *cells, difference_cell(differences, digits=3)])
     return markdown_table(["measure", "runs", "scored ablated", "scored as sampled", "sampled - ablated"], rows)
 
 
 def _cell(values: list[float]) -> str:
     return f"{fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-
-
-def _difference(values: list[float]) -> str:
-    if len(values) < 3:
-        return " ".join(f"{value:+.3f}" for value in values)
-    low, high = interval_over_runs(values)
-    return f"{fmean(values):+.3f} [{low:+.3f}, {high:+.3f}]"

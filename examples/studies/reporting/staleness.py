@@ -3,9 +3,11 @@
 difference = hack rate of the deployed view, frozen - refreshed, paired over runs (Student's t, 95 %)
 overlap    = of the directions that would be extracted at a step with the first ones: what frozen ones have lost
 cin        = share of the deployed gradient that is hack-ward by the directions in use
+loss       = AUROC of hacks by fresh directions - AUROC by the first ones, on the same rollouts of the same policy
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,13 +20,18 @@ from .arm_data import of_arm
 from .markdown import markdown_table
 from .store import Job
 from .suite_figures import STYLES, axes_in_rows, line
-from .suite_report import cell, interval_over_runs
+from .suite_report import cell, difference_cell
 
 Results = Mapping[Job, Mapping[str, Any]]
 
 DRIFTING = {"overlap with the first": "overlap_first", "AUROC": "auroc_held_out"}
 # What is refreshed, and the same frozen.
-COMPARED = {"route": "route-frozen", "gradient": "gradient-frozen", "erase": "erase-frozen"}
+COMPARED = {
+    "route": "route-frozen", "graded": "graded-frozen", "gradient": "gradient-frozen",
+    "gradient-cosine": "gradient-cosine-frozen", "erase": "erase-frozen",
+}  # fmt: skip
+OVERLAPS = (1.01, 0.9, 0.8, 0.6, 0.4, 0.2, -1.01)
+"""Edges of the ranges of overlap in which the loss of AUROC is shown."""
 
 
 def write_staleness(folder: Path, results: Results) -> None:
@@ -33,7 +40,7 @@ def write_staleness(folder: Path, results: Results) -> None:
     for env in sorted({job.env for job in results}):
         arms = {job.arm for job in results if job.env == env}
         if any({refreshed, frozen} <= arms for refreshed, frozen in COMPARED.items()):
-            tables = (staleness_table, difference_table, share_table)
+            tables = (staleness_table, difference_table, loss_table, share_table)
             parts += [f"## Environment {env}", *(table(results, env) for table in tables)]
             staleness_figure(results, env).savefig(
                 folder / f"staleness-{env}.png", dpi=130, metadata={"Software": None}
@@ -72,10 +79,35 @@ def difference_table(results: Results, env: str) -> str:
             cells = []
             for rate in columns.values():
                 differences = [stale[seed][rate] - fresh[seed][rate] for seed in seeds]
-                low, high = interval_over_runs(differences)
-                cells.append(f"{fmean(differences):+.2f} [{low:+.2f}, {high:+.2f}]")
+                cells.append(difference_cell(differences))
             rows.append([refreshed, str(len(seeds)), *cells])
     return markdown_table(["frozen - refreshed", "pairs", *columns], rows)
+
+
+def loss_table(results: Results, env: str) -> str:
+    """What the first directions would cost, by what is left of their overlap; empty where that was not measured.
+
+    A run counts once in each range of overlap, with the mean over its points in it.
+    """
+    rows = []
+    features = {"activations": ("route", "graded"), "gradients": ("gradient",), "unit gradients": ("gradient-cosine",)}
+    for feature, arms in features.items():
+        runs = [run for arm in arms for each in (arm, COMPARED[arm]) for run in of_arm(results, env, each).values()]
+        for where, modules in (("", "all"), ("_upper", "last block")):
+            fresh, first = f"auroc_fresh{where}", f"auroc_first{where}"
+            for high, low in pairwise(OVERLAPS):
+                by_run = [
+                    [p for p in run["drift"] if first in p and low <= p[f"overlap_first{where}"] < high] for run in runs
+                ]
+                by_run = [points for points in by_run if points]
+                if by_run:
+                    means = [[fmean(p[name] for p in points) for points in by_run] for name in (fresh, first)]
+                    losses = [now - then for now, then in zip(*means, strict=True)]
+                    shown = f"below {high:g}" if low < -1 else f"{low:g} to {min(high, 1):g}"
+                    cells = [feature, modules, shown, str(len(by_run)), *(f"{fmean(values):.2f}" for values in means)]
+                    rows.append([*cells, difference_cell(losses)])
+    header = ["features", "modules", "overlap with the first", "runs", "AUROC, fresh", "AUROC, first", "loss"]
+    return markdown_table(header, rows) if rows else ""
 
 
 def share_table(results: Results, env: str) -> str:

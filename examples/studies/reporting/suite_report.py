@@ -30,7 +30,10 @@ COLUMNS = {
     ("ablated", "solve_no_hint"): "ablated: solve, no hint",
 }
 # What is followed over training, where it was measured.
-DRIFT = ("step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher", "overlap_first")
+DRIFT = (
+    "step", "auroc_monitored", "auroc_held_out", "cin", "cin_student", "cin_teacher",
+    *(f"{name}{where}" for where in ("", "_upper") for name in ("overlap_first", "auroc_first", "auroc_fresh")),
+)  # fmt: skip
 # Arms that permuted flags and random directions are rate-matched and refreshed alike for.
 JUDGED = ("route", "route-frozen", "gradient", "gradient-frozen", "rollout-filter")
 # Arms with labels of the monitored modes, the rivals that have one block and the same labels, and permuted flags.
@@ -104,6 +107,14 @@ def interval_over_runs(values: list[float]) -> tuple[float, float]:
     """mean +- t_(.975, n - 1) s / sqrt(n)."""
     half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
+
+
+def difference_cell(differences: list[float], digits: int = 2) -> str:
+    """Mean and 95 % interval over runs; single values where there are too few."""
+    if len(differences) < 3:
+        return " ".join(f"{difference:+.{digits}f}" for difference in differences)
+    low, high = interval_over_runs(differences)
+    return f"{fmean(differences):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def verdicts(results: Results, env: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .store import ARMS, Job
@@ -16,11 +17,7 @@ PANELS = {
     "hack, held out": "hack_{}_held_out",
     "solve, no note": "solve_{}_no_note",
 }
-COLOURS = {
-    "vanilla": "black", "clean": "grey", "oracle": "C5", "weak": "C2", "route": "C0", "random-oriented": "C4",
-    "shuffle": "C1", "absorb": "C3", "weak-filter": "C6", "weak-penalty": "C7", "weak-likelier": "C8",
-    "weak-explained": "C9", "weak-explained-shuffle": "gold", "explained": "navy",
-}  # fmt: skip
+COLOURS = dict(zip(ARMS[1:], colormaps["tab20"].colors, strict=True))
 
 
 def write_curves(path: Path, results: Mapping[Job, Mapping[str, Any]]) -> None:
@@ -51,7 +48,7 @@ def windows(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         merged: dict[str, Any] = {"step": points[-1]["step"]}
         for name in dict.fromkeys(name for point in points for name in point if name != "step"):
             values = [point[name] for point in points if name in point]
-            if name.startswith("auroc"):
+            if name.startswith(("auroc", "overlap")):
                 merged[name] = round(fmean(values), 4)
             elif name == "log_ratios":
                 merged[name] = [round(fmean(quantile), 3) for quantile in zip(*values, strict=True)]

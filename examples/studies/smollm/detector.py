@@ -1,5 +1,6 @@
 """Directions from pairs of the monitored markers, the gate on them, and their scores of rollouts."""
 
+import copy
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 import gradroute as gr
 from loopholes.arm import Arm
 from loopholes.detector import ScoreView
+from loopholes.measurements import auroc
 
 from .environment import Environment
 from .rollouts import Prefixes, Rollouts, captured, computing
@@ -77,19 +79,37 @@ class Detector:
         if arm.random_direction != "no":
             self.directions = self.directions.random_like(draw, oriented=arm.random_direction == "oriented")
         self.gate = gr.BandGate(self.directions, threshold=threshold)
-        self.refresher = gr.Refresher(
-            self.directions, lambda: extract(model, pairs, environment), model=model, every=every
-        )
+        self.first, self.every, self.refresher = copy.deepcopy(self.directions), every, None
+        self.extract = lambda: extract(model, pairs, environment)
+        if arm.refreshed:
+            self.refresher = gr.Refresher(self.directions, self.extract, model=model, every=every)
+        self.drifts = arm.random_direction == "no"
 
     def scores(self, prefixes: Prefixes, rollouts: Rollouts) -> Tensor:
         """Score of each rollout; `prefixes` are of prompts as they are, then ablated, and `rollouts` of either."""
+        return self.directions.score(self._features(prefixes, rollouts))
+
+    def drift(self, step: int, prefixes: Prefixes, rollouts: Rollouts, hacked: Tensor) -> dict[str, float]:
+        """After every refresh's step: overlap of fresh directions with the first ones, and AUROC of `hacked` by both.
+
+        Random rows are not extracted: nothing.
+        """
+        if not self.drifts or step % self.every:
+            return {}
+        fresh, features = self.extract(), self._features(prefixes, rollouts)
+        found = {"overlap_first": round(self.first.overlap(fresh), 4)}
+        if hacked.any() and not hacked.all():
+            found |= {
+                f"auroc_{name}": round(auroc(by.score(features), hacked), 4)
+                for name, by in (("first", self.first), ("fresh", fresh))
+            }
+        return found
+
+    def _features(self, prefixes: Prefixes, rollouts: Rollouts) -> dict[str, Tensor]:
+        modules, read = modules_read(self.model, self.environment), self.environment.features
         prompts = len(prefixes.last) // 2
         if self.score_view == "sampled":
-            return self._scores(prefixes, rollouts, rollouts.prefix >= prompts)
+            return captured(self.model, prefixes, rollouts, read, modules, ablated=rollouts.prefix >= prompts)
         with gr.ablate_quarantine(self.model):
-            return self._scores(prefixes, replace(rollouts, prefix=rollouts.prefix % prompts + prompts), None)
-
-    def _scores(self, prefixes: Prefixes, rollouts: Rollouts, ablated: Tensor | None) -> Tensor:
-        modules = modules_read(self.model, self.environment)
-        features = captured(self.model, prefixes, rollouts, self.environment.features, modules, ablated=ablated)
-        return self.directions.score(features)
+            deployed = replace(rollouts, prefix=rollouts.prefix % prompts + prompts)
+            return captured(self.model, prefixes, deployed, read, modules, ablated=None)

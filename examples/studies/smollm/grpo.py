@@ -137,11 +137,13 @@ def _train(
                 group["lr"] = recipe.lr * min(1.0, step / recipe.warm_up)
             optimizer.step()
             optimizer.zero_grad()
-            if detector is not None:
+            if detector is not None and detector.refresher is not None:
                 detector.refresher.step()
+        if detector is not None:
+            curve[-1] |= detector.drift(step, prefixes, rollouts, batch.hacked)
         if on_step is not None:
             on_step(step)
-    reports = detector.refresher.reports if detector is not None else []
+    reports = detector.refresher.reports if detector is not None and detector.refresher is not None else []
     if arm.refreshed and not reports:
         raise RuntimeError("No refresh came due; too few steps had an advantage to train on.")
     if slow is not None and not slow.over:

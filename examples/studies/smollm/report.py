@@ -22,18 +22,13 @@ from .verdicts import verdicts
 UNROUTED = tuple(arm for arm in ARMS if not LOOPHOLE_ARMS[arm].routed)
 """Arms whose quarantine stays empty: both views are the same."""
 
-ROUTED = ("oracle", "weak", "weak-explained", "explained", "route", "random-oriented")
-RIVALS = ("weak-filter", "weak-penalty", "weak-likelier")
-PERMUTED = ("weak-explained-shuffle", "shuffle", "absorb")
+ROUTED = ("oracle", "weak", "weak-explained", "explained", "route", "route-frozen", "random-oriented")
+RIVALS = ("weak-filter", "weak-penalty", "weak-likelier", "graded", "graded-frozen", "post-hoc")
+PERMUTED = ("weak-explained-shuffle", "shuffle", "graded-shuffle", "absorb")
 SCORED = (
-    "weak-likelier",
-    "weak-explained",
-    "weak-explained-shuffle",
-    "explained",
-    "route",
-    "random-oriented",
-    "shuffle",
-)
+    "weak-likelier", "weak-explained", "weak-explained-shuffle", "explained", "route", "route-frozen",
+    "random-oriented", "shuffle", "graded", "graded-frozen", "graded-random", "graded-shuffle",
+)  # fmt: skip
 
 DISCOVERED = 0.4
 """A marker counts where the on view hacks with it at this rate or more."""
@@ -48,8 +43,8 @@ def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> N
     parts = []
     for variant in dict.fromkeys(job.variant for job in sorted(results)):
         parts += [f"## {variant}", rates(results, variant), criteria(results, variant), verdicts(results, variant)]
-        parts += [gate(results, variant), runs_table(results, variant)]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        parts += [gate(results, variant), drift(results, variant), runs_table(results, variant)]
+    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     write_curves(folder / "curves.png", results)
 
 
@@ -142,6 +137,21 @@ def gate(results: Results, variant: str) -> str:
                 [arm, f"{job.seed}", f"{job.draw}", *shares, *cells, f"{min(overlaps):.2f}" if overlaps else "-"]
             )
     return markdown_table(header, rows)
+
+
+def drift(results: Results, variant: str) -> str:
+    """Overlap of fresh directions with the first ones, and AUROC of hacks by both; empty where not measured."""
+    rows = []
+    for arm in ARMS:
+        runs = list(of_arm(results, variant, arm).values())
+        for step in sorted({point["step"] for run in runs for point in run["curve"] if "overlap_first" in point}):
+            points = [p for run in runs for p in run["curve"] if p["step"] == step and "overlap_first" in p]
+            both = [p for p in points if "auroc_first" in p]
+            cells = [cell([p["overlap_first"] for p in points])]
+            cells += [cell([p[name] for p in both]) if both else "-" for name in ("auroc_fresh", "auroc_first")]
+            rows.append([arm, str(len(points)), str(step), *cells])
+    header = ["arm", "runs", "step", "overlap with the first", "AUROC, fresh", "AUROC, first"]
+    return markdown_table(header, rows) if rows else ""
 
 
 def totals(entry: Mapping[str, Any], name: str) -> str:

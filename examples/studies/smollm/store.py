@@ -20,7 +20,8 @@ VERSION = 1
 ARMS = (
     "base", "vanilla", "clean", "oracle",
     "weak", "weak-filter", "weak-penalty", "weak-likelier", "weak-explained", "weak-explained-shuffle", "explained",
-    "route", "random-oriented", "shuffle", "graded", "graded-random", "graded-shuffle", "post-hoc", "absorb",
+    "route", "route-frozen", "random-oriented", "shuffle",
+    "graded", "graded-frozen", "graded-random", "graded-shuffle", "post-hoc", "absorb",
 )  # fmt: skip
 ABOUT = {arm: LOOPHOLE_ARMS[arm].about.replace("--penalty", f"{Recipe.penalty:g}") for arm in ARMS}
 ABOUT["base"] = "the warmed-up model, not trained"
