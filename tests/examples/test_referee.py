@@ -302,9 +302,9 @@ def test_a_report_of_some_runs_leaves_the_others_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_a_contest_in_which_nothing_is_better_says_so(law: str) -> None:
-    found = false_claims(law, simulations=40, seed=1, resamples=100)
+    found = false_claims(law, simulations=20, seed=1, resamples=100)
     # more come up in one calibration of a hundred
-    most = int(binom.ppf(0.99, 40, 0.05)) / 40
+    most = int(binom.ppf(0.99, 20, 0.05)) / 20
     assert found.arms == len(CONTESTS)
     assert found.effective <= most
     assert found.better <= most

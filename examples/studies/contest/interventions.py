@@ -99,7 +99,8 @@ INTERVENTIONS = (
         "GRAFT (shawnghu/small-rl)",
         "Two blocks, classic masks, balanced advantages; on flagged rows the deployed block is pushed back by "
         "`over_routing` - 1, in each step at most as hard as all other rows push it. Its split-moment Adam and "
-        "its deployment at a scale are left out. The dose was tuned with labels of two kinds.",
+        "its deployment at a scale are left out. The dose was chosen for each quality of labels: 2 with labels of two "
+        "kinds and with half of all, 1 with all.",
         (("two kinds", "weak-graft"), ("half", "oracle-graft"), ("all", "oracle-graft")),
     ),
     Intervention(
