@@ -55,6 +55,7 @@ def test_a_warning_points_to_the_users_line_however_deep_it_is_found() -> None:
         assert [each.filename for each in found] == [__file__]
 
 
+@pytest.mark.slow
 def test_the_logger_prints_nothing_unless_asked() -> None:
     warn = "import warnings, gradroute as gr; warnings.simplefilter('ignore'); gr.LabelGate(false_positive_rate=.5)"
     for setup, lines in (("", 0), ("import logging; logging.basicConfig(); ", 1)):

@@ -126,6 +126,7 @@ def test_a_step_leaves_nothing_behind(path: str) -> None:
     assert size < 4000
 
 
+@pytest.mark.slow
 def test_what_a_step_leaves_behind_would_be_seen() -> None:
     kept: list[Any] = []
 

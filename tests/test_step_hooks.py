@@ -103,6 +103,7 @@ def test_hooks_do_not_outlive_their_optimizer_and_no_cycle_keeps_it(kind: str, h
     step(model, optimizer, "absorb")
 
 
+@pytest.mark.slow
 def test_a_handle_that_changes_steps_goes_on_when_nobody_holds_it_and_one_that_is_read_ends() -> None:
     for kind in HANDLES:
         model, optimizer, handle = made(kind)

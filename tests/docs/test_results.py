@@ -14,6 +14,7 @@ def update_results() -> ModuleType:
     return docs_script("update_results")
 
 
+@pytest.mark.slow
 def test_every_table_is_what_its_result_files_say(update_results: ModuleType) -> None:
     blocks = 0
     for path in update_results.WRITTEN:

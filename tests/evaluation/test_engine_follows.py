@@ -210,6 +210,7 @@ def test_outputs_of_another_form_are_refused(case: str) -> None:
         assert_engine_follows(routed(), generate, prompts=PROMPTS)
 
 
+@pytest.mark.slow
 def test_an_engine_is_not_taken_for_right_in_a_call_whose_tokens_would_not_show_it() -> None:
     # Right everywhere, but its ablated rows sample tokens of which all states say the same.
     model = routed()

@@ -89,6 +89,7 @@ def test_graft_pushes_the_deployed_block_off_flagged_rows_at_most_as_hard_as_the
     assert bounded.m.tolist() == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_shuffling_permutes_the_scores_of_a_graded_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {"graded": [], "graded-shuffle": []}
     for name, calls in seen.items():
@@ -340,6 +341,7 @@ def test_costs_of_arms_by_hand(base: Callable[[], nn.Module]) -> None:
 # All of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["graded", "weak-graft", "keep", "prompted", "steered", "caft", "post-hoc", "likelier-alone"]
 )

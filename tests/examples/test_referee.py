@@ -218,6 +218,7 @@ def planted(run: Run) -> dict[str, Any]:
     return entry(rate) if ARMS[arm].routed else one_block(rate)
 
 
+@pytest.mark.slow
 def test_the_report_finds_what_was_planted_and_is_made_again_from_its_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +244,7 @@ def test_the_report_finds_what_was_planted_and_is_made_again_from_its_json(
     assert "| pairs | `keep` | `kept_directions` | 12 | 0.30 | 0.30 | 0.50 |" in dose_table(doses)
 
 
+@pytest.mark.slow
 def test_an_entry_is_compared_with_its_control_seed_by_seed(tmp_path: Path) -> None:
     def make(run: Run) -> dict[str, Any]:
         rates = {"steered": 0.2 + 0.1 * run.job.seed, "steered-random": 0.5}
