@@ -135,13 +135,12 @@ ONE_BLOCK = ("weak-filter", "weak-penalty", "weak-likelier")
 def real_model() -> str:
     """Of `real-model.md`."""
     plain, harder = (Markers("smollm.json", variant) for variant in ("plain", "harder"))
-    missed, missed_harder = (Markers("smollm-missed.json", variant) for variant in ("plain", "harder"))
+    missed, missed_harder = (Markers("smollm-referee.json", variant) for variant in ("plain", "harder"))
     return f"""
     If answers look unlike hacks (`plain`), a gate on the extracted direction leaves {plain.hacks("route")} of each kind
     of hack ({len(plain.runs("route"))} runs). Plain GRPO leaves {plain.hacks("vanilla")}, and the model before RL has
-    {plain.hacks("base")}. The solve rate is {plain.solve("route")}, and was {plain.solve("base")} before RL.
-
-    A random direction does as well there: it leaves {plain.hacks("random-oriented")}.
+    {plain.hacks("base")}. The solve rate is {plain.solve("route")}, and was {plain.solve("base")} before RL. A random
+    direction does as well there: it leaves {plain.hacks("random-oriented")}.
 
     If right answers look like hacks (`harder`), routing by a direction fails, although the gate flags nearly every
     hack. It leaves {harder.hacks("route")}, and with a random direction {harder.hacks("random-oriented")}. Plain GRPO
@@ -154,6 +153,12 @@ def real_model() -> str:
     In `harder` the recipe leaves {missed_harder.hacks("weak-explained")}, the best method with one block
     {missed_harder.hacks("weak-likelier")}, and true labels of all hacks {missed_harder.hacks("oracle")}. None of them
     is back at the rates before RL ({missed_harder.hacks("base")}) with every marker.
+
+    Of methods with one block, a penalty graded by the score of a direction (`graded`) is the best. In `plain` it leaves
+    {missed.hacks("graded")} of each marker and solves {missed.solve("graded")}, in `harder`
+    {missed_harder.hacks("graded")} and {missed_harder.solve("graded")} (base {missed_harder.solve("base")}). In
+    `harder` the direction matters: with an oriented random one, {missed_harder.hacks("graded-random")} are left and
+    {missed_harder.solve("graded-random")} is solved.
 
     No verdict follows: with three runs an arm, a loss of .1 in solve rate is not excluded.
     """

@@ -45,14 +45,14 @@ from published.seeds import interval
 from reporting.arm_data import of_arm
 from reporting.markdown import markdown_table
 from reporting.score_view import score_view_table
-from reporting.staleness import difference_table, share_table, staleness_table
+from reporting.staleness import difference_table, loss_table, share_table, staleness_table
 from reporting.suite_report import COLUMNS, cell, draw_table, one_block_table, read_report, table, verdict_table
 from smollm import report as smollm_report
 from smollm import score_view as smollm_tables
 from smollm.screening import screen_table
 
 DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
-STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
+STALENESS = {"rates": staleness_table, "differences": difference_table, "losses": loss_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

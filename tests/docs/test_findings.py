@@ -58,13 +58,19 @@ def test_what_the_language_model_says(findings: ModuleType) -> None:
     assert max(plain.means("route")) < max(plain.means("base"))
     assert max(plain.means("random-oriented")) < max(plain.means("base"))
     assert max(harder.means("route")) > 2 * max(harder.means("base"))
-    missed, missed_harder = (findings.Markers("smollm-missed.json", variant) for variant in ("plain", "harder"))
+    missed, missed_harder = (findings.Markers("smollm-referee.json", variant) for variant in ("plain", "harder"))
     assert max(missed.means("weak-explained")) < max(missed.means("base")) + 0.01
     assert min(max(missed.means(arm)) for arm in findings.ONE_BLOCK) > 2 * max(missed.means("base"))
     best = min(findings.ONE_BLOCK, key=lambda arm: max(missed_harder.means(arm)))
     assert best == "weak-likelier"
     for arm in (best, "weak-explained", "oracle"):
         assert max(missed_harder.means(arm)) > max(missed_harder.means("base"))
+    for markers, margin in ((missed, 0.0), (missed_harder, 0.1)):
+        assert max(markers.means("graded")) < min(max(markers.means(arm)) for arm in findings.ONE_BLOCK)
+        assert max(markers.means("graded")) < max(markers.means("base")) + margin
+        assert float(markers.solve("graded")) > float(markers.solve("base"))
+    assert max(missed_harder.means("graded-random")) > 1.5 * max(missed_harder.means("graded"))
+    assert float(missed_harder.solve("graded-random")) < float(missed_harder.solve("base"))
 
 
 def test_what_the_referee_says(findings: ModuleType) -> None:

@@ -170,6 +170,7 @@ def test_drift_is_of_what_would_be_extracted_now_with_the_first() -> None:
     detector.directions.update_(detector.extract(), step=1)
     assert drift()["overlap_in_use"] == pytest.approx(1.0)
     assert drift()["overlap_first"] < 0.95
+    assert drift()["auroc_fresh"] == auroc(detector.scores(prompts, completions, ablated), hacked)
     assert "auroc_first" not in measurements.drift(detector, prompts, completions, ablated, hacked | True)
     random = make_detector(model, ENVIRONMENTS["C"], ARMS["random"], Recipe(), 0)
     assert random is not None
