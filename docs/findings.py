@@ -18,7 +18,7 @@ from directions_tables import ESTIMATORS
 
 from loopholes.names import letter_of
 from reporting.arm_data import of_arm
-from reporting.suite_report import cell, interval_over_runs, read_report
+from reporting.suite_report import cell, difference_cell, interval_over_runs, read_report
 from smollm import report as smollm_report
 from smollm.environment import MARKERS
 from smollm.evaluation import NO_NOTE
@@ -27,6 +27,7 @@ from smollm.tables import share
 
 RESULTS = Path(__file__).parent / "results"
 SOLVE = "solve_hinted"
+FAR = ("rate-2", "rate-3", "steps-400")
 
 
 def short(value: float) -> str:
@@ -104,6 +105,66 @@ def largest_effect_of_freezing() -> float:
     stale = Suite("staleness.json", "shared-token")
     pairs = zip(stale.values("route-frozen"), stale.values("route"), strict=True)
     return max(map(abs, interval_over_runs([frozen - refreshed for frozen, refreshed in pairs])))
+
+
+class Far:
+    """The runs of one report with refreshed and frozen arms, `shared-token`."""
+
+    def __init__(self, name: str) -> None:
+        self.suite = Suite(f"staleness-{name}.json", "shared-token")
+
+    def runs(self, *arms: str) -> list[Any]:
+        """Of these arms, in order."""
+        return [run for arm in arms for run in of_arm(self.suite.results, self.suite.env, arm).values()]
+
+    def last_overlap(self, *arms: str) -> str:
+        """With the first directions, at the end: over runs."""
+        return span(run["drift"][-1]["overlap_first"] for run in self.runs(*arms))
+
+
+def losses(low: float, high: float, *arms: str) -> list[float]:
+    """What the first directions cost in AUROC, a mean per run, where their overlap with fresh ones lies in between."""
+    found = []
+    for run in (run for name in FAR for run in Far(name).runs(*arms)):
+        points = [p for p in run["drift"] if "auroc_first" in p and low <= p["overlap_first"] < high]
+        if points:
+            found.append(fmean(p["auroc_fresh"] - p["auroc_first"] for p in points))
+    return found
+
+
+def signed(values: list[float]) -> str:
+    """Mean [95 % interval over runs], with signs."""
+    return re.sub(r"\b0\.(?=\d)", ".", difference_cell(values))
+
+
+def staleness() -> str:
+    """Of `staleness.md`."""
+    activations = "route", "route-frozen", "graded", "graded-frozen"
+    cosines = "gradient-cosine", "gradient-cosine-frozen"
+    far = {name: Far(name) for name in FAR}
+    near, middle = losses(0.4, 1.01, *activations), losses(-1.01, 0.4, *activations)
+    return f"""
+    No harm of frozen directions of activations was found. In 150 steps freezing them changes the rate of held-out
+    hacks by at most {short(largest_effect_of_freezing())} (95 % interval).
+
+    It was not found where the policy moves further either. At the end, the overlap with the first directions is
+    {far["steps-400"].last_overlap(*activations)} after 400 steps, {far["rate-2"].last_overlap(*activations)} at twice
+    the learning rate and {far["rate-3"].last_overlap(*activations)} at three times. The first directions still tell
+    hacks apart as well as fresh ones. They lose {signed(near)} of AUROC above an overlap of .4 ({len(near)} runs), and
+    {signed(middle)} below ({len(middle)} runs).
+
+    Directions of gradients of unit length lose {signed(losses(0.4, 1.01, *cosines))} above an overlap of .4,
+    {signed(losses(0.2, 0.4, *cosines))} from .2 to .4, and {signed(losses(-1.01, 0.2, *cosines))} below. There fresh
+    ones hardly see hacks either.
+
+    Erasing along gradients is where freezing does harm: it takes nearly all ability (solve
+    {stale_of("erase-frozen", SOLVE)}; refreshed {stale_of("erase", SOLVE)}).
+    """
+
+
+def stale_of(arm: str, rate: str) -> str:
+    """Mean [interval] in the study of 150 steps."""
+    return Suite("staleness.json", "shared-token").rate(arm, rate)
 
 
 class Markers:
@@ -292,6 +353,7 @@ def referee() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "results": results, "real-model": real_model, "directions-study": directions_study, "referee": referee,
+    "staleness": staleness,
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from typing import Any
 DOCS = Path(__file__).parent
 WRITTEN = (
     DOCS / "results.md", DOCS / "directions-study.md", DOCS / "real-model.md", DOCS / "reasoning-gym.md",
-    DOCS / "referee.md", DOCS / "exactness.md", DOCS / "howto" / "sharded.md", DOCS / "howto" / "inoculation.md",
-    DOCS.parent / "README.md",
+    DOCS / "referee.md", DOCS / "staleness.md", DOCS / "exactness.md", DOCS / "howto" / "sharded.md",
+    DOCS / "howto" / "inoculation.md", DOCS.parent / "README.md",
 )  # fmt: skip
 SUMMARISED = ("vanilla", "clean", "weak", "shuffle", "random-oriented", "route")
 sys.path[:0] = [str(DOCS), str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS.parent / "examples" / "studies")]
@@ -52,7 +52,7 @@ from smollm import score_view as smollm_tables
 from smollm.screening import screen_table
 
 DEPLOYED = [column for column in COLUMNS if column[0] == "ablated" and column[1] != "solve_no_hint"]
-STALENESS = {"rates": staleness_table, "differences": difference_table, "losses": loss_table, "shares": share_table}
+STALENESS = {"rates": staleness_table, "differences": difference_table, "shares": share_table}
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -149,6 +149,11 @@ def one_block(file: str, env: str) -> str:
 def stale(file: str, env: str, part: str) -> str:
     """Refreshed arms against frozen ones: `rates`, `differences` or `shares` of the gradient."""
     return STALENESS[part](read_report(DOCS / "results" / file), env)
+
+
+def losses(env: str, *files: str) -> str:
+    """What first directions would cost, by their overlap with fresh ones, in several reports together."""
+    return loss_table(env, *(read_report(DOCS / "results" / file) for file in files))
 
 
 def sweep(env: str, arms: str, *files: str) -> str:
@@ -283,7 +288,8 @@ def sharding_plan() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "sweep": sweep, "draws": draws,
+    "loopholes": loopholes, "verdicts": judged, "summary": summary, "staleness": stale, "losses": losses,
+    "sweep": sweep, "draws": draws,
     "rivals": rivals, "one-block": one_block, "thresholds": thresholds, "arms": arms, "findings": findings.findings,
     "side-by-side": side_by_side,
     "split-digits": split_digits, "absorption": absorption, "directions": directions, "smollm": smollm,

@@ -53,8 +53,11 @@ def captured(
 def captured_gradients(
     model: nn.Module, prompts: Tensor, completions: Tensor, directions: gr.Directions | None
 ) -> gr.directions.Capture:
-    """Gradient of each completion's mean NLL in the deployed view, or its inner products with `directions`."""
-    length = (completions != PAD).sum(dim=1)
+    """Gradient of each completion's mean NLL in the deployed view, or its inner products with `directions`.
+
+    A completion without a token has the gradient 0.
+    """
+    length = (completions != PAD).sum(dim=1).clamp(min=1)
     with (
         gr.ablate_quarantine(model),
         gr.capture_gradients(model, features="parameter", directions=directions) as capture,

@@ -11,7 +11,7 @@ from benchmarks import report
 from reporting.suite_report import judged
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGUN = ("results", "real-model", "directions-study", "performance", "exactness", "referee")
+BEGUN = ("results", "real-model", "directions-study", "performance", "exactness", "referee", "staleness")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,29 @@ def test_what_the_language_model_says(findings: ModuleType) -> None:
         assert float(markers.solve("graded")) > float(markers.solve("base"))
     assert max(missed_harder.means("graded-random")) > 1.5 * max(missed_harder.means("graded"))
     assert float(missed_harder.solve("graded-random")) < float(missed_harder.solve("base"))
+
+
+def test_what_frozen_directions_cost(findings: ModuleType) -> None:
+    activations, cosines = (
+        ("route", "route-frozen", "graded", "graded-frozen"),
+        ("gradient-cosine", "gradient-cosine-frozen"),
+    )
+    for low, high in ((0.4, 1.01), (-1.01, 0.4)):
+        lost = findings.losses(low, high, *activations)
+        assert len(lost) >= 3
+        assert abs(sum(lost) / len(lost)) < 0.03
+    assert abs(sum(findings.losses(0.4, 1.01, *cosines))) < 0.03 * len(findings.losses(0.4, 1.01, *cosines))
+    some = findings.losses(0.2, 0.4, *cosines)
+    assert sum(some) / len(some) > 0.03
+    below = [
+        point["auroc_fresh"]
+        for name in findings.FAR if name != "rate-3"
+        for run in findings.Far(name).runs(*cosines) for point in run["drift"]
+        if point["overlap_first"] < 0.2 and "auroc_fresh" in point
+    ]  # fmt: skip
+    assert sum(below) / len(below) < 0.75
+    stale = findings.Suite("staleness.json", "shared-token")
+    assert sum(stale.values("erase", findings.SOLVE)) > 5 * sum(stale.values("erase-frozen", findings.SOLVE))
 
 
 def test_what_the_referee_says(findings: ModuleType) -> None:

@@ -20,7 +20,7 @@ from loopholes.environment import ENVIRONMENTS
 from loopholes.forwards import Change, Forwards, changed_forwards
 from loopholes.grpo import Recipe, attached, make_detector
 from loopholes.inoculation import lesson, mean_logp
-from loopholes.language import BOS
+from loopholes.language import BOS, PAD
 from loopholes.masks import route_mask
 from loopholes.post_hoc import remove_components
 from loopholes.sampling import captured_gradients, completion_logps
@@ -304,6 +304,12 @@ def test_the_score_of_a_cosine_does_not_depend_on_the_length_of_a_gradient(
     assert lengths.max() > 1.2 * lengths.min()
     hack, clean = detector.directions.pair_scores()
     assert hack.mean() > clean.mean()
+    # The policy may begin with padding: nothing to score, where 0 / 0 stopped the run.
+    empty = completions.clone()
+    empty[0] = PAD
+    rescored = detector.scores(prompts, empty, torch.zeros(6, dtype=torch.bool))
+    assert rescored[0] == 0 != scores[0]
+    torch.testing.assert_close(rescored[1:], scores[1:], rtol=1e-4, atol=1e-6)
 
 
 # Cost

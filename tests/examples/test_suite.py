@@ -304,12 +304,15 @@ def test_what_first_directions_would_cost_is_shown_by_overlap_and_each_run_count
     found = drifting("route", [0.0, 0.1], 0.5, auroc_fresh=0.9, auroc_first=0.8)
     found |= drifting("graded-frozen", [0.1], 0.5, auroc_fresh=0.8, auroc_first=0.3)
     results = {job: {**entry, "drift": entry["curve"][1:]} for job, entry in found.items()}
-    rows = loss_table(results, "C").splitlines()[2:]
+    jobs = list(results)
+    parts = [{job: results[job] for job in jobs[:1]}, {job: results[job] for job in jobs[1:]}]
+    assert loss_table("C", *parts) == loss_table("C", results)
+    rows = loss_table("C", results).splitlines()[2:]
     # overlaps .5, .25, .125 at steps 1, 2, 3; losses .1, .1, .5: mean .2333, standard deviation .2309, t 4.3027
     expected = "| 3 | 0.87 | 0.63 | +0.23 [-0.34, +0.81] |"
     ranges = ("0.4 to 0.6", "0.2 to 0.4", "below 0.2")
     assert rows == [f"| activations | all | {shown} {expected}" for shown in ranges]
-    assert loss_table({}, "C") == ""
+    assert loss_table("C", {}) == loss_table("N", results) == ""
 
 
 def test_an_auroc_without_hacks_is_left_out_of_the_mean(tmp_path: Path) -> None:

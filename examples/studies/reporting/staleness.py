@@ -40,8 +40,8 @@ def write_staleness(folder: Path, results: Results) -> None:
     for env in sorted({job.env for job in results}):
         arms = {job.arm for job in results if job.env == env}
         if any({refreshed, frozen} <= arms for refreshed, frozen in COMPARED.items()):
-            tables = (staleness_table, difference_table, loss_table, share_table)
-            parts += [f"## Environment {env}", *(table(results, env) for table in tables)]
+            tables = (staleness_table, difference_table, share_table)
+            parts += [f"## Environment {env}", *(table(results, env) for table in tables), loss_table(env, results)]
             staleness_figure(results, env).savefig(
                 folder / f"staleness-{env}.png", dpi=130, metadata={"Software": None}
             )
@@ -84,7 +84,7 @@ def difference_table(results: Results, env: str) -> str:
     return markdown_table(["frozen - refreshed", "pairs", *columns], rows)
 
 
-def loss_table(results: Results, env: str) -> str:
+def loss_table(env: str, *studies: Results) -> str:
     """What the first directions would cost, by what is left of their overlap; empty where that was not measured.
 
     A run counts once in each range of overlap, with the mean over its points in it.
@@ -92,7 +92,10 @@ def loss_table(results: Results, env: str) -> str:
     rows = []
     features = {"activations": ("route", "graded"), "gradients": ("gradient",), "unit gradients": ("gradient-cosine",)}
     for feature, arms in features.items():
-        runs = [run for arm in arms for each in (arm, COMPARED[arm]) for run in of_arm(results, env, each).values()]
+        runs = [
+            run for results in studies for arm in arms for each in (arm, COMPARED[arm])
+            for run in of_arm(results, env, each).values()
+        ]  # fmt: skip
         for where, modules in (("", "all"), ("_upper", "last block")):
             fresh, first = f"auroc_fresh{where}", f"auroc_first{where}"
             for high, low in pairwise(OVERLAPS):
