@@ -92,6 +92,14 @@ def test_what_frozen_directions_cost(findings: ModuleType) -> None:
         if point["overlap_first"] < 0.2 and "auroc_fresh" in point
     ]  # fmt: skip
     assert sum(below) / len(below) < 0.75
+    far = [findings.Far(name) for name in findings.COSINE]
+    fresh, frozen = ([findings.hacks(run) for each in far for run in each.runs(arm)] for arm in cosines)
+    assert max(fresh) < 0.1
+    assert sum(rate > 0.5 for rate in frozen) >= len(frozen) / 2
+    assert max(run["ablated"][findings.SOLVE] for each in far for run in each.runs(cosines[0])) < 0.01
+    low, high = re.findall(r"[+-]\.\d\d", findings.solve_change())[1:]
+    assert low.startswith("-")
+    assert high.startswith("+")
     stale = findings.Suite("staleness.json", "shared-token")
     assert sum(stale.values("erase", findings.SOLVE)) > 5 * sum(stale.values("erase-frozen", findings.SOLVE))
 
