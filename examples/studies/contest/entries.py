@@ -74,7 +74,7 @@ ENTRIES = [
             "recontextualised": "recontextualised-random", "steered": "steered-random", "caft": "caft-random",
             "inoculated": "inoculated-clean", "route": "random-oriented", "shuffle": None, "route-explained": "shuffle",
         },
-        often=("filter", "penalty", "route", "random-oriented", "shuffle"),
+        often=("filter", "penalty", "graded", "graded-random", "route", "random-oriented", "shuffle"),
     ),
     *_entries(
         "two kinds",
