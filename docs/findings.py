@@ -347,7 +347,8 @@ def referee() -> str:
     {both("pairs", "graded")} and solves {both("pairs", "graded", SOLVE)}. Training on the true reward solves
     {both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {both("pairs", "route")} and solves
     {both("pairs", "route", SOLVE)}. The same flags, permuted, leave {both("pairs", "penalty-shuffle")} in a penalty
-    and {both("pairs", "shuffle")} in routing. ({found.runs()} runs an arm, here and below.)
+    and {both("pairs", "shuffle")} in routing. The verdict on `route` is *effective*, and *worse than one block*, in both.
+    ({found.runs()} runs an arm, here and below.)
 
     The extracted direction deserves little of the credit. A random one, oriented on the same pairs, leaves
     {both("pairs", "graded-random")} in a graded penalty, and {both("pairs", "random-oriented")} in routing.
@@ -356,7 +357,8 @@ def referee() -> str:
     {own("weak-penalty")} of the other two. The log-ratio gate with a slow start (`weak-explained`) leaves
     {own("weak-explained")} and solves {own("weak-explained", SOLVE)}, with permuted flags it leaves
     {own("weak-explained-shuffle")}. A penalty on what training has made likelier (`weak-likelier`) leaves
-    {own("weak-likelier")} and solves {own("weak-likelier", SOLVE)}.
+    {own("weak-likelier")} and solves {own("weak-likelier", SOLVE)}. The verdict on the log-ratio gate is *better than
+    one block* there, and *worse than one block* in `shared-token`.
 
     If labels miss half of all hacks at random, a penalty is best (`oracle-penalty`): {both("half", "oracle-penalty")}
     of the held-out hacks are left and {both("half", "oracle-penalty", SOLVE)} is solved. The log-ratio gate leaves

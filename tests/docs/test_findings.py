@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from contest.verdicts import verdicts
 from support.doc_pages import docs_script
 
 from benchmarks import report
@@ -121,6 +122,13 @@ def test_what_the_referee_says(findings: ModuleType) -> None:
         penalty, ours = ("half", "oracle-penalty"), ("half", "oracle-explained")
         assert found.value(env, *penalty) < found.value(env, *ours)
         assert found.value(env, *penalty, findings.SOLVE) > found.value(env, *ours, findings.SOLVE)
+    words = {
+        (env, verdict.treatment.name): (verdict.word, verdict.one_block.word)
+        for env in ("N", "C") for verdict in verdicts(found.results, env)
+    }  # fmt: skip
+    assert words["N", "route"] == words["C", "route"] == ("effective", "worse than one block")
+    assert words["N", "weak-explained"] == ("effective", "better than one block")
+    assert words["C", "weak-explained"] == ("effective", "worse than one block")
     own = {arm: found.value("own-tokens", "two kinds", arm) for arm in findings.ONE_BLOCK}
     ours = found.value("own-tokens", "two kinds", "weak-explained")
     assert ours < own["weak-likelier"] < 0.5 < min(own["weak-filter"], own["weak-penalty"])
