@@ -347,8 +347,8 @@ def referee() -> str:
     {both("pairs", "graded")} and solves {both("pairs", "graded", SOLVE)}. Training on the true reward solves
     {both("none", "clean", SOLVE)}. Routing by the same direction (`route`) leaves {both("pairs", "route")} and solves
     {both("pairs", "route", SOLVE)}. The same flags, permuted, leave {both("pairs", "penalty-shuffle")} in a penalty
-    and {both("pairs", "shuffle")} in routing. The verdict on `route` is *effective*, and *worse than one block*, in both.
-    ({found.runs()} runs an arm, here and below.)
+    and {both("pairs", "shuffle")} in routing. The verdict on `route` is *effective*, and *worse than one block*, in
+    both. ({found.runs()} runs an arm, here and below.)
 
     The extracted direction deserves little of the credit. A random one, oriented on the same pairs, leaves
     {both("pairs", "graded-random")} in a graded penalty, and {both("pairs", "random-oriented")} in routing.
