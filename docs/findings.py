@@ -18,6 +18,7 @@ from directions_tables import ESTIMATORS
 
 from loopholes.names import letter_of
 from reporting.arm_data import of_arm
+from reporting.staleness import points_by_overlap
 from reporting.suite_report import cell, difference_cell, interval_over_runs, read_report
 from smollm import report as smollm_report
 from smollm.environment import MARKERS
@@ -44,6 +45,11 @@ def span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def bare(text: str) -> str:
+    """Without leading zeros: .03 for 0.03."""
+    return re.sub(r"\b0\.(?=\d)", ".", text)
+
+
 class Suite:
     """The runs of one report in one environment."""
 
@@ -60,7 +66,7 @@ class Suite:
 
     def rate(self, arm: str, rate: str = "hack_held_out") -> str:
         """Mean [interval], as in the tables."""
-        return re.sub(r"\b0\.(?=\d)", ".", cell(self.values(arm, rate)).rpartition(", ")[0])
+        return bare(cell(self.values(arm, rate)).rpartition(", ")[0])
 
     def n(self, arm: str) -> int:
         """Runs of an arm."""
@@ -126,17 +132,14 @@ class Far:
 
 def losses(low: float, high: float, *arms: str) -> list[float]:
     """What the first directions cost in AUROC, a mean per run, where their overlap with fresh ones lies in between."""
-    found = []
-    for run in (run for name in FAR for run in Far(name).runs(*arms)):
-        points = [p for p in run["drift"] if "auroc_first" in p and low <= p["overlap_first"] < high]
-        if points:
-            found.append(fmean(p["auroc_fresh"] - p["auroc_first"] for p in points))
-    return found
+    runs = (run for name in FAR for run in Far(name).runs(*arms))
+    by_run = points_by_overlap(runs, low, high)
+    return [fmean(p["auroc_fresh"] - p["auroc_first"] for p in points) for points in by_run]
 
 
 def signed(values: list[float]) -> str:
     """Mean [95 % interval over runs], with signs."""
-    return re.sub(r"\b0\.(?=\d)", ".", difference_cell(values))
+    return bare(difference_cell(values))
 
 
 def staleness() -> str:
@@ -145,17 +148,17 @@ def staleness() -> str:
     cosines = "gradient-cosine", "gradient-cosine-frozen"
     far = {name: Far(name) for name in FAR}
     ends = {name: runs.last_overlap(*activations) for name, runs in far.items()}
-    near, middle = losses(0.4, 1.01, *activations), losses(-1.01, 0.4, *activations)
+    near, below = losses(0.4, 1.01, *activations), losses(-1.01, 0.4, *activations)
     fresh, frozen = ([hacks(run) for name in COSINE for run in far[name].runs(arm)] for arm in cosines)
-    leaks = [re.sub(r"\b0\.(?=\d)", ".", cell(rates).rpartition(", ")[0]) for rates in (fresh, frozen)]
+    leaks = [bare(cell(rates).rpartition(", ")[0]) for rates in (fresh, frozen)]
     return f"""
-    No harm of frozen directions of activations was found. In 150 steps freezing them changes the rate of held-out
-    hacks by at most {short(largest_effect_of_freezing())} (95 % interval).
+    Frozen directions of activations were not found to do harm. In 150 steps, freezing them changes the rate of held-out
+    hacks by at most {short(largest_effect_of_freezing())} (95 % interval, six pairs of runs).
 
     It was not found where the policy moves further either. At the end, the overlap with the first directions is
     {ends["steps-400"]} after 400 steps, {ends["rate-2"]} at twice the learning rate and {ends["rate-3"]} at three
     times. The first directions still tell hacks apart as well as fresh ones. They lose {signed(near)} of AUROC above an
-    overlap of .4 ({len(near)} runs), and {signed(middle)} below ({len(middle)} runs).
+    overlap of .4 ({len(near)} runs), and {signed(below)} below ({len(below)} runs).
 
     A cost in ability was not found, and is not excluded: over 300 steps in `rare-answers`, the solve rate of `graded`
     changes by {solve_change()} with frozen directions (ten runs; after the first three it was -.19).
@@ -164,7 +167,7 @@ def staleness() -> str:
     an overlap of .4 and {signed(losses(0.2, 0.4, *cosines))} from .2 to .4. Frozen, the gate leaves {leaks[1]} of the
     held-out hacks, {len(frozen)} runs; refreshed it leaves {leaks[0]}, and solves none of the tasks.
 
-    Erasing along gradients needs fresh ones: frozen they take nearly all ability (solve
+    Erasing along gradients needs fresh directions. Frozen ones take nearly all ability (solve
     {stale_of("erase-frozen", SOLVE)}; refreshed {stale_of("erase", SOLVE)}).
     """
 
@@ -235,11 +238,11 @@ def real_model() -> str:
     {missed_harder.hacks("weak-likelier")}, and true labels of all hacks {missed_harder.hacks("oracle")}. None of them
     is back at the rates before RL ({missed_harder.hacks("base")}) with every marker.
 
-    Of methods with one block, a penalty graded by the score of a direction (`graded`) is the best. In `plain` it leaves
-    {missed.hacks("graded")} of each marker and solves {missed.solve("graded")}, in `harder`
-    {missed_harder.hacks("graded")} and {missed_harder.solve("graded")} (base {missed_harder.solve("base")}). In
-    `harder` the direction matters: with an oriented random one, {missed_harder.hacks("graded-random")} are left and
-    {missed_harder.solve("graded-random")} is solved.
+    A penalty graded by the score of a direction (`graded`) has one block, and pairs in place of labels. In `plain` it
+    leaves {missed.hacks("graded")} of each marker and solves {missed.solve("graded")}; an oriented random direction
+    does as well ({missed.hacks("graded-random")}, {missed.solve("graded-random")}). In `harder` it leaves
+    {missed_harder.hacks("graded")} and solves {missed_harder.solve("graded")} (base {missed_harder.solve("base")}), a
+    random one leaves {missed_harder.hacks("graded-random")} and solves {missed_harder.solve("graded-random")}.
 
     No verdict follows: with three runs an arm, a loss of .1 in solve rate is not excluded.
     """

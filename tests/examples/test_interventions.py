@@ -195,6 +195,7 @@ def test_a_changed_forward_is_in_rollouts_and_loss_as_its_arm_says_and_leaves_no
     assert hooks(model) == 0
 
 
+@pytest.mark.slow
 def test_a_run_samples_and_trains_inside_the_changed_forwards(
     base: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,7 @@ def test_the_trusted_subspace_is_that_of_the_clean_sides() -> None:
     torch.testing.assert_close(clean["layer"] @ rows.T @ rows, clean["layer"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_gradient_lies_in_the_subspace(
     base: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,10 +285,8 @@ def test_what_is_kept_of_a_gradient_lies_in_the_subspace(
 
 
 @pytest.mark.parametrize("name", ["gradient", "gradient-cosine"])
-def test_the_score_of_a_cosine_does_not_depend_on_the_length_of_a_gradient(
-    name: str, base: Callable[[], nn.Module]
-) -> None:
-    model = base()
+def test_the_score_of_a_cosine_does_not_depend_on_the_length_of_a_gradient(name: str) -> None:
+    model = build_model(0)
     attached(model, ARMS[name], TINY, 0)
     with torch.no_grad():
         for _, parameter in gr.deployed_parameters(model):
@@ -333,6 +333,7 @@ def test_the_meter_counts_tokens_and_steps_unless_it_is_paused() -> None:
     assert hooks(model) == 0
 
 
+@pytest.mark.slow
 def test_costs_of_arms_by_hand(base: Callable[[], nn.Module]) -> None:
     """32 rollouts a step: 8 tokens of prompt, and 6 more steps of decoding at most; then a forward of at most all."""
     arms = ("vanilla", "likelier-alone")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import referee
 from contest.calibration import LAWS, false_claims
-from contest.entries import DOSES, ENTRIES, LABELS, OWN_DOSES, dosed
+from contest.entries import DOSES, ENTRIES, LABELS, OWN_DOSES, entry_of
 from contest.jobs import SPECIFIC, Run, contest, tuning
 from contest.report import (
     chosen_dose,
@@ -86,7 +86,7 @@ def test_three_doses_of_every_arm_that_has_one_and_the_default_is_one_of_them() 
         assert field is not None
         assert len(set(doses)) == 3
         assert getattr(RECIPE, field) in doses, (arm, field)
-        entry = dosed(arm, labels)
+        entry = entry_of(arm, labels)
         assert [getattr(entry.recipe(RECIPE, dose), field) for dose in doses] == list(doses)
         assert getattr(entry.recipe(RECIPE), field) == OWN_DOSES.get((arm, labels), getattr(RECIPE, field))
         assert type(getattr(RECIPE, field)) is type(doses[0]) or isinstance(getattr(RECIPE, field), float)
@@ -276,7 +276,7 @@ def test_the_recipe_has_the_doses_that_the_tuning_runs_choose() -> None:
     for arm, labels in DOSES:
         dose = str(ARMS[arm].dose)
         chosen = chosen_dose(arm, labels, doses, getattr(RECIPE, dose))
-        assert getattr(dosed(arm, labels).recipe(RECIPE), dose) == chosen, (arm, labels)
+        assert getattr(entry_of(arm, labels).recipe(RECIPE), dose) == chosen, (arm, labels)
 
 
 def test_a_dose_is_chosen_by_what_it_solves_without_hacks() -> None:
@@ -304,9 +304,9 @@ def test_a_report_of_some_runs_leaves_the_others_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_a_contest_in_which_nothing_is_better_says_so(law: str) -> None:
-    found = false_claims(law, simulations=20, seed=1, resamples=100)
+    found = false_claims(law, simulations=40, seed=1, resamples=100)
     # more come up in one calibration of a hundred
-    most = int(binom.ppf(0.99, 20, 0.05)) / 20
+    most = int(binom.ppf(0.99, 40, 0.05)) / 40
     assert found.arms == len(CONTESTS)
     assert found.effective <= most
     assert found.better <= most

@@ -119,6 +119,6 @@ or stands in `OWN_DOSES`."""
 OWN_DOSES: dict[tuple[str, Labels], float] = {("oracle-graft", "all"): 1.0}
 
 
-def dosed(arm: str, labels: Labels) -> Entry:
-    """The entry whose doses `DOSES` has."""
+def entry_of(arm: str, labels: Labels) -> Entry:
+    """The entry of this arm under these labels."""
     return next(entry for entry in ENTRIES if (entry.arm, entry.labels) == (arm, labels))

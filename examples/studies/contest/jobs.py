@@ -26,7 +26,7 @@ from .entries import (
     TUNING_BASE_SEED,
     TUNING_SEEDS,
     Entry,
-    dosed,
+    entry_of,
 )
 
 SPECIFIC = (
@@ -93,7 +93,7 @@ def tuning(recipe: Recipe, envs: Sequence[str], out: Path) -> list[Run]:
     for seed in TUNING_SEEDS:
         for env in envs:
             for (arm, labels), doses in DOSES.items():
-                entry = dosed(arm, labels)
+                entry = entry_of(arm, labels)
                 for dose in doses:
                     folder = out / labels.replace(" ", "-") / "doses" / f"{dose:g}"
                     job = Job(env, arm, TUNING_BASE_SEED, seed)

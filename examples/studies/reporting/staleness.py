@@ -6,7 +6,7 @@ cin        = share of the deployed gradient that is hack-ward by the directions 
 loss       = AUROC of hacks by fresh directions - AUROC by the first ones, on the same rollouts of the same policy
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -99,10 +99,7 @@ def loss_table(env: str, *studies: Results) -> str:
         for where, modules in (("", "all"), ("_upper", "last block")):
             fresh, first = f"auroc_fresh{where}", f"auroc_first{where}"
             for high, low in pairwise(OVERLAPS):
-                by_run = [
-                    [p for p in run["drift"] if first in p and low <= p[f"overlap_first{where}"] < high] for run in runs
-                ]
-                by_run = [points for points in by_run if points]
+                by_run = points_by_overlap(runs, low, high, where)
                 if by_run:
                     means = [[fmean(p[name] for p in points) for points in by_run] for name in (fresh, first)]
                     losses = [now - then for now, then in zip(*means, strict=True)]
@@ -111,6 +108,17 @@ def loss_table(env: str, *studies: Results) -> str:
                     rows.append([*cells, difference_cell(losses)])
     header = ["features", "modules", "overlap with the first", "runs", "AUROC, fresh", "AUROC, first", "loss"]
     return markdown_table(header, rows) if rows else ""
+
+
+def points_by_overlap(
+    runs: Iterable[Mapping[str, Any]], low: float, high: float, where: str = ""
+) -> list[list[Mapping[str, Any]]]:
+    """Of each run that has any: its points with both AUROCs and an overlap with the first from `low` to `high`."""
+    by_run = (
+        [p for p in run["drift"] if f"auroc_first{where}" in p and low <= p[f"overlap_first{where}"] < high]
+        for run in runs
+    )
+    return [points for points in by_run if points]
 
 
 def share_table(results: Results, env: str) -> str:

@@ -90,9 +90,9 @@ class Detector:
         return self.directions.score(self._features(prefixes, rollouts))
 
     def drift(self, step: int, prefixes: Prefixes, rollouts: Rollouts, hacked: Tensor) -> dict[str, float]:
-        """After every refresh's step: overlap of fresh directions with the first ones, and AUROC of `hacked` by both.
+        """Every `every` steps: overlap of fresh directions with the first ones, and AUROC of `hacked` by both.
 
-        Random rows are not extracted: nothing.
+        Empty in other steps, and of random rows, which are not extracted.
         """
         if not self.drifts or step % self.every:
             return {}
