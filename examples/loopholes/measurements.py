@@ -63,7 +63,7 @@ def drift(detector: Detector, prompts: Tensor, completions: Tensor, ablated: Ten
     """How far fresh directions are from the first ones, and what the first ones would cost on these rollouts.
 
     Overlap of what would be extracted now with the first directions, and with those in use; AUROC of `hacked` by the
-    first directions and by fresh ones, of all modules and of the last block's. Empty for random rows: they do not drift.
+    first directions and by fresh ones, of all modules and of the last block. Empty for random rows: none are extracted.
     """
     if detector.arm.random_direction != "no":
         return {}
