@@ -1,6 +1,5 @@
 """Every evaluation starts from the on view, under no route, with the same random numbers, and leaves them as found."""
 
-import os
 import random
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.import_hook import compiles
 from support.models import Tower, randomize_blocks
 from torch import nn
 
@@ -173,7 +173,7 @@ def test_a_separate_engine_need_not_run_the_model(run: Callable[..., Any]) -> No
     run(tower(), evaluation(lambda model: None))
 
 
-@pytest.mark.skipif(os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1", reason="beartype cannot be compiled")
+@compiles
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_compiled_model_is_evaluated(first: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-COMMAND = 'GRADROUTE_TEST_IMPORT_HOOK=0 pytest -m "" tests/exactness --write-exactness docs/exactness.md'
+COMMAND = 'pytest -m "" tests/exactness --write-exactness docs/exactness.md'
 
 
 @dataclass(frozen=True)

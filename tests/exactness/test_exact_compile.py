@@ -1,6 +1,5 @@
 """torch.compile(fullgraph=True): as exact as without it, and compiled once, whatever the masks hold."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import Record, cells
+from support.import_hook import compiles
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from two_pass import (
@@ -37,10 +37,7 @@ SETS = {"row": (rows_mask, weighted_rows_mask), "token": (tokens_mask, weighted_
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.touches_peft,
-    pytest.mark.skipif(
-        os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1",
-        reason="beartype, which the import hook wraps around every function, cannot be compiled in one graph",
-    ),
+    compiles,
     # Dynamo makes one itself to trace an autograd function.
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
 ]

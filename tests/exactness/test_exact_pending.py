@@ -1,11 +1,11 @@
 """Masks decided after the forward: exact, as the same mask given beforehand; refused where backward comes first."""
 
-import os
 import re
 
 import pytest
 import torch
 from matrix import Record, cells
+from support.import_hook import compiles
 from torch import nn
 from two_pass import (
     MASKS,
@@ -125,10 +125,7 @@ def test_a_backward_before_the_decision_is_refused(architecture: str, adapters: 
     record.refused(refusal.value)
 
 
-@pytest.mark.skipif(
-    os.environ.get("GRADROUTE_TEST_IMPORT_HOOK", "1") == "1",
-    reason="beartype, which the import hook wraps around every function, cannot be compiled in one graph",
-)
+@compiles
 @cells("decided late, torch.compile(fullgraph=True)", PEFT="llama", attach="llama")
 def test_a_compiled_forward_refuses_a_late_mask(architecture: str, adapters: str, record: Record) -> None:
     torch._dynamo.reset()
