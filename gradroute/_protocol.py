@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._module_tree import walked
+from gradroute._module_tree import plain_name, walked
 from gradroute._sharding import whole
 from gradroute._transfers import read_together
-from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
 

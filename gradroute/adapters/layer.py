@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import one_of, positive_integer, positive_number
-from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
 from gradroute._sharding import check_not_sharded, whole
+from gradroute._transfers import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
 from gradroute.adapters._checkpointing import record_forward
 from gradroute.adapters._gates import NO_GATES
 from gradroute.adapters._op import add_lora_blocks

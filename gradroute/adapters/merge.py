@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradroute._offloading import check_in_memory
 from gradroute._protocol import Block, RoutedLayer
 from gradroute._sharding import is_split, reshard
+from gradroute._transfers import check_in_memory
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine

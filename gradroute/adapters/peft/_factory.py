@@ -6,8 +6,8 @@ from typing import Any
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from gradroute._offloading import check_not_offloaded
 from gradroute._sharding import check_not_sharded
+from gradroute._transfers import check_not_offloaded
 from gradroute.adapters._targets import gives_one_tensor
 from gradroute.adapters.peft._private import QUANTISED, build_own_layer, quantised_class, takes_blocks
 from gradroute.adapters.peft.config import QuarantineLoraConfig

@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from gradroute._module_tree import inner_of
 from gradroute._protocol import RoutedLayer
-from gradroute._wrappers import inner_of
 from gradroute.errors import GradRouteError
 
 

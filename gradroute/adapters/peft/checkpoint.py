@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradroute._offloading import check_not_offloaded
 from gradroute._protocol import RoutedLayer, check_module
+from gradroute._transfers import check_not_offloaded
 from gradroute.adapters.attach import replace_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder

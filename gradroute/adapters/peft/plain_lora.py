@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradroute._offloading import check_in_memory
+from gradroute._module_tree import plain_name, unwrapped
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute._sharding import reshard, shape_of, whole
-from gradroute._wrappers import plain_name, unwrapped
+from gradroute._transfers import check_in_memory
 from gradroute.adapters.peft._reload import check_reloads
 from gradroute.errors import GradRouteError
 

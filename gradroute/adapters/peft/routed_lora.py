@@ -15,9 +15,9 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute._protocol import Block, BlockName
 from gradroute._sharding import check_not_sharded, whole
+from gradroute._transfers import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute.adapters.peft._merging import MergedLayer
 from gradroute.adapters.peft._private import combining, move_to_base
 from gradroute.errors import RouteError, TargetError
