@@ -18,15 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._sharding import is_sharded
-from gradroute.errors import GradRouteError, TargetError
+from gradroute.errors import GradRouteError, RouteError, TargetError
 
 _JOINED_BYTES = 64 * 2**20
 """What is joined for one transfer is a copy on its device for that time: so no more than this."""
-
-OFFLOADED_TRAINING = (
-    "`{name}`: blocks that accelerate offloads cannot be trained: each call gets a copy, and gradients go with it. "
-    "Fix: torch.no_grad() for evaluation; keep the adapted layers in memory for training."
-)
 
 
 def read_together(scalars: Iterable[Tensor]) -> list[Any]:
@@ -103,6 +98,14 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
     raise GradRouteError(
         f"The {name} of a {type(module).__name__} should have values. Found it on the meta device. "
         "Fix: load the model's weights first."
+    )
+
+
+def offloaded_training(layer: str) -> RouteError:
+    """The error for a forward with gradients through offloaded blocks."""
+    return RouteError(
+        f"`{layer}`: blocks that accelerate offloads cannot be trained: each call gets a copy, and gradients go with "
+        "it. Fix: torch.no_grad() for evaluation; keep the adapted layers in memory for training."
     )
 
 

@@ -46,13 +46,13 @@ class ForwardRecord(NamedTuple):
     recomputing: bool = False
     unverified: bool = False
 
-    @property
-    def state_id(self) -> Int[Tensor, ""]:
-        """Saved with the activations: under non-reentrant checkpointing it comes back from the recomputation."""
-        return self.state.id
-
     def check_backward(self, saved_id: Int[Tensor, ""]) -> None:
-        """Raise if this backward runs in another state than its forward, or in a route that its forward lacked."""
+        """Raise if this backward runs in another state than its forward, or in a route that its forward lacked.
+
+        Args:
+            saved_id: of a state, saved with the activations: under non-reentrant checkpointing it comes back from the
+                recomputation.
+        """
         # In one memory they are one number, which then need not be read.
         own = self.state.id
         if saved_id.data_ptr() != own.data_ptr() and saved_id.item() != own.item():

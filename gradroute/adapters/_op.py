@@ -202,7 +202,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         kept = block_input if block_input.dtype.itemsize < read.dtype.itemsize else read
         _, _, _, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
         weight = None if setting.base is None else setting.base[0]
-        state_id = None if setting.record is None else setting.record.state_id
+        state_id = None if setting.record is None else setting.record.state.id
         ctx.save_for_backward(
             kept if need_A_d or need_A_q else None, u if need_B_d or need_B_q else None, weight, state_id,
             A_d, B_d, A_q, B_q,

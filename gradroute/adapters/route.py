@@ -13,8 +13,8 @@ from typing import TypeVar
 from torch import nn
 
 from gradroute._checks import instance_of, listed
-from gradroute.adapters._in_force import Layers, changed_state, marks_of, set_states
-from gradroute.adapters._state import INITIAL, ActiveRoute, ForwardState
+from gradroute.adapters._gates import ActiveRoute
+from gradroute.adapters._state import INITIAL, ForwardState, Layers, changed_state, marks_of, set_states
 from gradroute.adapters.layer import routed_linears
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.pending import PendingMask

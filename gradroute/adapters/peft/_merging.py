@@ -50,7 +50,8 @@ class MergedLayer(RoutedLinear):
             return delta
         peft_layer = self._peft_layer()
         A, B = self.lora_A_quarantine[adapter].weight.float(), self.lora_B_quarantine[adapter].weight.float()
-        quarantine: Tensor = scale * self.quarantine_scaling(adapter) * (B @ A)
+        s_q = self.quarantine_scaling(adapter, peft_layer.lora_A[adapter].weight.shape[0] / A.shape[0])
+        quarantine: Tensor = scale * s_q * (B @ A)
         quarantine = quarantine.T if peft_layer.fan_in_fan_out else quarantine
         return (delta + quarantine).to(delta.dtype)
 
@@ -72,7 +73,7 @@ class MergedLayer(RoutedLinear):
         if not names:
             return
         if len(names) > 1:
-            raise RouteError(self._several_active(names))
+            raise self._several_active(names)
         self.merged_scale = self._uniform_scale()
         if not peft_layer.merged:
             # Adding and subtracting a delta a hundred times in bf16 drifts by a third of the mean weight.
@@ -99,12 +100,8 @@ class MergedLayer(RoutedLinear):
             raise RouteError(f"`{self.name}`: adapter {adapter_name!r} is merged. Fix: unmerge before deleting it.")
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
-    def quarantine_scaling(self, adapter: str) -> float:
-        """s_q as a multiple of s_d: so whatever rescales an adapter in PEFT rescales both blocks."""
-        A, A_q = self._peft_layer().lora_A[adapter].weight, self.lora_A_quarantine[adapter].weight
-        return self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
-
-    def _quarantine_scaling(self, adapter: str, ratio: float) -> float:
+    def quarantine_scaling(self, adapter: str, ratio: float) -> float:
+        """s_q from s_d and r / r_quarantine: so whatever rescales an adapter in PEFT rescales both blocks."""
         peft_layer = self._peft_layer()
         scaling = peft_layer.scaling[adapter]
         if isinstance(scaling, Tensor):
@@ -146,8 +143,8 @@ class MergedLayer(RoutedLinear):
         modules: Any = self._modules
         return [name for name in self._peft_layer().active_adapters if name in modules["lora_A"]._modules]
 
-    def _several_active(self, names: list[str]) -> str:
-        return (
+    def _several_active(self, names: list[str]) -> RouteError:
+        return RouteError(
             f"`{self.name}` should have one active adapter. Found {names}: which of them a mask gates would be "
             "undefined. Fix: model.set_adapter(one name)."
         )

@@ -19,12 +19,10 @@ from gradroute._module_tree import plain_name, unwrapped
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute._sharding import reshard, shape_of, whole
 from gradroute._transfers import check_in_memory
-from gradroute.adapters.peft._reload import check_reloads
+from gradroute.adapters.peft._reload import Factors, check_reloads, named
 from gradroute.errors import GradRouteError
 
 PREFIX = "base_model.model."
-
-Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class PlainLora:
@@ -80,7 +78,8 @@ class PlainLora:
 
     def config(self, r: int) -> LoraConfig:
         """What is written as adapter_config.json."""
-        trained = self._peft_config()
+        configs = getattr(self._model, "peft_config", None)
+        trained = None if configs is None or self._adapter is None else configs[self._adapter]
         return LoraConfig(
             r=r,
             lora_alpha=r,
@@ -93,7 +92,7 @@ class PlainLora:
             inference_mode=True,
         )
 
-    def check(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def check(self, factors: Factors) -> None:
         """Raise unless stock PEFT loads these factors as they are.
 
         Raises:
@@ -118,11 +117,7 @@ class PlainLora:
 
     def write(self, path: Path, factors: Factors, whole: Mapping[str, Tensor]) -> None:
         """adapter_model.safetensors and adapter_config.json."""
-        tensors = {
-            f"{PREFIX}{name}.lora_{side}.weight": pair[i]
-            for name, pair in factors.items()
-            for i, side in enumerate("AB")
-        }
+        tensors = {PREFIX + name: tensor for name, tensor in named(factors).items()}
         path.mkdir(parents=True, exist_ok=True)
         # Each file appears whole: under DDP every rank may write the same.
         with tempfile.TemporaryDirectory(dir=path) as aside:
@@ -139,11 +134,6 @@ class PlainLora:
                 f"`model` should have the routed layers and the active adapter that it had at first. Found {what}. "
                 "Fix: make the object that writes its blocks after the last change of adapters."
             )
-
-    def _peft_config(self) -> Any:
-        """The config of the active adapter, or None for an attached model."""
-        configs = getattr(self._model, "peft_config", None)
-        return None if configs is None or self._adapter is None else configs[self._adapter]
 
 
 def _block(layer: RoutedLayer, name: BlockName, scale: float = 1.0) -> Block:
@@ -166,7 +156,7 @@ def _adapter(layers: Mapping[str, RoutedLayer]) -> str | None:
     return getattr(layer, "routed_adapter", None)
 
 
-def _rank_of(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+def _rank_of(factors: Factors) -> int:
     return next(iter(factors.values()))[0].shape[0]
 
 

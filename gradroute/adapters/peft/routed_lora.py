@@ -16,8 +16,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from gradroute._protocol import Block, BlockName
-from gradroute._sharding import check_not_sharded, whole
-from gradroute._transfers import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
+from gradroute._sharding import whole
+from gradroute._transfers import in_memory, is_offloaded, offloaded_training
+from gradroute.adapters._targets import check_base_layer
 from gradroute.adapters.peft._merging import MergedLayer
 from gradroute.adapters.peft._private import combining, move_to_base
 from gradroute.errors import RouteError, TargetError
@@ -30,9 +31,13 @@ class RoutedLoraLayer(MergedLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
-        _check_no_combination()
-        check_not_offloaded(self.name, self._peft_layer().get_base_layer())
-        check_not_sharded(self.name, self._peft_layer().get_base_layer())
+        method = combining()
+        if method is not None:  # it writes the matrices that PEFT knows: the quarantines would be lost, or merged in
+            raise TargetError(
+                f"{method} should work on adapters without a quarantine: it would combine the deployed blocks and "
+                "start a new quarantine. Fix: export_deployed each, and combine those."
+            )
+        check_base_layer(self.name, self._peft_layer().get_base_layer())
         if hasattr(config, "r_quarantine"):
             config.check_options()
             if config.stop_gradient != self.stop_gradient:
@@ -68,7 +73,7 @@ class RoutedLoraLayer(MergedLayer):
         if len(active) == 1 and active[0] in self.lora_A_quarantine:
             return active[0]
         if len(active) > 1:
-            raise RouteError(self._several_active(active))
+            raise self._several_active(active)
         raise RouteError(
             f"`{self.name}` should have an active adapter with a quarantine. Found {active or 'none active'}; with a "
             f"quarantine: {sorted(self.lora_A_quarantine)}. Fix: model.set_adapter(...)."
@@ -101,7 +106,7 @@ class RoutedLoraLayer(MergedLayer):
             A_q, B_q = self._fetched("lora_A_quarantine", adapter), self._fetched("lora_B_quarantine", adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
-        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        s_q = scaling if equal else self.quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
         return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
     def _fetched(self, matrix: str, adapter: str) -> Tensor:
@@ -116,7 +121,7 @@ class RoutedLoraLayer(MergedLayer):
                 "Fix: load_quarantined onto the base model, or inject without low_cpu_mem_usage."
             )
         if torch.is_grad_enabled() and weight.requires_grad:
-            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
+            raise offloaded_training(self.name)
         return in_memory(factor, "weight")
 
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
@@ -177,12 +182,9 @@ class RoutedLoraLayer(MergedLayer):
 
     def extra_repr(self) -> str:
         """Ranks of both blocks for each adapter that has them."""
-        pairs = {name: (A.out_features, self.lora_A_quarantine[name].out_features) for name, A in self._routed_A()}
-        ranks = ", ".join(f"{name}: r={r}, r_quarantine={r_q}" for name, (r, r_q) in pairs.items())
+        r, quarantines = self._peft_layer().r, self.lora_A_quarantine.items()
+        ranks = ", ".join(f"{name}: r={r[name]}, r_quarantine={A.out_features}" for name, A in quarantines)
         return ranks if self.view == "on" else f"{ranks}, view={self.view}"
-
-    def _routed_A(self) -> list[tuple[str, nn.Linear]]:
-        return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
 
 
 def _weight(factors: Any, adapter: str) -> Tensor:
@@ -198,13 +200,3 @@ _PER_ROW_ADAPTERS = (
     "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
     "Fix: ablate_quarantine(model, rows=...) picks rows."
 )
-
-
-def _check_no_combination() -> None:
-    """PEFT's add_weighted_adapter writes the matrices it knows: the quarantines would be lost, or merged in."""
-    method = combining()
-    if method is not None:
-        raise TargetError(
-            f"{method} should work on adapters without a quarantine: it would combine the deployed blocks and start a "
-            "new quarantine. Fix: export_deployed each, and combine those."
-        )

@@ -76,7 +76,7 @@ def test_a_variant_of_a_later_peft_is_refused_by_its_mark() -> None:
         new_variant: bool = dataclasses.field(default=False, metadata={"is_lora_variant": True})
 
     LaterConfig(target_modules="all-linear")
-    with pytest.raises(gr.errors.TargetError, match="`new_variant` cannot be used with a quarantine"):
+    with pytest.raises(gr.errors.TargetError, match="`new_variant=True` cannot be used with a quarantine"):
         LaterConfig(target_modules="all-linear", new_variant=True)
 
 
