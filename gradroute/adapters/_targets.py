@@ -58,19 +58,14 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
             "Fix: name the linears inside it."
         )
     if not gives_one_tensor(module):
+        head = embeddings(model, "output")
+        linears = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        others = sorted({key.rpartition(".")[2] for key in linears} - {name.rpartition(".")[2]})
         raise TargetError(
             f"`target_modules` matched `{name}`, a {type(module).__name__}, whose forward does not give one tensor of "
-            f"its out_features (a router): blocks could not be added to it. Fix: name the others, as in "
-            f"target_modules={_leaves_without(model, name)}."
+            f"its out_features (a router): blocks could not be added to it. Fix: target_modules={others}."
         )
     return module
-
-
-def _leaves_without(model: nn.Module, refused: str) -> list[str]:
-    """Last parts of the names of all linears but the head and those of one name."""
-    head, leaf = embeddings(model, "output"), refused.rpartition(".")[2]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    return sorted({name.rpartition(".")[2] for name in names} - {leaf})
 
 
 def check_base_layer(name: str, module: nn.Module) -> None:

@@ -14,8 +14,8 @@ from gradroute._all_ranks import check_all_ranks
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute._transfers import is_offloaded
 from gradroute.adapters._targets import embeddings, gives_one_tensor
+from gradroute.adapters.attach import parameter_summary
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear
-from gradroute.adapters.summary import parameter_summary
 from gradroute.errors import GradRouteError
 
 

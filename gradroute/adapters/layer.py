@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import get_ident
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,13 +20,14 @@ from gradroute._protocol import Block, BlockName, routed_layers
 from gradroute._sharding import whole
 from gradroute._transfers import is_offloaded, offloaded_training
 from gradroute.adapters._checkpointing import record_forward
-from gradroute.adapters._gates import NO_GATES
+from gradroute.adapters._gates import NO_GATES, Gates
 from gradroute.adapters._op import add_lora_blocks
 from gradroute.adapters._products import autocast_type, few_rows, frozen_linear, plain_forward
 from gradroute.adapters._state import StatefulLayer, check_thread
 from gradroute.adapters._targets import check_base_layer
-from gradroute.adapters.functional import StopGradient
 from gradroute.errors import RouteError, TargetError
+
+StopGradient = Literal["parameters", "branch"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RoutedLinear(StatefulLayer):
         grad = has_backward = torch.is_grad_enabled()
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            record = record_forward(self, self.name, state)
+            record = record_forward(self, state)
             if state.thread and state.thread != get_ident() and not record.recomputing:
                 check_thread(state, self.name)
             state, has_backward = record.state, record.has_backward
@@ -216,6 +217,42 @@ class QuarantineLoRA(WrappedLinear):
         yield from (
             (self.lora_A, self.lora_B) if block == "deployed" else (self.lora_A_quarantine, self.lora_B_quarantine)
         )
+
+
+def quarantine_lora(
+    x: Float[Tensor, "*batch d_in"],
+    base_output: Float[Tensor, "*batch d_out"],
+    deployed: Block,
+    quarantine: Block,
+    *,
+    m: Float[Tensor, "*batch"] | None = None,
+    g_d: Float[Tensor, "*batch"] | None = None,
+    g_q: Float[Tensor, "*batch"] | None = None,
+    stop_gradient: StopGradient = "parameters",
+) -> Float[Tensor, "*batch d_out"]:
+    """y = base_output + s_d B_d A_d x + m s_q B_q A_q x, with parameter gradients weighted by g_d and g_q.
+
+    The operation of a routed layer as a function, for a layer of your own.
+
+    Args:
+        x: input of the layer.
+        base_output: output of the frozen layer; it is not written to.
+        deployed, quarantine: `Block(A, B, scaling)` with A (r, d_in), B (d_out, r).
+        m, g_d, g_q: one float per leading index of `x`; None means 1 everywhere.
+        stop_gradient: "parameters" (exact dx) or "branch" (dx is gated too).
+
+    Raises:
+        RouteError: a gate of another shape, not floating point, or that requires a gradient itself; a double backward.
+    """
+    one_of("stop_gradient", stop_gradient, get_args(StopGradient), RouteError)
+    for name, gate in (("m", m), ("g_d", g_d), ("g_q", g_q)):
+        if gate is not None and (gate.shape != x.shape[:-1] or not gate.is_floating_point() or gate.requires_grad):
+            raise RouteError(
+                f"`{name}` should be floating point, of shape {tuple(x.shape[:-1])}, and not require a gradient. Found "
+                f"{gate.dtype}, {tuple(gate.shape)}, requires_grad={gate.requires_grad}."
+            )
+    branch = stop_gradient == "branch"
+    return add_lora_blocks(x, base_output, deployed, quarantine, gates=Gates(m, g_d, g_q), branch=branch)
 
 
 def routed_linears(model: nn.Module) -> dict[str, RoutedLinear]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradroute._protocol import Block, RoutedLayer
+from gradroute._protocol import RoutedLayer
 from gradroute._sharding import is_split, reshard
 from gradroute._transfers import check_in_memory
 from gradroute.adapters.attach import detach, replace_module
@@ -46,7 +46,8 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     detach(model)
     with torch.no_grad():
         for block, weight in deltas:
-            weight.copy_(_merged(block, weight))
+            A, B = (factor.float() if weight.dtype.itemsize < 4 else factor for factor in (block.A, block.B))
+            weight.copy_(weight + block.scaling * (B @ A))
     return model
 
 
@@ -67,11 +68,6 @@ def _unload_injected(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> No
         model.__dict__.pop(mark, None)
     if "_hf_peft_config_loaded" in model.__dict__:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
-def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:
-    delta = block.scaling * (block.B.float() @ block.A.float() if weight.dtype.itemsize < 4 else block.B @ block.A)
-    return (weight + delta).to(weight.dtype)
 
 
 def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:

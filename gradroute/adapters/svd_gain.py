@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from gradroute._protocol import Block, BlockName
 from gradroute._sharding import readable, whole
 from gradroute.adapters._singular import top_singular_triplets
-from gradroute.adapters.functional import StopGradient
-from gradroute.adapters.layer import WrappedLinear
+from gradroute.adapters.layer import StopGradient, WrappedLinear
 from gradroute.errors import TargetError
 
 

@@ -153,16 +153,16 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
             raise FileFormatError(f"`{folder}`: `{name}` should have {sorted(needed)}. Found {sorted(matrices)}.")
         d_in, d_out = _widths(module)
         for block in ("", "_quarantine"):
-            A, B = tuple(matrices[f"lora_A{block}"].shape), tuple(matrices[f"lora_B{block}"].shape)
-            if not all(matrices[f"lora_{side}{block}"].is_floating_point() for side in "AB"):
-                dtypes = [str(matrices[f"lora_{side}{block}"].dtype) for side in "AB"]
+            A, B = matrices[f"lora_A{block}"], matrices[f"lora_B{block}"]
+            if not (A.is_floating_point() and B.is_floating_point()):
                 raise FileFormatError(
-                    f"`{folder}`: `{name}.lora_A{block}` and B should be floating point. Found {dtypes}."
+                    f"`{folder}`: `{name}.lora_A{block}` and B should be floating point. Found {A.dtype} and {B.dtype}."
                 )
-            if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (d_in is not None and (A[1], B[0]) != (d_in, d_out)):
+            fit = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+            if not fit or (d_in is not None and (A.shape[1], B.shape[0]) != (d_in, d_out)):
                 raise FileFormatError(
                     f"`{folder}`: the blocks of `{name}` should be A (r, {d_in}) and B ({d_out}, r). "
-                    f"Found lora_A{block} {A} and lora_B{block} {B}."
+                    f"Found lora_A{block} {tuple(A.shape)} and lora_B{block} {tuple(B.shape)}."
                 )
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):

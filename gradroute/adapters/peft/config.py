@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradroute._checks import one_of, positive_integer
 from gradroute._sharded_samples import evenly_spaced
-from gradroute.adapters.functional import StopGradient
+from gradroute.adapters.layer import StopGradient
 from gradroute.adapters.peft._private import inject_by
 from gradroute.errors import FileFormatError, TargetError
 
