@@ -11,13 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of
 from gradroute._module_tree import plain_name, walked
-from gradroute._sharding import whole
+from gradroute._sharding import whole, wide
 from gradroute._transfers import read_together
 from gradroute.errors import GradRouteError, TargetError
 
@@ -83,8 +82,7 @@ class RoutedLayer(nn.Module, ABC):
 
         s_d B_d, for a diagonal gain on h = A_d x that is one. A layer that trains such gains itself overrides it.
         """
-        B = whole(self.deployed.B)
-        return self.deployed.scaling * B.to(torch.promote_types(B.dtype, torch.float32))
+        return self.deployed.scaling * wide(whole(self.deployed.B))
 
     @property
     @abstractmethod

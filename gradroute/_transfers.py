@@ -12,6 +12,7 @@ result is meta too, and accelerate turns that into memory that was never written
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -31,10 +32,7 @@ def read_together(scalars: Iterable[Tensor]) -> list[Any]:
         return []
     if any(map(is_sharded, values)):
         return [value.item() for value in values]  # each is reduced over the ranks
-    dtype = values[0].dtype
-    for value in values[1:]:
-        dtype = torch.promote_types(dtype, value.dtype)
-    home = values[0].device
+    home, dtype = values[0].device, reduce(torch.promote_types, (value.dtype for value in values))
     found: list[Any] = torch.stack([value.detach().to(home, dtype).reshape(()) for value in values]).tolist()
     return found
 
@@ -94,7 +92,9 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
     for hook in _hooks(module):
         if hook.offload and hook.weights_map is not None:
             values: Tensor = hook.weights_map[name].detach()
-            return values if hook.execution_device is None else values.to(_device(hook.execution_device))
+            home = hook.execution_device
+            # accelerate counts GPUs: 0 is cuda:0, or the only accelerator there is.
+            return values if home is None else values.to(torch.device("cuda", home) if isinstance(home, int) else home)
     raise GradRouteError(
         f"The {name} of a {type(module).__name__} should have values. Found it on the meta device. "
         "Fix: load the model's weights first."
@@ -123,8 +123,3 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     for each in getattr(hook, "hooks", (hook,)):
         if hasattr(each, "offload"):
             yield each
-
-
-def _device(device: Any) -> torch.device:
-    # accelerate counts GPUs: 0 is cuda:0, or the only accelerator there is.
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

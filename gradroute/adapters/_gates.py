@@ -144,12 +144,8 @@ def weights_for(values: Float[Tensor, "*rows"], x: Float[Tensor, "*batch d_in"],
             f"The {what} of shape {found} should match the leading axes {tuple(lead)} of the input of `{layer}`. "
             f"Fix: {hint}."
         )
-    values = values.to(x.device, weights_type(x))
-    return (
-        values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
-        .expand(lead)
-        .clone(memory_format=torch.contiguous_format)
-    )
+    values = values.to(x.device, weights_type(x)).reshape(values.shape + (1,) * (len(lead) - values.ndim))
+    return values.expand(lead).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(eq=False)

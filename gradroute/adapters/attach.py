@@ -101,14 +101,12 @@ def detach(model: nn.Module) -> nn.Module:
         RouteError: inside a route or view.
     """
     check_module(model)
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, WrappedLinear) and module.attachment is not None
-    }
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in modules if isinstance(m, WrappedLinear) and m.attachment is not None}
     if not layers or "" in layers:
         raise TargetError(f"`model` should have been given blocks by attach(). Found a {type(model).__name__}.")
-    attachment = next(iter(layers.values())).attachment
+    first, layer = next(iter(layers.items()))
+    root, attachment = first.removesuffix(layer.name), layer.attachment
     assert attachment is not None
     found = len(set(layers.values()))
     if found != attachment.layers:
@@ -119,8 +117,6 @@ def detach(model: nn.Module) -> nn.Module:
     if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
         raise RouteError("detach(model) inside a route, ablate_quarantine or disable_adapters. Fix: leave it first.")
     take_signposts(model)
-    name, layer = next(iter(layers.items()))
-    root = name.removesuffix(layer.name)
     for name, layer in layers.items():
         replace_module(model, name, layer.base_layer)
     for name in attachment.frozen:

@@ -69,7 +69,10 @@ def check_model(model: nn.Module) -> list[Finding]:
     findings += _replaced_forwards(model, layers)
     if any(finding.severity == "error" for finding in findings):
         return findings
-    past_masks = "it is trained by every row, flagged ones too: what it learns from them is deployed. Fix: freeze it."
+    past_masks = (
+        "it is trained by every row, flagged ones too: what it learns from them is deployed. Fix: freeze it, or do "
+        "without `modules_to_save`."
+    )
     findings += [Finding(name, "warning", past_masks) for name in parameter_summary(model).trained_elsewhere]
     return [*findings, *_not_exportable(model)]
 

@@ -79,8 +79,8 @@ class RoutedLinear(StatefulLayer):
             )
         base = frozen_linear(base_layer, x) if call is None else None
         dropped = None if dropout is None or _is_identity(dropout) else dropout(x)
-        route, off = state.route, state.quarantine_is_off
-        alone = off and (not grad or (route is None and not self._trains_quarantine()))
+        route = state.route
+        alone = state.quarantine_is_off and (not grad or (route is None and not self._trains_quarantine()))
         gates = NO_GATES if alone and route is None else state.gates(x, self.name)
         # A compiled forward only writes its marks: what it reads it is compiled for.
         if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
@@ -110,7 +110,7 @@ class RoutedLinear(StatefulLayer):
 
     def _trains_quarantine(self) -> bool:
         # Then it takes part in the graph also where it is ablated: a parameter without a gradient would hang DDP.
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.block_parameters("quarantine"))
+        return any(p.requires_grad for p in self.block_parameters("quarantine"))
 
 
 class WrappedLinear(RoutedLinear):

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import BLOCKS, Block, BlockName, RoutedLayer, routed_layers
-from gradroute._sharding import is_split
+from gradroute._sharding import is_split, wide
 from gradroute.errors import GradRouteError, RouteError, TargetError
 
 
@@ -74,9 +74,8 @@ def _split(name: str, layer: RoutedLayer, frames: FrameFn) -> list[tuple[nn.Para
     weight = layer.base_weight()
     if weight.is_meta or not torch.isfinite(weight).all():
         raise TargetError("its frozen weight is on the meta device or not finite. Fix: load the model first.")
-    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
     written = []
-    for (A, B), (V, U) in zip(matrices, frames(name, W, n_deployed, n_quarantine), strict=True):
+    for (A, B), (V, U) in zip(matrices, frames(name, wide(weight), n_deployed, n_quarantine), strict=True):
         new_A, new_B = torch.zeros_like(A), torch.zeros_like(B)
         new_A[: len(V)] = V
         new_B[:, len(V) :] = rearrange(U[: B.shape[1] - len(V)], "n d_out -> d_out n")

@@ -69,6 +69,5 @@ def build_routed_layer(
     layer.name, layer.stop_gradient = target_name, config.stop_gradient
     layer.lora_A_quarantine, layer.lora_B_quarantine = nn.ModuleDict(), nn.ModuleDict()
     layer.add_quarantine(adapter_name, config)
-    config.check_base(target_name, layer.get_base_layer().weight)
     routed: nn.Module = layer
     return routed
