@@ -176,9 +176,8 @@ def _check_injected(
         idle += [t for t in config.modules_to_save or () if not any(f".{name}".endswith(f".{t}") for name in saved)]
         if idle:
             raise TargetError(
-                "Every entry of `target_modules`, `modules_to_save`, `layers_to_transform`, `rank_pattern` and "
-                f"`alpha_pattern` should match a layer. Found {idle} matching none for adapter {adapter!r}. "
-                "Fix: see model.named_modules()."
+                "`target_modules`, `modules_to_save`, `layers_to_transform`, `rank_pattern` and `alpha_pattern` should "
+                f"match layers. Found {idle} matching none for adapter {adapter!r}. Fix: see model.named_modules()."
             )
 
 

@@ -96,8 +96,7 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
             # accelerate counts GPUs: 0 is cuda:0, or the only accelerator there is.
             return values if home is None else values.to(torch.device("cuda", home) if isinstance(home, int) else home)
     raise GradRouteError(
-        f"The {name} of a {type(module).__name__} should have values. Found it on the meta device. "
-        "Fix: load the model's weights first."
+        f"The {name} of a {type(module).__name__} should have values. Found it on the meta device. Fix: load the model."
     )
 
 

@@ -218,8 +218,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         # Not `once_differentiable`: that lets a gradient through as a constant where dy is one, as under a linear loss.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RouteError(
-                "A routed layer cannot be differentiated twice. Found a double backward (create_graph=True). "
-                "Fix: create_graph=False."
+                "A routed layer cannot be differentiated twice. Found a double backward. Fix: create_graph=False."
             )
         block_input, u, weight, state_id, *factors = ctx.saved_tensors  # read once: a checkpoint lets go of them
         if ctx.setting.record is not None:

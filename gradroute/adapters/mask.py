@@ -79,8 +79,7 @@ class RouteMask:
             )
         if ((zones < 0) | (zones > 2)).any():
             raise RouteError(
-                "`zones` should be 0 (keep), 1 (absorb) or 2 (route). "
-                f"Found values from {int(zones.min())} to {int(zones.max())}."
+                f"`zones` should be 0 (keep), 1 (absorb) or 2 (route). Found {int(zones.min())} to {int(zones.max())}."
             )
         weights = torch.tensor(_ZONE_WEIGHTS, device=zones.device)[zones.long()]
         return cls(*weights.unbind(-1))

@@ -92,13 +92,9 @@ def _matrices(layer: RoutedLayer, block: BlockName) -> tuple[nn.Parameter, nn.Pa
             'Fix: attach(..., parametrization="lora").'
         )
     if is_split(layer):
-        raise TargetError(
-            f"the {block} block is sharded, so that each rank would write a part. Fix: initialise first, shard then."
-        )
+        raise TargetError(f"the {block} block is sharded: each rank would write a part. Fix: initialise, then shard.")
     if values.A.shape[0] < 2:
-        raise TargetError(
-            f"the {block} block should have rank 2 or more, one for V and one for U. Found {values.A.shape[0]}."
-        )
+        raise TargetError(f"the {block} block should have rank 2 or more, for V and for U. Found {values.A.shape[0]}.")
     return parameters[0], parameters[1]
 
 

@@ -44,9 +44,8 @@ def build_routed_layer(
     if config.target_parameters:
         # PEFT adds these by itself on architectures whose experts are packed, after the config was checked.
         raise TargetError(
-            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, which have no "
-            "layer whose tokens a mask could reach. Fix: name the attention, as in "
-            'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
+            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, whose tokens "
+            'no mask can reach. Fix: name the attention, as in target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
     config.check_options()
     if isinstance(target, nn.Linear) and not gives_one_tensor(target):

@@ -24,9 +24,8 @@ from gradroute._transfers import check_not_offloaded
 from gradroute.adapters.attach import replace_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder
+from gradroute.adapters.peft.plain_lora import PREFIX
 from gradroute.errors import FileFormatError, TargetError
-
-_PREFIX = "base_model.model."
 
 
 def load_quarantined(
@@ -136,7 +135,7 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
     """Every matrix fits its module, every module has four, and the base weights are those of the training."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module_name, found, matrix = name.removeprefix(_PREFIX).partition(".lora_")
+        module_name, found, matrix = name.removeprefix(PREFIX).partition(".lora_")
         if found:
             modules.setdefault(module_name, {})["lora_" + matrix.removesuffix(".weight")] = tensor
     if not any("lora_A_quarantine" in matrices for matrices in modules.values()):

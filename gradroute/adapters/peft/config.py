@@ -69,8 +69,7 @@ class QuarantineLoraConfig(LoraConfig):
         if self.init_lora_weights not in (True, "gaussian"):
             raise TargetError(
                 f'`init_lora_weights` should be True or "gaussian". Found {self.init_lora_weights!r}: it would change '
-                "the base weights or start from a non-zero delta. Fix: oriented starts of zero delta are in "
-                "gradroute.adapters.init."
+                "the base weights or start from a non-zero delta. Fix: oriented starts are in gradroute.adapters.init."
             )
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
         refused = {**dict.fromkeys(variants, "only plain LoRA splits into two blocks"), **_REFUSED}
@@ -103,18 +102,15 @@ class QuarantineLoraConfig(LoraConfig):
                 f"`quarantine_format` of the adapter config should be {FORMAT}. Found {version!r}: written by a later "
                 "gradroute. Fix: upgrade gradroute."
             )
-        if str(getattr(kwargs.get("peft_type"), "value", kwargs.get("peft_type"))) != "LORA":
-            raise FileFormatError(
-                f"`peft_type` of the adapter config should be LORA. Found {kwargs.get('peft_type')!r}."
-            )
+        kind = kwargs.get("peft_type")
+        if str(getattr(kind, "value", kind)) != "LORA":
+            raise FileFormatError(f"`peft_type` of the adapter config should be LORA. Found {kind!r}.")
         _check_fingerprint(kwargs.get("base_fingerprint", {}))
         known = {f.name for f in dataclasses.fields(cls)}
         # A later PEFT writes its new options into every config; they matter only where they are switched on.
         later = sorted(name for name, value in kwargs.items() if name not in known and value)
         if later:
-            raise FileFormatError(
-                f"The adapter config sets {later}, which this version of peft does not know. Fix: upgrade peft."
-            )
+            raise FileFormatError(f"The config sets {later}, which this peft does not know. Fix: upgrade peft.")
         return cls(**{name: value for name, value in kwargs.items() if name in known})
 
     def check_base(self, name: str, weight: Tensor) -> None:
@@ -149,8 +145,7 @@ def _check_fingerprint(fingerprint: Any) -> None:
         numbers = isinstance(values, list) and values and all(isinstance(v, int | float) for v in values)
         if not numbers or not isinstance(entry.get("dtype"), str):
             raise FileFormatError(
-                "`base_fingerprint` of the adapter config should hold a dtype and values for each module. "
-                f"Found {entry!r}."
+                f"`base_fingerprint` of the config should hold a dtype and values for each module. Found {entry!r}."
             )
 
 
