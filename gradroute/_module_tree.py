@@ -92,8 +92,7 @@ def _nothing() -> None:
 def inner_of(module: nn.Module) -> nn.Module | None:
     """The module inside of a wrapper; None if `module` is no wrapper."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        inner: nn.Module = module.module
-        return inner
+        return module._modules["module"]
     return next((child for name in _INNER if (child := module._modules.get(name)) is not None), None)
 
 

@@ -39,7 +39,6 @@ from gradroute.adapters._products import (
     joined_B,
     plus,
     plus_product,
-    scaled,
     weigh,
 )
 from gradroute.errors import RouteError
@@ -243,7 +242,8 @@ def _backward(  # noqa: PLR0917
         dx = cast(dy_rows, base_dtype) @ cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or need_A:
         B, scaling = (cast(B_d, compute), s_d) if B_q is None else joined_B(B_d, B_q, s_d, s_q, compute)
-        dz = weigh(M, scaled(dy_blocks @ B, scaling), in_place=True)
+        dz = dy_blocks @ B
+        dz = weigh(M, dz if scaling == 1.0 else dz.mul_(scaling), in_place=True)
         if ctx.observer is not None and block_input is not None and u is not None:
             ctx.observer(block_input, dy_blocks, u[:, :rank], dz[:, :rank])
         # G weighs dz, which already carries m: the quarantine's own derivative, times its gate.
