@@ -120,12 +120,10 @@ def _plain_twin(model: nn.Module) -> nn.Module:
 def _base_of(module: nn.Module) -> nn.Module:
     """The module of the base model that a wrapper is around."""
     while True:
-        if isinstance(module, RoutedLayer):
+        if isinstance(module, RoutedLayer | BaseTunerLayer):
             module = module.get_submodule("base_layer")
         elif isinstance(module, PeftModel):
             module = module.get_base_model()
-        elif isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         elif (inner := inner_of(module)) is not None:

@@ -96,10 +96,9 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
     Raises:
         FileFormatError: saved blocks of another r, r_quarantine or lora_alpha, or see `load_quarantined`.
     """
-    base: Any = model
     dtype = next(model.parameters()).dtype
     if path is None:
-        injected: Any = get_peft_model(base, config)
+        injected: Any = get_peft_model(model, config)
     else:
         saved = read_config(Path(path))
         expected, found = ((c.r, c.r_quarantine or c.r, c.lora_alpha) for c in (config, saved))
@@ -110,7 +109,7 @@ def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Pa
             )
         saved.inference_mode = False  # a saved config says True, and its blocks would be frozen on this rank alone
         without_values = any(parameter.is_meta for parameter in model.parameters())
-        injected = get_peft_model(base, saved) if without_values else load_quarantined(model, path)
+        injected = get_peft_model(model, saved) if without_values else load_quarantined(model, path)
     for parameter in injected.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
