@@ -92,7 +92,7 @@ def _matrices(layer: RoutedLayer, block: BlockName) -> tuple[nn.Parameter, nn.Pa
             'Fix: attach(..., parametrization="lora").'
         )
     if is_split(layer):
-        raise TargetError(f"the {block} block is sharded: each rank would write a part. Fix: initialise, then shard.")
+        raise TargetError(f"the {block} block is sharded: ranks would write parts. Fix: initialise first, shard then.")
     if values.A.shape[0] < 2:
         raise TargetError(f"the {block} block should have rank 2 or more, for V and for U. Found {values.A.shape[0]}.")
     return parameters[0], parameters[1]
