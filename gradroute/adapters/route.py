@@ -102,7 +102,7 @@ def _close_sticky(layers: Layers, caller: str) -> None:
     set_states(layers, lambda _: INITIAL)
     for layer in layers.values():
         layer.ran_under_route = False
-    for active in {id(active): active for active in routes.values()}.values():
+    for active in dict.fromkeys(routes.values()):
         active.closed = True
         _check_used(active, {name: ran[name] for name, of_layer in routes.items() if of_layer is active})
 
