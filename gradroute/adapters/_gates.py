@@ -1,4 +1,4 @@
-"""The three weights of a mask for one forward, laid out as the layer multiplies them.
+"""A mask in force, and its three weights for one forward, laid out as the layer multiplies them.
 
     [1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks, one row per leading index of x
 

@@ -1,6 +1,7 @@
-"""Find the linears that `attach` puts blocks around; a name that matches nothing is an error.
+"""Find the linears that `attach` puts blocks around, and refuse those that cannot carry any.
 
 "all-linear": every nn.Linear but the output head; a string: whole names; a list: a module's name, or its `.suffix`.
+A name that matches nothing is an error.
 """
 
 import difflib
