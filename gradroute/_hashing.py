@@ -15,12 +15,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from gradroute._module_tree import named_modules
-from gradroute._offloading import check_in_memory, in_memory
 from gradroute._protocol import BLOCKS, BlockName, RoutedLayer, routed_layers
 from gradroute._sharded_samples import evenly_spaced
 from gradroute._sharding import held, is_partitioned, is_sharded, reshard, shape_of, whole
 from gradroute._torch_private import times_written
-from gradroute._transfers import read_together
+from gradroute._transfers import check_in_memory, in_memory, read_together
 
 CARD_KEY = "deployed_sha256"
 SCALE_KEY = "quarantine_scale"

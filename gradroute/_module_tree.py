@@ -4,6 +4,8 @@
 
 Whatever is new hangs below a module that was there, so that none escapes; comparing is faster than walking. Nothing is
 written into the model, and no module is kept alive. A copy of a model, and a wrapper around it, are roots of their own.
+
+Wrappers are torch.compile, DDP, FSDP1 and activation checkpointing around a whole module; names go without them.
 """
 
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 _children = attrgetter("_modules")
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class Walk:
@@ -84,3 +87,22 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _nothing() -> None:
     """In the place of a child that is None."""
+
+
+def inner_of(module: nn.Module) -> nn.Module | None:
+    """The module inside of a wrapper; None if `module` is no wrapper."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module._modules["module"]
+    return next((child for name in _INNER if (child := module._modules.get(name)) is not None), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without the wrappers around it."""
+    while (inner := inner_of(model)) is not None:
+        model = inner
+    return model
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the wrappers that lie inside the model."""
+    return ".".join(part for part in name.split(".") if part not in _INNER)

@@ -11,14 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._module_tree import walked
-from gradroute._sharding import whole
+from gradroute._checks import instance_of
+from gradroute._module_tree import plain_name, walked
+from gradroute._sharding import whole, wide
 from gradroute._transfers import read_together
-from gradroute._wrappers import plain_name
 from gradroute.errors import GradRouteError, TargetError
 
 
@@ -83,8 +82,7 @@ class RoutedLayer(nn.Module, ABC):
 
         s_d B_d, for a diagonal gain on h = A_d x that is one. A layer that trains such gains itself overrides it.
         """
-        B = whole(self.deployed.B)
-        return self.deployed.scaling * B.to(torch.promote_types(B.dtype, torch.float32))
+        return self.deployed.scaling * wide(whole(self.deployed.B))
 
     @property
     @abstractmethod
@@ -110,20 +108,18 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         TargetError: an adapter that was to have a quarantine has none in some layer, or a target of it matched nothing.
     """
     walk, found = walked(check_module(model))
-    known: _Routed | None = walk.memo.get("routed")
-    if known is None or any(found[i].__dict__.get("peft_config") != configs for i, configs in known.injected):
+    known: tuple[_Layers, _Injected] | None = walk.memo.get("routed")
+    if known is None or any(found[i].__dict__.get("peft_config") != configs for i, configs in known[1]):
         known = walk.memo["routed"] = _routed(walk.named(found), found)
-    return {name: found[i] for name, i in known.layers}
+    return {name: found[i] for name, i in known[0]}
 
 
-class _Routed(NamedTuple):
-    """What was found in a walk, by place in it: the routed layers, and the modules that PEFT injected adapters into."""
-
-    layers: list[tuple[str, int]]
-    injected: list[tuple[int, dict[str, Any]]]
+# By place in a walk: the routed layers with their names, and the modules that PEFT injected adapters into.
+_Layers = list[tuple[str, int]]
+_Injected = list[tuple[int, dict[str, Any]]]
 
 
-def _routed(named: Iterable[tuple[str, nn.Module]], found: Sequence[nn.Module]) -> _Routed:
+def _routed(named: Iterable[tuple[str, nn.Module]], found: Sequence[nn.Module]) -> tuple[_Layers, _Injected]:
     modules: list[tuple[str, Any]] = list(named)
     kinds = {kind: issubclass(kind, RoutedLayer) for kind in {type(module) for _, module in modules}}
     layers: dict[str, RoutedLayer] = {name: module for name, module in modules if kinds[type(module)]}
@@ -144,19 +140,13 @@ def _routed(named: Iterable[tuple[str, nn.Module]], found: Sequence[nn.Module]) 
             f"`model` should contain routed layers. Found none in a {type(modules[0][1]).__name__}. "
             "Fix: call gradroute.attach(model, ...), or get_peft_model(model, QuarantineLoraConfig(...)), first."
         )
-    return _Routed(
-        [(name, places[id(layer)]) for name, layer in layers.items()],
-        [(places[id(m)], dict(m.__dict__["peft_config"])) for m in injected.values()],
-    )
+    configs_at = [(places[id(module)], dict(module.__dict__["peft_config"])) for module in injected.values()]
+    return [(name, places[id(layer)]) for name, layer in layers.items()], configs_at
 
 
 def check_module(model: object) -> nn.Module:
     """`model`, if it is an nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise GradRouteError(
-            f"`model` should be an nn.Module. Found {type(model).__name__}. Fix: pass the model itself."
-        )
-    return model
+    return instance_of("model", model, nn.Module, "pass the model itself.")
 
 
 def _check_injected(
@@ -186,9 +176,8 @@ def _check_injected(
         idle += [t for t in config.modules_to_save or () if not any(f".{name}".endswith(f".{t}") for name in saved)]
         if idle:
             raise TargetError(
-                "Every entry of `target_modules`, `modules_to_save`, `layers_to_transform`, `rank_pattern` and "
-                f"`alpha_pattern` should match a layer. Found {idle} matching none for adapter {adapter!r}. "
-                "Fix: see model.named_modules()."
+                "`target_modules`, `modules_to_save`, `layers_to_transform`, `rank_pattern` and `alpha_pattern` should "
+                f"match layers. Found {idle} matching none for adapter {adapter!r}. Fix: see model.named_modules()."
             )
 
 

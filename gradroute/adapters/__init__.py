@@ -9,16 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradroute.adapters import init as init
-from gradroute.adapters.attach import attach, deployed_parameters, detach, quarantine_parameters
+from gradroute.adapters.attach import (
+    ParameterSummary,
+    attach,
+    deployed_parameters,
+    detach,
+    parameter_summary,
+    quarantine_parameters,
+)
 from gradroute.adapters.check import Finding, check_model
 from gradroute.adapters.frozen import frozen_quarantine
-from gradroute.adapters.functional import quarantine_lora
-from gradroute.adapters.layer import QuarantineLoRA
+from gradroute.adapters.layer import QuarantineLoRA, quarantine_lora
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.merge import merge_deployed
 from gradroute.adapters.pending import PendingMask
 from gradroute.adapters.route import clear_route, route, set_route
-from gradroute.adapters.summary import ParameterSummary, parameter_summary
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 

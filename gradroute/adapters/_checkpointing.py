@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gradroute._protocol import RoutedLayer
 from gradroute._torch_private import (
     backward_task,
     in_function_forward,
@@ -23,7 +22,7 @@ from gradroute._torch_private import (
     reentrant_checkpoints,
     will_have_backward,
 )
-from gradroute.adapters._state import ForwardState
+from gradroute.adapters._state import ForwardState, StatefulLayer
 from gradroute.errors import RouteError
 
 
@@ -32,40 +31,38 @@ class ForwardRecord(NamedTuple):
 
     Args:
         layer: which runs.
-        name: of the layer, for errors.
         state: the forward runs in.
         has_backward: whether gradients will come back to it.
         recomputing: whether it runs inside backward.
         unverified: whether it runs inside backward and its first forward is not known.
     """
 
-    layer: RoutedLayer
-    name: str
+    layer: StatefulLayer
     state: ForwardState
     has_backward: bool = True
     recomputing: bool = False
     unverified: bool = False
 
-    @property
-    def state_id(self) -> Int[Tensor, ""]:
-        """Saved with the activations: under non-reentrant checkpointing it comes back from the recomputation."""
-        return self.state.id
-
     def check_backward(self, saved_id: Int[Tensor, ""]) -> None:
-        """Raise if this backward runs in another state than its forward, or in a route that its forward lacked."""
+        """Raise if this backward runs in another state than its forward, or in a route that its forward lacked.
+
+        Args:
+            saved_id: of a state, saved with the activations: under non-reentrant checkpointing it comes back from the
+                recomputation.
+        """
         # In one memory they are one number, which then need not be read.
         own = self.state.id
         if saved_id.data_ptr() != own.data_ptr() and saved_id.item() != own.item():
-            raise RouteError(_CHANGED.format(layer=self.name))
+            raise RouteError(_CHANGED.format(layer=self.layer.name))
         if self.unverified:
             raise RouteError(
-                f"`{self.name}` ran forward inside backward, in a checkpoint that is not torch.utils.checkpoint. "
+                f"`{self.layer.name}` ran forward inside backward, in a checkpoint that is not torch.utils.checkpoint. "
                 "Whether its route is that of its first forward cannot be known. Fix: use torch.utils.checkpoint."
             )
         if self.state.route is None and self.layer.has_open_route:
             raise RouteError(
-                f"The forward of `{self.name}` ran without a route and its backward runs inside one: the mask was "
-                "asked for and not applied. Fix: run the forward inside `route(...)` too, or this backward outside."
+                f"The forward of `{self.layer.name}` ran without a route and its backward runs inside one: the mask "
+                "was asked for and not applied. Fix: run the forward inside `route(...)` too, or this backward outside."
             )
 
 
@@ -83,12 +80,11 @@ class _FirstForwards:
         return self.states[place] if place < len(self.states) else None
 
 
-def record_forward(layer: RoutedLayer, name: str, state: ForwardState) -> ForwardRecord:
+def record_forward(layer: StatefulLayer, state: ForwardState) -> ForwardRecord:
     """The record of a forward that is about to run: in `state`, or in that of the first forward if it is recomputed.
 
     Args:
         layer: about to run.
-        name: of the layer, for errors.
         state: the state in force now.
 
     Raises:
@@ -109,13 +105,13 @@ def record_forward(layer: RoutedLayer, name: str, state: ForwardState) -> Forwar
     if recomputing and source is not None:
         replayed = _forwards(source).get(id(layer), _FirstForwards()).next_in(task)
         if replayed is None and not compared_in_backward:
-            raise RouteError(f"`{name}` ran more often in a checkpoint's recomputation than in its forward.")
+            raise RouteError(f"`{layer.name}` ran more often in a checkpoint's recomputation than in its forward.")
         state = replayed or state
         if state.route is not None and state.route.closed:
-            raise RouteError(_CHANGED.format(layer=name))
+            raise RouteError(_CHANGED.format(layer=layer.name))
     for checkpoint in enclosing:
         _forwards(checkpoint).setdefault(id(layer), _FirstForwards()).states.append(state)
-    return ForwardRecord(layer, name, state, has_backward, recomputing, recomputing and source is None)
+    return ForwardRecord(layer, state, has_backward, recomputing, recomputing and source is None)
 
 
 def _forwards(checkpoint: Any) -> dict[int, _FirstForwards]:

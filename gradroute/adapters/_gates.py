@@ -1,4 +1,4 @@
-"""The three weights of a mask for one forward, laid out as the layer multiplies them.
+"""A mask in force, and its three weights for one forward, laid out as the layer multiplies them.
 
     [1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks, one row per leading index of x
 
@@ -7,12 +7,15 @@ In the type of x, but at least float32: a weight of 0.3 rounded to bf16 would be
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.pending import PendingMask
 from gradroute.errors import RouteError
 
 Weights = Float[Tensor, "*batch"]
@@ -42,9 +45,7 @@ class Gates:
     g_q: Weights | None = None
     binary: bool = False
     decided: Callable[[], "Gates"] | None = None
-    _columns: dict[tuple[int, int, torch.dtype], tuple[Columns | None, "Columns | Undecided | None"]] = field(
-        default_factory=dict, repr=False
-    )
+    _columns: dict[tuple[int, int, torch.dtype], "BothColumns"] = field(default_factory=dict, repr=False)
 
     @property
     def known(self) -> "Gates":
@@ -59,9 +60,7 @@ class Gates:
         like = next((rows for rows in (g_d, uses) if rows is not None), torch.tensor(True))
         return torch.stack([like.new_ones(()) if rows is None else rows.any() for rows in (g_d, uses)])
 
-    def columns(
-        self, r: int, r_quarantine: int, compute: torch.dtype
-    ) -> tuple[Columns | None, "Columns | Undecided | None"]:
+    def columns(self, r: int, r_quarantine: int, compute: torch.dtype) -> "BothColumns":
         """[1, m] and [g_d, g_q] in the columns of both blocks' bottlenecks (rows, r + r_quarantine); None for 1.
 
         Made once for all layers of one width, for values of the type `compute`: spread out in memory, they cost a tenth
@@ -74,9 +73,7 @@ class Gates:
             self._columns[key] = self._spread(*key)
         return self._columns[key]
 
-    def _spread(
-        self, r: int, r_quarantine: int, compute: torch.dtype
-    ) -> tuple[Columns | None, "Columns | Undecided | None"]:
+    def _spread(self, r: int, r_quarantine: int, compute: torch.dtype) -> "BothColumns":
         M = self._side_by_side(None, self.m, r, r_quarantine, compute)
         if self.decided is not None:
             return M, Undecided(self, r, r_quarantine, compute)
@@ -111,6 +108,7 @@ class Undecided(NamedTuple):
         return G
 
 
+BothColumns = tuple[Columns | None, Columns | Undecided | None]
 NO_GATES = Gates()
 
 
@@ -146,9 +144,91 @@ def weights_for(values: Float[Tensor, "*rows"], x: Float[Tensor, "*batch d_in"],
             f"The {what} of shape {found} should match the leading axes {tuple(lead)} of the input of `{layer}`. "
             f"Fix: {hint}."
         )
-    values = values.to(x.device, weights_type(x))
-    return (
-        values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
-        .expand(lead)
-        .clone(memory_format=torch.contiguous_format)
-    )
+    values = values.to(x.device, weights_type(x)).reshape(values.shape + (1,) * (len(lead) - values.ndim))
+    return values.expand(lead).clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(eq=False)
+class ActiveRoute:
+    """A mask in force.
+
+    Args:
+        mask: the user's.
+        sticky: set by `set_route`, without a block that ends it.
+        closed: whether it has ended.
+        forward_only: opened where gradients are off, so that forwards without gradients are what it is for.
+    """
+
+    mask: RouteMask | PendingMask
+    sticky: bool
+    closed: bool = False
+    forward_only: bool = field(default_factory=lambda: not torch.is_grad_enabled())
+    m: Tensor = field(init=False, repr=False)
+    parameter_gates: tuple[Tensor, Tensor] | None = field(init=False, repr=False, default=None)
+    is_binary: bool = field(init=False, repr=False)
+    is_on: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Copies of one type, whatever the mask was made of: a compiled forward is compiled for the type.
+        self.m = _wide(self.mask.m)
+        if isinstance(self.mask, PendingMask):
+            self.mask.open()
+        else:
+            self.parameter_gates = _wide(self.mask.g_d), _wide(self.mask.g_q)
+        self.is_binary, self.is_on = self.mask.is_binary, bool((self.m == 1).all())
+
+    def gates(self, x: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
+        """All three gates for an input, of which `m` is given."""
+        if self.parameter_gates is not None:
+            g_d, g_q = (weights_for(gate, x, layer, "mask") for gate in self.parameter_gates)
+            return Gates(m, g_d, g_q, binary=binary and self.is_binary)
+        if torch.compiler.is_compiling():
+            raise RouteError(
+                f"A mask that is decided after the forward needs an eager one. Found `{layer}` inside torch.compile. "
+                "Fix: decide before the forward, or leave the model uncompiled."
+            )
+        # An input of the same axes, type and device, that holds nothing.
+        like = x.detach().new_empty(()).expand(x.shape)
+        return Gates(m, binary=binary and self.is_binary, decided=cache(lambda: self._decided(like, layer, m, binary)))
+
+    def trains_ablated_rows(self, scale: float | Tensor) -> bool:
+        """Whether a row that is to train the quarantine is ablated, under this scale of the quarantine."""
+        if isinstance(scale, float) and scale != 0.0:
+            return False
+        # Of rows that are not decided yet, any that uses the quarantine may come to train it.
+        trains = self.m != 0 if self.parameter_gates is None else (self.m != 0) & (self.parameter_gates[1] != 0)
+        if not isinstance(scale, Tensor):
+            return bool(trains.any())
+        aligned = _aligned(trains, scale == 0)
+        # Rows of another batch are refused by the first forward.
+        return aligned is not None and bool((aligned[0] & aligned[1]).any())
+
+    def _decided(self, like: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
+        assert isinstance(self.mask, PendingMask)
+        mask = self.mask.decided
+        g_d, g_q = (weights_for(_wide(gate), like, layer, "mask") for gate in (mask.g_d, mask.g_q))
+        return Gates(m, g_d, g_q, binary=binary and mask.is_binary)
+
+
+def _wide(weights: Tensor) -> Tensor:
+    return weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
+
+
+def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:
+    """The product of two ablation scales; a per-row one is aligned with a per-token one on the left."""
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return first * second
+    aligned = _aligned(first, second)
+    if aligned is None:
+        found = (tuple(first.shape), tuple(second.shape))
+        raise RouteError(f"Nested ablations should have `rows` of one batch. Found the shapes {found}.")
+    return aligned[0] * aligned[1]
+
+
+def _aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both with as many axes, a value per row in front of a value per token; None if they are not of one batch."""
+    low, high = sorted((first, second), key=lambda t: t.ndim)
+    if low.shape != high.shape[: low.ndim]:
+        return None
+    low = low.reshape(low.shape + (1,) * (high.ndim - low.ndim)).to(high.device)
+    return low, high

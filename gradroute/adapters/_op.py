@@ -39,7 +39,6 @@ from gradroute.adapters._products import (
     joined_B,
     plus,
     plus_product,
-    scaled,
     weigh,
 )
 from gradroute.errors import RouteError
@@ -202,7 +201,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         kept = block_input if block_input.dtype.itemsize < read.dtype.itemsize else read
         _, _, _, need_A_d, need_B_d, need_A_q, need_B_q, _ = ctx.needs_input_grad
         weight = None if setting.base is None else setting.base[0]
-        state_id = None if setting.record is None else setting.record.state_id
+        state_id = None if setting.record is None else setting.record.state.id
         ctx.save_for_backward(
             kept if need_A_d or need_A_q else None, u if need_B_d or need_B_q else None, weight, state_id,
             A_d, B_d, A_q, B_q,
@@ -218,8 +217,7 @@ class QuarantineLoraFunction(torch.autograd.Function):
         # Not `once_differentiable`: that lets a gradient through as a constant where dy is one, as under a linear loss.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RouteError(
-                "A routed layer cannot be differentiated twice. Found a double backward (create_graph=True). "
-                "Fix: create_graph=False."
+                "A routed layer cannot be differentiated twice. Found a double backward. Fix: create_graph=False."
             )
         block_input, u, weight, state_id, *factors = ctx.saved_tensors  # read once: a checkpoint lets go of them
         if ctx.setting.record is not None:
@@ -244,7 +242,8 @@ def _backward(  # noqa: PLR0917
         dx = cast(dy_rows, base_dtype) @ cast(weight, base_dtype)
     if need_dropped or (need_x and not ctx.is_dropped) or need_A:
         B, scaling = (cast(B_d, compute), s_d) if B_q is None else joined_B(B_d, B_q, s_d, s_q, compute)
-        dz = weigh(M, scaled(dy_blocks @ B, scaling), in_place=True)
+        dz = dy_blocks @ B
+        dz = weigh(M, dz if scaling == 1.0 else dz.mul_(scaling), in_place=True)
         if ctx.observer is not None and block_input is not None and u is not None:
             ctx.observer(block_input, dy_blocks, u[:, :rank], dz[:, :rank])
         # G weighs dz, which already carries m: the quarantine's own derivative, times its gate.

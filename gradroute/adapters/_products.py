@@ -128,10 +128,6 @@ def joined_B(B_d: Tensor, B_q: Tensor, s_d: float, s_q: float, compute: torch.dt
     return torch.cat([B_d, B_q if s_q == s_d else (s_q / s_d) * B_q], dim=1), s_d
 
 
-def scaled(values: Tensor, scaling: float) -> Tensor:
-    return values if scaling == 1.0 else values.mul_(scaling)
-
-
 def plus_product(dx: Tensor, dz: Tensor, A: Tensor) -> Tensor:
     return (
         dx.addmm_(dz, A) if dx.dtype == dz.dtype else torch.addmm(dx.to(torch.promote_types(dx.dtype, dz.dtype)), dz, A)

@@ -1,84 +1,31 @@
-"""The state a routed layer reads in its forward.
+"""The state a routed layer reads in its forward, and how it is put in force for a time.
 
     state = (open route or none) x (ablation scale) x (adapters disabled or not)
 
 States are immutable and carry an id. A context manager gives a layer a new state and later puts the old object back, so
 nothing is written into parameters, and an exception restores what was there. A state belongs to the thread that set it.
+
+Every route and every view does the same: give the layers another state, clear their marks of having run, and at the end
+put back the old state and judge by the marks.
 """
 
 import re
 import threading
 import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradroute.adapters._gates import NO_GATES, Gates, Weights, weights_for, weights_type
-from gradroute.adapters.mask import RouteMask
-from gradroute.adapters.pending import PendingMask
+from gradroute._protocol import RoutedLayer
+from gradroute.adapters._gates import NO_GATES, ActiveRoute, Gates, weights_for, weights_type
 from gradroute.errors import RouteError
-
-
-@dataclass(eq=False)
-class ActiveRoute:
-    """A mask in force.
-
-    Args:
-        mask: the user's.
-        sticky: set by `set_route`, without a block that ends it.
-        closed: whether it has ended.
-        forward_only: opened where gradients are off, so that forwards without gradients are what it is for.
-    """
-
-    mask: RouteMask | PendingMask
-    sticky: bool
-    closed: bool = False
-    forward_only: bool = field(default_factory=lambda: not torch.is_grad_enabled())
-    m: Tensor = field(init=False, repr=False)
-    parameter_gates: tuple[Tensor, Tensor] | None = field(init=False, repr=False, default=None)
-    is_binary: bool = field(init=False, repr=False)
-    is_on: bool = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # Copies of one type, whatever the mask was made of: a compiled forward is compiled for the type.
-        self.m = _wide(self.mask.m)
-        if isinstance(self.mask, PendingMask):
-            self.mask.open()
-        else:
-            self.parameter_gates = _wide(self.mask.g_d), _wide(self.mask.g_q)
-        self.is_binary, self.is_on = self.mask.is_binary, bool((self.m == 1).all())
-
-    @property
-    def is_per_row(self) -> bool:
-        """Whether one weight serves all tokens of a row."""
-        return self.m.ndim == 1
-
-    def gates(self, x: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
-        """All three gates for an input, of which `m` is given."""
-        if self.parameter_gates is not None:
-            g_d, g_q = (weights_for(gate, x, layer, "mask") for gate in self.parameter_gates)
-            return Gates(m, g_d, g_q, binary=binary and self.is_binary)
-        if torch.compiler.is_compiling():
-            raise RouteError(
-                f"A mask that is decided after the forward needs an eager one. Found `{layer}` inside torch.compile. "
-                "Fix: decide before the forward, or leave the model uncompiled."
-            )
-        # An input of the same axes, type and device, that holds nothing.
-        like = x.detach().new_empty(()).expand(x.shape)
-        return Gates(m, binary=binary and self.is_binary, decided=cache(lambda: self._decided(like, layer, m, binary)))
-
-    def _decided(self, like: Tensor, layer: str, m: Weights | None, binary: bool) -> Gates:
-        assert isinstance(self.mask, PendingMask)
-        mask = self.mask.decided
-        g_d, g_q = (weights_for(_wide(gate), like, layer, "mask") for gate in (mask.g_d, mask.g_q))
-        return Gates(m, g_d, g_q, binary=binary and mask.is_binary)
-
-
-def _wide(weights: Tensor) -> Tensor:
-    return weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
 
 
 def _new_id() -> Tensor:
@@ -117,7 +64,8 @@ class ForwardState:
     _checked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ablates_what_trains", _ablates_what_trains(self.route, self.scale))
+        ablates = self.route is not None and self.route.trains_ablated_rows(self.scale)
+        object.__setattr__(self, "ablates_what_trains", ablates)
 
     @property
     def quarantine_is_off(self) -> bool:
@@ -159,27 +107,21 @@ class ForwardState:
         With one weight per row, inputs of three axes and more have the batch in front. (batch, d) beside them is a
         pooled row, as in a classifier's head, unless the layer is one of several: those may share out the tokens.
         """
-        if self.route is None and isinstance(self.scale, float):
+        weights = [w for w in (self.route and self.route.m, self.scale) if isinstance(w, Tensor)]
+        if not weights:
             return
         if x.ndim == 2 and is_expert(layer):
             raise RouteError(
                 f"`{layer}` is an expert: it gets the tokens that were sent to it, {tuple(x.shape)} here, and which "
                 "rows they come from is not known. Fix: exclude the experts from `target_modules`."
             )
-        per_row = (self.route is None or self.route.is_per_row) and (
-            isinstance(self.scale, float) or self.scale.ndim == 1
-        )
-        if per_row and x.ndim >= 3:
-            axes = 3
-        elif per_row and x.ndim == 2 and not _ONE_OF_SEVERAL.search(layer):
+        per_row = all(w.ndim == 1 for w in weights)
+        if per_row and x.ndim == 2 and not _ONE_OF_SEVERAL.search(layer):
             return
-        else:
-            axes = x.ndim
-        self._layer_of_axes.setdefault(axes, layer)
+        self._layer_of_axes.setdefault(min(x.ndim, 3) if per_row else x.ndim, layer)
         if len(self._layer_of_axes) > 1:
-            found = ", ".join(
-                f"{axes} axes in `{name}`" for axes, name in sorted(self._layer_of_axes.items(), reverse=True)
-            )
+            several = sorted(self._layer_of_axes.items(), reverse=True)
+            found = ", ".join(f"{axes} axes in `{name}`" for axes, name in several)
             raise RouteError(
                 f"The inputs of all layers under one mask should have the same axes. Found {found}: a module that "
                 "flattens its tokens, or takes some of them (an expert), cannot be matched with rows. "
@@ -211,38 +153,6 @@ def is_expert(layer: str) -> bool:
     return re.search(r"(^|\.)experts\.", layer) is not None
 
 
-def combine_scales(first: float | Tensor, second: float | Tensor) -> float | Tensor:
-    """The product of two ablation scales; a per-row one is aligned with a per-token one on the left."""
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        return first * second
-    aligned = _aligned(first, second)
-    if aligned is None:
-        found = (tuple(first.shape), tuple(second.shape))
-        raise RouteError(f"Nested ablations should have `rows` of one batch. Found the shapes {found}.")
-    return aligned[0] * aligned[1]
-
-
-def _aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both with as many axes, a value per row in front of a value per token; None if they are not of one batch."""
-    low, high = sorted((first, second), key=lambda t: t.ndim)
-    if low.shape != high.shape[: low.ndim]:
-        return None
-    low = low.reshape(low.shape + (1,) * (high.ndim - low.ndim)).to(high.device)
-    return low, high
-
-
-def _ablates_what_trains(route: ActiveRoute | None, scale: float | Tensor) -> bool:
-    if route is None or (isinstance(scale, float) and scale != 0.0):
-        return False
-    # Of rows that are not decided yet, any that uses the quarantine may come to train it.
-    trains = route.m != 0 if route.parameter_gates is None else (route.m != 0) & (route.parameter_gates[1] != 0)
-    if not isinstance(scale, Tensor):
-        return bool(trains.any())
-    aligned = _aligned(trains, scale == 0)
-    # Rows of another batch are refused by the first forward.
-    return aligned is not None and bool((aligned[0] & aligned[1]).any())
-
-
 def check_thread(state: ForwardState, layer: str) -> None:
     """Raise if `state` was set by another thread and is not meant for this one.
 
@@ -259,3 +169,106 @@ def check_thread(state: ForwardState, layer: str) -> None:
 
 INITIAL = ForwardState(thread=0, older_threads=frozenset())
 """No route, nothing ablated: the state of every layer outside of `with` blocks. Shared, since states are immutable."""
+
+
+class StatefulLayer(RoutedLayer):
+    """A routed layer whose forward reads a state, and leaves marks that it ran."""
+
+    # On the class, so that a layer somebody else built (PEFT's) needs no second constructor.
+    name: str = ""
+    state: ForwardState = INITIAL
+    # Marks that the blocks in force clear when they open and read when they close.
+    ran: bool = False
+    ran_under_route: bool = False
+    bottlenecks: list[Tensor] | None = None
+    """Given a list, forwards without gradients append to it, per token, A_d x in the first r columns."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
+        temporary = ("state", "ran", "ran_under_route", "bottlenecks")
+        return {name: value for name, value in self.__dict__.items() if name not in temporary}
+
+    @property
+    def has_open_route(self) -> bool:
+        return self.state.route is not None
+
+    @property
+    def view(self) -> str:
+        return self.state.view
+
+
+Change = Callable[[ForwardState], ForwardState]
+Layers = Mapping[str, StatefulLayer]
+
+_ENDED: WeakKeyDictionary[ForwardState, ForwardState] = WeakKeyDictionary()
+"""The state of a block that has ended -> the state that was in force before that block."""
+
+
+def set_states(layers: Layers, change: Change) -> None:
+    """Give every layer its changed state; layers that shared a state share the new one.
+
+    Raises:
+        RouteError: another thread has set a state that has not ended.
+    """
+    me = threading.get_ident()
+    for name, layer in layers.items():
+        if layer.state.thread not in (0, me):
+            raise RouteError(
+                f"One thread at a time should have a route or ablation open. Found one of another thread at `{name}`, "
+                "in the middle of its step. Fix: give each thread a copy of the model, or a lock to share it."
+            )
+    changed = cache(change)
+    for layer in layers.values():
+        _put(layer, "state", changed(layer.state))
+
+
+@contextmanager
+def changed_state(layers: Layers, change: Change) -> Iterator[None]:
+    """Change the state of `layers` for the duration of the block.
+
+    Raises `RouteError` at the end if the layers are not in the state that the block gave them: then blocks were left in
+    another order than entered. The layers then get the state of the block around that is still open, if there is one.
+    """
+    before = {name: layer.state for name, layer in layers.items()}
+    set_states(layers, change)
+    inside = {name: layer.state for name, layer in layers.items()}
+    try:
+        yield
+        moved = [name for name, layer in layers.items() if layer.state is not inside[name]]
+        if moved:
+            raise RouteError(
+                f"The route or ablation of `{moved[0]}` was changed from outside of its block: blocks were left in "
+                "another order than entered. Fix: nest `with` blocks, and do not leave one open in a generator."
+            )
+    finally:
+        for name, layer in layers.items():
+            state = _ENDED[inside[name]] = before[name]
+            # A block may outlive the block around it, as when a generator is closed: its end must not bring that back.
+            while state in _ENDED:
+                state = _ENDED[state]
+            _put(layer, "state", state)
+
+
+@contextmanager
+def marks_of(layers: Layers, mark: Literal["ran", "ran_under_route"], *, count_outside: bool) -> Iterator[None]:
+    """Clear a mark of the layers for the duration of the block, so that it shows at the end which of them ran inside.
+
+    Args:
+        layers: the layers to watch.
+        mark: "ran" in any forward, or "ran_under_route".
+        count_outside: whether a layer that ran inside counts for the block outside too. For a view it does; an inner
+            route replaces the mask of the outer one.
+    """
+    before = {name: getattr(layer, mark) for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            _put(layer, mark, False)
+        yield
+    finally:
+        for name, layer in layers.items():
+            _put(layer, mark, before[name] or (count_outside and getattr(layer, mark)))
+
+
+def _put(layer: StatefulLayer, name: str, value: Any) -> None:
+    # Not by setattr: nn.Module's looks for parameters and modules first, which takes longer than all the rest here.
+    layer.__dict__[name] = value

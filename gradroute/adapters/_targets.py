@@ -1,6 +1,7 @@
-"""Find the linears that `attach` puts blocks around; a name that matches nothing is an error.
+"""Find the linears that `attach` puts blocks around, and refuse those that cannot carry any.
 
 "all-linear": every nn.Linear but the output head; a string: whole names; a list: a module's name, or its `.suffix`.
+A name that matches nothing is an error.
 """
 
 import difflib
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gradroute._sharding import check_not_sharded
+from gradroute._transfers import check_not_offloaded
 from gradroute.errors import TargetError
 
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -19,11 +22,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
     modules = dict(model.named_modules(remove_duplicate=False))
     del modules[""]
     if target_modules == "all-linear":
-        found = _all_linear(model, modules)
-        if not found:
+        head = embeddings(model, "output")
+        names = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+        if not names:
             raise TargetError(f'`target_modules="all-linear"` found no nn.Linear inside a {type(model).__name__}.')
-        return found
-    if isinstance(target_modules, str):
+    elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
@@ -43,12 +46,6 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
     return {name: _linear(model, name) for name in names}
 
 
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Linear]:
-    head = embeddings(model, "output")
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
-    return {name: _linear(model, name) for name in linears}
-
-
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
@@ -62,19 +59,25 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
             "Fix: name the linears inside it."
         )
     if not gives_one_tensor(module):
+        head = embeddings(model, "output")
+        linears = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        others = sorted({key.rpartition(".")[2] for key in linears} - {name.rpartition(".")[2]})
         raise TargetError(
             f"`target_modules` matched `{name}`, a {type(module).__name__}, whose forward does not give one tensor of "
-            f"its out_features (a router): blocks could not be added to it. Fix: name the others, as in "
-            f"target_modules={_leaves_without(model, name)}."
+            f"its out_features (a router): blocks could not be added to it. Fix: target_modules={others}."
         )
     return module
 
 
-def _leaves_without(model: nn.Module, refused: str) -> list[str]:
-    """Last parts of the names of all linears but the head and those of one name."""
-    head, leaf = embeddings(model, "output"), refused.rpartition(".")[2]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    return sorted({name.rpartition(".")[2] for name in names} - {leaf})
+def check_base_layer(name: str, module: nn.Module) -> None:
+    """Raise `TargetError` if blocks around `module` would never run, or would be on another device or rank."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f"`{name}` is the output projection of nn.MultiheadAttention, which reads its weight and never calls it: "
+            "blocks there would never run. Fix: leave it out of the targets."
+        )
+    check_not_offloaded(name, module)
+    check_not_sharded(name, module)
 
 
 def gives_one_tensor(linear: nn.Linear) -> bool:

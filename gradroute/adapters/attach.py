@@ -1,6 +1,7 @@
-"""Adapt any `nn.Module` in place, without PEFT: `attach`, `detach`, and the parameters of each block."""
+"""Adapt any `nn.Module` in place, without PEFT: `attach`, `detach`, the parameters of each block and their numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -9,12 +10,11 @@ from torch import nn
 
 from gradroute._checks import one_of
 from gradroute._logging import warn
-from gradroute._protocol import BlockName, RoutedLayer, check_module, routed_layers
-from gradroute._sharding import reshard
+from gradroute._protocol import BLOCKS, BlockName, RoutedLayer, check_module, routed_layers
+from gradroute._sharding import reshard, size_of
 from gradroute.adapters._signposts import put_signposts, take_signposts
 from gradroute.adapters._targets import find_targets, refused_by_peft
-from gradroute.adapters.functional import StopGradient
-from gradroute.adapters.layer import Attachment, QuarantineLoRA, WrappedLinear
+from gradroute.adapters.layer import Attachment, QuarantineLoRA, StopGradient, WrappedLinear
 from gradroute.adapters.svd_gain import SvdGain
 from gradroute.errors import RouteError, TargetError
 
@@ -101,14 +101,12 @@ def detach(model: nn.Module) -> nn.Module:
         RouteError: inside a route or view.
     """
     check_module(model)
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, WrappedLinear) and module.attachment is not None
-    }
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in modules if isinstance(m, WrappedLinear) and m.attachment is not None}
     if not layers or "" in layers:
         raise TargetError(f"`model` should have been given blocks by attach(). Found a {type(model).__name__}.")
-    attachment = next(iter(layers.values())).attachment
+    first, layer = next(iter(layers.items()))
+    root, attachment = first.removesuffix(layer.name), layer.attachment
     assert attachment is not None
     found = len(set(layers.values()))
     if found != attachment.layers:
@@ -119,8 +117,6 @@ def detach(model: nn.Module) -> nn.Module:
     if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
         raise RouteError("detach(model) inside a route, ablate_quarantine or disable_adapters. Fix: leave it first.")
     take_signposts(model)
-    name, layer = next(iter(layers.items()))
-    root = name.removesuffix(layer.name)
     for name, layer in layers.items():
         replace_module(model, name, layer.base_layer)
     for name in attachment.frozen:
@@ -156,6 +152,54 @@ def _block_parameters(model: nn.Module, block: BlockName) -> Iterator[tuple[str,
     reshard(model)
     wanted = {id(p) for layer in routed_layers(model).values() for p in layer.block_parameters(block)}
     return ((name, p) for name, p in model.named_parameters() if id(p) in wanted)
+
+
+@dataclass(frozen=True, repr=False)
+class ParameterSummary:
+    """Numbers of parameters; `print` it.
+
+    Args:
+        layers: number of routed layers.
+        deployed, quarantine: trainable parameters of each block.
+        total: parameters of the whole model, frozen ones included.
+        trained_elsewhere: name -> number, of parameters that are trained outside of the blocks, past every mask.
+    """
+
+    layers: int
+    deployed: int
+    quarantine: int
+    total: int
+    trained_elsewhere: dict[str, int]
+
+    def __repr__(self) -> str:
+        elsewhere = sum(self.trained_elsewhere.values())
+        trainable = self.deployed + self.quarantine + elsewhere
+        text = (
+            f"trainable params: {trainable:,d} (deployed {self.deployed:,d} + quarantine {self.quarantine:,d} in "
+            f"{self.layers} layers"
+        )
+        if elsewhere:
+            text += f" + {elsewhere:,d} elsewhere: {', '.join(list(self.trained_elsewhere)[:3])}"
+        return f"{text}) || all params: {self.total:,d} || trainable%: {100 * trainable / self.total:.4f}"
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """Count the trainable parameters of each block, and those of the whole model; `print` the result.
+
+    Args:
+        model: with routed layers.
+
+    Raises:
+        GradRouteError: `model` has no routed layers.
+    """
+    layers = routed_layers(model)
+    elsewhere = {id(p): (name, size_of(p)) for name, p in model.named_parameters() if p.requires_grad}
+    numbers = []
+    for block in BLOCKS:
+        ours = {id(p) for layer in layers.values() for p in layer.block_parameters(block)}
+        numbers.append(sum(elsewhere.pop(key)[1] for key in ours & elsewhere.keys()))
+    total = sum(size_of(p) for p in model.parameters())
+    return ParameterSummary(len(layers), numbers[0], numbers[1], total, dict(elsewhere.values()))
 
 
 def _check_no_peft(model: nn.Module) -> None:

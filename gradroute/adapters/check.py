@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._all_ranks import check_all_ranks
-from gradroute._offloading import is_offloaded
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
+from gradroute._transfers import is_offloaded
 from gradroute.adapters._targets import embeddings, gives_one_tensor
+from gradroute.adapters.attach import parameter_summary
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear
-from gradroute.adapters.summary import parameter_summary
 from gradroute.errors import GradRouteError
 
 
@@ -52,7 +52,8 @@ def check_model(model: nn.Module) -> list[Finding]:
         GradRouteError: `model` is no module at all, or sharded and not checked by all ranks.
     """
     check_all_ranks("check_model", check_module(model))
-    findings = [finding for name, module in model.named_modules() for finding in _untargetable(name, module)]
+    modules = list(model.named_modules())
+    findings = [Finding(name, "warning", reason) for name, part in modules for reason in _untargetable(name, part)]
     findings += _tied_head(model)
     findings += _checkpointing(model)
     findings += _without_values(model)
@@ -68,41 +69,35 @@ def check_model(model: nn.Module) -> list[Finding]:
     findings += _replaced_forwards(model, layers)
     if any(finding.severity == "error" for finding in findings):
         return findings
-    return [*findings, *_trained_past_masks(model), *_not_exportable(model)]
+    past_masks = (
+        "it is trained by every row, flagged ones too: what it learns from them is deployed. Fix: freeze it, or do "
+        "without `modules_to_save`."
+    )
+    findings += [Finding(name, "warning", past_masks) for name in parameter_summary(model).trained_elsewhere]
+    return [*findings, *_not_exportable(model)]
 
 
-def _untargetable(name: str, module: nn.Module) -> Iterator[Finding]:
+def _untargetable(name: str, module: nn.Module) -> Iterator[str]:
+    kind, fix = type(module).__name__, "Fix: leave it out of the targets; it is refused."
     if isinstance(module, nn.MultiheadAttention):
-        yield Finding(
-            name, "warning", "nn.MultiheadAttention reads the weight of its `out_proj` and never calls it, so blocks "
-            "there would not run. Fix: leave it out of the targets; it is refused."
-        )  # fmt: skip
+        yield f"{kind} reads the weight of its `out_proj` and never calls it: blocks there would not run. {fix}"
     if isinstance(module, nn.TransformerEncoderLayer):
-        yield Finding(
-            name, "warning", "nn.TransformerEncoderLayer in eval mode reads the weights of its linears and never calls "
-            "them. Fix: leave them out of the targets; they are refused."
-        )  # fmt: skip
+        yield f"{kind} in eval mode reads the weights of its linears and never calls them. {fix}"
     packed = [key for key, p in module._parameters.items() if p is not None and p.ndim == 3]
     if packed and not isinstance(module, nn.modules.conv._ConvNd):
-        yield Finding(
-            name, "warning", f"its parameters {packed} hold many matrices each (packed experts): no layer whose tokens "
-            "a mask could reach. Fix: target the attention; they stay frozen, and are refused as targets."
-        )  # fmt: skip
+        yield (
+            f"its parameters {packed} hold many matrices each (packed experts): no layer whose tokens a mask could "
+            "reach. Fix: target the attention; they stay frozen, and are refused as targets."
+        )
     if name.rpartition(".")[2] == "experts" and any(isinstance(m, nn.Linear) for m in module.modules()):
-        yield Finding(
-            name, "warning", "experts run on the tokens that were sent to them, whose rows are not known: as targets "
-            "they raise under a mask. Fix: leave them out of the targets."
-        )  # fmt: skip
+        yield (
+            "experts run on the tokens that were sent to them, whose rows are not known: as targets they raise under a "
+            "mask. Fix: leave them out of the targets."
+        )
     if isinstance(module, nn.Linear) and not gives_one_tensor(module):
-        yield Finding(
-            name, "warning", f"a {type(module).__name__} does not give one tensor of its out_features (a router): "
-            "blocks could not be added to it. Fix: leave it out of the targets; it is refused."
-        )  # fmt: skip
+        yield f"a {kind} does not give one tensor of its out_features (a router): no blocks can be added to it. {fix}"
     if hasattr(module, "qweight"):
-        yield Finding(
-            name, "warning", f"{type(module).__name__} is quantised in a way that has no routed layer. "
-            "Fix: load the model in bf16, or with bitsandbytes."
-        )  # fmt: skip
+        yield f"{kind} is quantised in a way that has no routed layer. Fix: load it in bf16, or with bitsandbytes."
 
 
 def _tied_head(model: nn.Module) -> Iterator[Finding]:
@@ -117,11 +112,9 @@ def _tied_head(model: nn.Module) -> Iterator[Finding]:
 
 
 def _without_values(model: nn.Module) -> Iterator[Finding]:
-    routed = [f"{name}." for name, module in model.named_modules() if isinstance(module, RoutedLinear)]
-    outside = [
-        (name, module) for name, module in model.named_modules()
-        if not f"{name}.".startswith(tuple(routed)) and any(p.is_meta for p in module.parameters(recurse=False))
-    ]  # fmt: skip
+    routed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RoutedLinear))
+    without = [(n, m) for n, m in model.named_modules() if any(p.is_meta for p in m.parameters(recurse=False))]
+    outside = [(name, module) for name, module in without if not f"{name}.".startswith(routed)]
     for name, module in outside[:1]:
         if is_offloaded(module):
             yield Finding(
@@ -138,11 +131,12 @@ def _replaced_forwards(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> I
             continue
         inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}." if name else "")]
         if inside:
-            severity: Literal["error", "warning"] = "error" if name in layers else "warning"
+            forward = _inside_partials(module.forward)
+            called = getattr(forward, "__qualname__", type(forward).__name__)
             yield Finding(
-                name, severity, f"its `forward` was replaced by `{_called(module.forward)}`, as fused kernels do: if "
-                f"it reads weights without calling the layers, {len(inside)} of them (`{inside[0]}`) run past "
-                "every mask and view. Fix: turn that patch off."
+                name, "error" if name in layers else "warning", f"its `forward` was replaced by `{called}`, as fused "
+                f"kernels do: if it reads weights without calling the layers, {len(inside)} of them (`{inside[0]}`) "
+                "run past every mask and view. Fix: turn that patch off."
             )  # fmt: skip
 
 
@@ -155,15 +149,14 @@ def _calls_its_own(module: nn.Module) -> bool:
     return getattr(forward, "__func__", forward) is type(module).forward
 
 
-def _called(forward: Any) -> str:
-    while isinstance(forward, partial):
-        forward = forward.func
-    return getattr(forward, "__qualname__", type(forward).__name__)
+def _inside_partials(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _not_exportable(model: nn.Module) -> Iterator[Finding]:
-    attached = any(isinstance(module, WrappedLinear) for module in model.modules())
-    if attached and find_spec("peft") is not None:
+    if any(isinstance(module, WrappedLinear) for module in model.modules()) and find_spec("peft") is not None:
         # peft takes seconds to import, and this is the only check that asks it.
         from gradroute.adapters.peft.export import export_refusal  # noqa: PLC0415
 
@@ -174,9 +167,7 @@ def _not_exportable(model: nn.Module) -> Iterator[Finding]:
 
 def _checkpointing(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        while isinstance(function, partial):
-            function = function.func
+        function = _inside_partials(module.__dict__.get("_gradient_checkpointing_func"))
         origin = getattr(function, "__module__", "").partition(".")[0]
         # transformers' own wrapper offloads what torch's checkpoint saves.
         if function is not None and origin not in ("torch", "transformers"):
@@ -226,12 +217,3 @@ def _layer(name: str, layer: RoutedLinear) -> Iterator[Finding]:
             )  # fmt: skip
         if not (torch.isfinite(block.A).all() and torch.isfinite(block.B).all()):
             yield Finding(name, "error", f"its {block_name} block is not finite. Fix: go back to an earlier step.")
-
-
-def _trained_past_masks(model: nn.Module) -> Iterator[Finding]:
-    summary = parameter_summary(model)
-    for name in summary.trained_elsewhere:
-        yield Finding(
-            name, "warning", "it is trained by every row, flagged ones too: what it learns from them is deployed. "
-            "Fix: freeze it, or do without `modules_to_save`."
-        )  # fmt: skip

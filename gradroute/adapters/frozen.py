@@ -17,9 +17,8 @@ from gradroute._checks import listed
 from gradroute._hashing import block_fingerprint
 from gradroute._protocol import delta_norms
 from gradroute._step_hooks import LocalHook
-from gradroute.adapters._in_force import Layers
-from gradroute.adapters._state import is_expert
-from gradroute.adapters.layer import RoutedLinear, routed_linears
+from gradroute.adapters._state import Layers, StatefulLayer, is_expert
+from gradroute.adapters.layer import routed_linears
 from gradroute.errors import GradRouteError
 
 
@@ -81,7 +80,7 @@ class _Seen:
     def __init__(self) -> None:
         self.trained = self.on = False
 
-    def before_forward(self, layer: RoutedLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, layer: StatefulLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
         self.trained = True

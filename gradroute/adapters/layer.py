@@ -9,23 +9,25 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import one_of, positive_integer, positive_number
-from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, is_offloaded
-from gradroute._protocol import Block, BlockName, RoutedLayer, routed_layers
-from gradroute._sharding import check_not_sharded, whole
+from gradroute._protocol import Block, BlockName, routed_layers
+from gradroute._sharding import whole
+from gradroute._transfers import is_offloaded, offloaded_training
 from gradroute.adapters._checkpointing import record_forward
-from gradroute.adapters._gates import NO_GATES
+from gradroute.adapters._gates import NO_GATES, Gates
 from gradroute.adapters._op import add_lora_blocks
 from gradroute.adapters._products import autocast_type, few_rows, frozen_linear, plain_forward
-from gradroute.adapters._state import INITIAL, ForwardState, check_thread
-from gradroute.adapters.functional import StopGradient
+from gradroute.adapters._state import StatefulLayer, check_thread
+from gradroute.adapters._targets import check_base_layer
 from gradroute.errors import RouteError, TargetError
+
+StopGradient = Literal["parameters", "branch"]
 
 
 @dataclass(frozen=True)
@@ -36,31 +38,10 @@ class Attachment:
     frozen: tuple[str, ...]
 
 
-class RoutedLinear(RoutedLayer):
+class RoutedLinear(StatefulLayer):
     """The forward of a routed layer, whatever holds its parameters: reads the state and calls the fused operation."""
 
-    # On the class, so that a layer somebody else built (PEFT's) needs no second constructor.
-    name: str = ""
     stop_gradient: StopGradient = "parameters"
-    state: ForwardState = INITIAL
-    # Marks that the blocks in force clear when they open and read when they close.
-    ran: bool = False
-    ran_under_route: bool = False
-    bottlenecks: list[Tensor] | None = None
-    """Given a list, forwards without gradients append to it, per token, A_d x in the first r columns."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside a `with` block would stay routed or ablated for ever: no block would end it.
-        temporary = ("state", "ran", "ran_under_route", "bottlenecks")
-        return {name: value for name, value in self.__dict__.items() if name not in temporary}
-
-    @property
-    def has_open_route(self) -> bool:
-        return self.state.route is not None
-
-    @property
-    def view(self) -> str:
-        return self.state.view
 
     def with_blocks(
         self,
@@ -83,7 +64,7 @@ class RoutedLinear(RoutedLayer):
         grad = has_backward = torch.is_grad_enabled()
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            record = record_forward(self, self.name, state)
+            record = record_forward(self, state)
             if state.thread and state.thread != get_ident() and not record.recomputing:
                 check_thread(state, self.name)
             state, has_backward = record.state, record.has_backward
@@ -91,11 +72,15 @@ class RoutedLinear(RoutedLayer):
             self.ran = True
             return (call or base_layer)(x)
         if grad and state.ablates_what_trains:
-            raise RouteError(_ABLATED_UNDER_ROUTE.format(name=self.name))
+            raise RouteError(
+                f"Rows that train the quarantine should not be ablated. Found some in a forward with gradients of "
+                f"`{self.name}`: they would train nothing. Fix: end ablate_quarantine before the forward of the loss, "
+                "or ablate only rows that do not train the quarantine (keep)."
+            )
         base = frozen_linear(base_layer, x) if call is None else None
         dropped = None if dropout is None or _is_identity(dropout) else dropout(x)
-        route, off = state.route, state.quarantine_is_off
-        alone = off and (not grad or (route is None and not self._trains_quarantine()))
+        route = state.route
+        alone = state.quarantine_is_off and (not grad or (route is None and not self._trains_quarantine()))
         gates = NO_GATES if alone and route is None else state.gates(x, self.name)
         # A compiled forward only writes its marks: what it reads it is compiled for.
         if record is None or not (record.recomputing or (self.ran and (self.ran_under_route or route is None))):
@@ -125,7 +110,7 @@ class RoutedLinear(RoutedLayer):
 
     def _trains_quarantine(self) -> bool:
         # Then it takes part in the graph also where it is ablated: a parameter without a gradient would hang DDP.
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.block_parameters("quarantine"))
+        return any(p.requires_grad for p in self.block_parameters("quarantine"))
 
 
 class WrappedLinear(RoutedLinear):
@@ -148,12 +133,12 @@ class WrappedLinear(RoutedLinear):
         stop_gradient: StopGradient,
     ) -> None:
         super().__init__()
-        r_quarantine = r if r_quarantine is None else r_quarantine
         _check_linear(base_layer)
-        _check_sizes(r, r_quarantine, lora_alpha, stop_gradient)
+        self.r = positive_integer("r", r, TargetError)
+        self.r_quarantine = r if r_quarantine is None else positive_integer("r_quarantine", r_quarantine, TargetError)
+        self.lora_alpha = positive_number("lora_alpha", lora_alpha, TargetError)
+        self.stop_gradient = one_of("stop_gradient", stop_gradient, get_args(StopGradient), TargetError)
         self.base_layer = base_layer.requires_grad_(False)
-        self.r, self.r_quarantine, self.lora_alpha = r, r_quarantine, float(lora_alpha)
-        self.stop_gradient = stop_gradient
         self.attachment: Attachment | None = None
         self.train(base_layer.training)
 
@@ -182,7 +167,7 @@ class WrappedLinear(RoutedLinear):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if "_hf_hook" in self.__dict__ and torch.is_grad_enabled() and is_offloaded(self):
-            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
+            raise offloaded_training(self.name)
         return self.with_blocks(x, self.base_layer)
 
     def extra_repr(self) -> str:
@@ -234,6 +219,42 @@ class QuarantineLoRA(WrappedLinear):
         )
 
 
+def quarantine_lora(
+    x: Float[Tensor, "*batch d_in"],
+    base_output: Float[Tensor, "*batch d_out"],
+    deployed: Block,
+    quarantine: Block,
+    *,
+    m: Float[Tensor, "*batch"] | None = None,
+    g_d: Float[Tensor, "*batch"] | None = None,
+    g_q: Float[Tensor, "*batch"] | None = None,
+    stop_gradient: StopGradient = "parameters",
+) -> Float[Tensor, "*batch d_out"]:
+    """y = base_output + s_d B_d A_d x + m s_q B_q A_q x, with parameter gradients weighted by g_d and g_q.
+
+    The operation of a routed layer as a function, for a layer of your own.
+
+    Args:
+        x: input of the layer.
+        base_output: output of the frozen layer; it is not written to.
+        deployed, quarantine: `Block(A, B, scaling)` with A (r, d_in), B (d_out, r).
+        m, g_d, g_q: one float per leading index of `x`; None means 1 everywhere.
+        stop_gradient: "parameters" (exact dx) or "branch" (dx is gated too).
+
+    Raises:
+        RouteError: a gate of another shape, not floating point, or that requires a gradient itself; a double backward.
+    """
+    one_of("stop_gradient", stop_gradient, get_args(StopGradient), RouteError)
+    for name, gate in (("m", m), ("g_d", g_d), ("g_q", g_q)):
+        if gate is not None and (gate.shape != x.shape[:-1] or not gate.is_floating_point() or gate.requires_grad):
+            raise RouteError(
+                f"`{name}` should be floating point, of shape {tuple(x.shape[:-1])}, and not require a gradient. Found "
+                f"{gate.dtype}, {tuple(gate.shape)}, requires_grad={gate.requires_grad}."
+            )
+    branch = stop_gradient == "branch"
+    return add_lora_blocks(x, base_output, deployed, quarantine, gates=Gates(m, g_d, g_q), branch=branch)
+
+
 def routed_linears(model: nn.Module) -> dict[str, RoutedLinear]:
     """The routed layers of `model` whose state can be changed; one built by hand learns its name here."""
     layers = {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedLinear)}
@@ -257,26 +278,6 @@ def _kaiming(r: int, base_layer: nn.Linear, generator: torch.Generator | None) -
 def _check_linear(base_layer: nn.Module) -> None:
     if not isinstance(base_layer, nn.Linear):
         raise TargetError(f"`base_layer` should be an nn.Linear. Found {type(base_layer).__name__}.")
-    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise TargetError(
-            "`base_layer` is the output projection of nn.MultiheadAttention, which reads its weight and never calls "
-            "it: blocks there would never run. Fix: exclude it from `target_modules`."
-        )
-    check_not_offloaded("base_layer", base_layer)
-    check_not_sharded("base_layer", base_layer)
+    check_base_layer("base_layer", base_layer)
     if not base_layer.weight.is_floating_point():
         raise TargetError(f"`base_layer` should have floating point weights. Found {base_layer.weight.dtype}.")
-
-
-def _check_sizes(r: int, r_quarantine: int, lora_alpha: float, stop_gradient: str) -> None:
-    positive_integer("r", r, TargetError)
-    positive_integer("r_quarantine", r_quarantine, TargetError)
-    positive_number("lora_alpha", lora_alpha, TargetError)
-    one_of("stop_gradient", stop_gradient, get_args(StopGradient), TargetError)
-
-
-_ABLATED_UNDER_ROUTE = (
-    "Rows that train the quarantine should not be ablated. Found some in a forward with gradients of `{name}`: "
-    "they would train nothing. Fix: end ablate_quarantine before the forward of the loss, or ablate "
-    "only rows that do not train the quarantine (keep)."
-)

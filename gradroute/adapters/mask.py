@@ -79,8 +79,7 @@ class RouteMask:
             )
         if ((zones < 0) | (zones > 2)).any():
             raise RouteError(
-                "`zones` should be 0 (keep), 1 (absorb) or 2 (route). "
-                f"Found values from {int(zones.min())} to {int(zones.max())}."
+                f"`zones` should be 0 (keep), 1 (absorb) or 2 (route). Found {int(zones.min())} to {int(zones.max())}."
             )
         weights = torch.tensor(_ZONE_WEIGHTS, device=zones.device)[zones.long()]
         return cls(*weights.unbind(-1))
@@ -102,24 +101,21 @@ class RouteMask:
         At least one of the three must have rows. Over a loss of plain log-probabilities, g_d = b and g_q = a train
         the deployed block with advantage b and the quarantine with advantage a in a single backward.
         """
-        named = {"m": m, "g_d": g_d, "g_q": g_q}
-        tensors = {name: _float_tensor(name, values) for name, values in named.items()}
-        devices = {t.device for t in tensors.values() if t.ndim}
+        tensors = [_float_tensor(name, values) for name, values in (("m", m), ("g_d", g_d), ("g_q", g_q))]
+        devices = {t.device for t in tensors if t.ndim}
         if not devices:
             raise RouteError("At least one of `m`, `g_d`, `g_q` should have one value per row. Found three scalars.")
         if len(devices) > 1:
             raise RouteError(f"`m`, `g_d` and `g_q` should be on one device. Found {sorted(map(str, devices))}.")
-        device, ndim = devices.pop(), max(t.ndim for t in tensors.values())
-        if ndim == 2:
+        device, shapes = devices.pop(), [tuple(t.shape) for t in tensors]
+        if max(t.ndim for t in tensors) == 2:
             # Aligned on the left, as everywhere: one value per row serves all tokens of the row.
-            tensors = {name: t.unsqueeze(1) if t.ndim == 1 else t for name, t in tensors.items()}
-        if len({t.shape[0] for t in tensors.values() if t.ndim}) > 1:
-            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            tensors = [t.unsqueeze(1) if t.ndim == 1 else t for t in tensors]
+        if len({t.shape[0] for t in tensors if t.ndim}) > 1:
             raise RouteError(f"`m`, `g_d` and `g_q` should have the same rows. Found {shapes}.")
         try:
-            spread = torch.broadcast_tensors(*(t.to(device) for t in tensors.values()))  # type: ignore[no-untyped-call]
+            spread = torch.broadcast_tensors(*(t.to(device) for t in tensors))  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             raise RouteError(f"`m`, `g_d` and `g_q` should broadcast to one shape. Found {shapes}.") from error
         return cls(*spread)
 

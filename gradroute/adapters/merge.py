@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradroute._offloading import check_in_memory
-from gradroute._protocol import Block, RoutedLayer
 from gradroute._sharding import is_split, reshard
+from gradroute._transfers import check_in_memory
 from gradroute.adapters.attach import detach, replace_module
 from gradroute.adapters.layer import RoutedLinear, WrappedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
@@ -33,7 +32,7 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     layers = routed_linears(model)
     reshard(model)
     _check_mergeable(layers)
-    _check_untied(model)
+    _check_untied(model, layers)
     if not any(isinstance(layer, WrappedLinear) for layer in layers.values()):
         if not hasattr(model, "merge_and_unload"):
             _unload_injected(model, layers)
@@ -46,7 +45,8 @@ def merge_deployed(model: nn.Module) -> nn.Module:
     detach(model)
     with torch.no_grad():
         for block, weight in deltas:
-            weight.copy_(_merged(block, weight))
+            A, B = (factor.float() if weight.dtype.itemsize < 4 else factor for factor in (block.A, block.B))
+            weight.copy_(weight + block.scaling * (B @ A))
     return model
 
 
@@ -69,11 +69,6 @@ def _unload_injected(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> No
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
-def _merged(block: Block, weight: torch.Tensor) -> torch.Tensor:
-    delta = block.scaling * (block.B.float() @ block.A.float() if weight.dtype.itemsize < 4 else block.B @ block.A)
-    return (weight + delta).to(weight.dtype)
-
-
 def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
     for name, layer in layers.items():
         if layer.merged:
@@ -82,9 +77,8 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
             raise RouteError("merge_deployed(model) inside a route, ablation or disable_adapters. Fix: leave it first.")
         if is_split(layer):
             raise RouteError(
-                f"merge_deployed(model): `{name}` is sharded, by groups that hold its blocks and gather from the root. "
-                "Fix: export_deployed(model, path), load the export onto another copy of the base model, and merge "
-                "there."
+                f"merge_deployed(model): `{name}` is sharded, in groups that hold its blocks. Fix: export_deployed("
+                "model, path), load the export onto another copy of the base model, and merge there."
             )
         block = layer.deployed
         check_in_memory(name, block.A, block.B)
@@ -96,14 +90,12 @@ def _check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
             )
 
 
-def _check_untied(model: nn.Module) -> None:
+def _check_untied(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for name, module in model.named_modules():
-        if not isinstance(module, RoutedLayer):
-            continue
-        for parameter in module.get_submodule("base_layer").parameters():
+    for name, layer in layers.items():
+        for parameter in layer.get_submodule("base_layer").parameters():
             others = [other for other in owners.get(id(parameter), []) if not other.startswith(f"{name}.")]
             if others:
                 raise TargetError(

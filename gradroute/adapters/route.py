@@ -13,8 +13,8 @@ from typing import TypeVar
 from torch import nn
 
 from gradroute._checks import instance_of, listed
-from gradroute.adapters._in_force import Layers, changed_state, marks_of, set_states
-from gradroute.adapters._state import INITIAL, ActiveRoute, ForwardState
+from gradroute.adapters._gates import ActiveRoute
+from gradroute.adapters._state import INITIAL, ForwardState, Layers, changed_state, marks_of, set_states
 from gradroute.adapters.layer import routed_linears
 from gradroute.adapters.mask import RouteMask
 from gradroute.adapters.pending import PendingMask
@@ -102,7 +102,7 @@ def _close_sticky(layers: Layers, caller: str) -> None:
     set_states(layers, lambda _: INITIAL)
     for layer in layers.values():
         layer.ran_under_route = False
-    for active in {id(active): active for active in routes.values()}.values():
+    for active in dict.fromkeys(routes.values()):
         active.closed = True
         _check_used(active, {name: ran[name] for name, of_layer in routes.items() if of_layer is active})
 

@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._protocol import Block, BlockName
-from gradroute._sharding import readable, whole
+from gradroute._sharding import readable, whole, wide
 from gradroute.adapters._singular import top_singular_triplets
-from gradroute.adapters.functional import StopGradient
-from gradroute.adapters.layer import WrappedLinear
+from gradroute.adapters.layer import StopGradient, WrappedLinear
 from gradroute.errors import TargetError
 
 
@@ -67,11 +66,9 @@ class SvdGain(WrappedLinear):
         if weight.is_meta or not torch.isfinite(weight).all():
             found = "a weight on the meta device" if weight.is_meta else "values that are not finite"
             raise TargetError(f"`base_layer` should have a finite weight to decompose. Found {found}.")
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        U, S, Vh = top_singular_triplets(wide, max(self.r, self.r_quarantine))
-        self.register_buffer("U", U.to(weight))
-        self.register_buffer("S", S.to(weight))
-        self.register_buffer("Vh", Vh.to(weight))
+        triplets = top_singular_triplets(wide(weight), max(self.r, self.r_quarantine))
+        for name, values in zip(("U", "S", "Vh"), triplets, strict=True):
+            self.register_buffer(name, values.to(weight))
         self.rotate = rotate
         self.gain = nn.Parameter(weight.new_zeros(self.r))
         self.gain_quarantine = nn.Parameter(weight.new_zeros(self.r_quarantine))
@@ -95,9 +92,8 @@ class SvdGain(WrappedLinear):
     @property
     def gain_readout(self) -> Float[Tensor, "d_out r"]:
         """s_d U diag(S (1 - tanh^2 g_d)), so that h * (delta @ gain_readout) = dL/dg_d: not zero at g_d = 0."""
-        wide = torch.promote_types(self.gain.dtype, torch.float32)
-        slope = self.S[: self.r].to(wide) * (1 - torch.tanh(readable(self.gain, self.name).to(wide)).square())
-        return self.lora_alpha / self.r * self.U[:, : self.r].to(wide) * slope
+        slope = wide(self.S[: self.r]) * (1 - torch.tanh(wide(readable(self.gain, self.name))).square())
+        return self.lora_alpha / self.r * wide(self.U[:, : self.r]) * slope
 
     def _scaled_U(self, gain: Float[Tensor, " r"]) -> Float[Tensor, "d_out r"]:
         gain = readable(gain, self.name)
@@ -124,7 +120,7 @@ def cayley(below_diagonal: Float[Tensor, " entries"], r: int) -> Float[Tensor, "
 
     In float32 or wider. I + K is never singular: the eigenvalues of K are imaginary.
     """
-    entries = below_diagonal.to(torch.promote_types(below_diagonal.dtype, torch.float32))
+    entries = wide(below_diagonal)
     rows, columns = torch.tril_indices(r, r, offset=-1, device=entries.device)
     lower = entries.new_zeros(r, r).index_put((rows, columns), entries)
     K, identity = lower - lower.T, torch.eye(r, dtype=entries.dtype, device=entries.device)

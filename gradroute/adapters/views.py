@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gradroute._checks import listed, share
 from gradroute._module_tree import named_modules
-from gradroute.adapters._in_force import Change, Layers, changed_state, marks_of
-from gradroute.adapters._state import ForwardState, combine_scales, is_expert
+from gradroute.adapters._gates import combine_scales
+from gradroute.adapters._state import Change, ForwardState, Layers, changed_state, is_expert, marks_of
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.errors import RouteError
 
@@ -88,10 +88,16 @@ def _disabled(model: nn.Module, layers: Layers) -> Iterator[nn.Module]:
 def _viewed(model: nn.Module, layers: Layers, change: Change) -> Iterator[nn.Module]:
     with marks_of(layers, "ran", count_outside=True), changed_state(layers, change):
         yield model
-        _check_none_passed_by(layers)
+        idle = [name for name, layer in layers.items() if not layer.ran and not is_expert(name)]
+        if idle and any(layer.ran for layer in layers.values()):
+            raise RouteError(
+                f"Every routed layer should run in a view, or none. Found {len(idle)} of {len(layers)} that did not "
+                f"run: {listed(idle)}. A forward that bypasses them may still show their quarantine. "
+                "Fix: pass the module that runs, and undo patches that replace a routed layer's forward."
+            )
 
 
-def without_route(model: nn.Module) -> AbstractContextManager[nn.Module]:
+def without_route(model: nn.Module) -> AbstractContextManager[None]:
     """Suspend an open route, so that a batch of other rows can run in between.
 
     Args:
@@ -100,20 +106,4 @@ def without_route(model: nn.Module) -> AbstractContextManager[nn.Module]:
     Raises:
         GradRouteError: `model` has no routed layers.
     """
-    return _unrouted(model, routed_linears(model))
-
-
-@contextmanager
-def _unrouted(model: nn.Module, layers: Layers) -> Iterator[nn.Module]:
-    with changed_state(layers, lambda state: ForwardState(None, state.scale, state.disabled)):
-        yield model
-
-
-def _check_none_passed_by(layers: Layers) -> None:
-    idle = [name for name, layer in layers.items() if not layer.ran and not is_expert(name)]
-    if idle and any(layer.ran for layer in layers.values()):
-        raise RouteError(
-            f"Every routed layer should run in a view, or none. Found {len(idle)} of {len(layers)} that did not run: "
-            f"{listed(idle)}. A forward that bypasses them may still show their quarantine. "
-            "Fix: pass the module that runs, and undo patches that replace a routed layer's forward."
-        )
+    return changed_state(routed_linears(model), lambda state: ForwardState(None, state.scale, state.disabled))

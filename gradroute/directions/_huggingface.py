@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradroute._module_tree import unwrapped
 from gradroute._protocol import RoutedLayer
-from gradroute._wrappers import unwrapped
 from gradroute.errors import GradRouteError
 
 ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]

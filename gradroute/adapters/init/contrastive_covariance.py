@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from gradroute._checks import positive_number
 from gradroute._typing import typechecked
 from gradroute.adapters._singular import top_singular_triplets
-from gradroute.adapters.init._differences import Differences, check_names, paired
-from gradroute.adapters.init._frames import alternate, unit
-from gradroute.adapters.init._split import Frame, initialise_split
+from gradroute.adapters.init._split import Differences, Frame, alternate, check_names, initialise_split, paired, unit
 from gradroute.errors import DeadDirectionError
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._typing import typechecked
-from gradroute.adapters.init._frames import normal
-from gradroute.adapters.init._split import Frame, initialise_split
+from gradroute.adapters.init._split import Frame, initialise_split, normal
 
 
 @typechecked

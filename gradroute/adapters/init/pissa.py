@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from gradroute._typing import typechecked
 from gradroute.adapters._singular import top_singular_triplets
-from gradroute.adapters.init._frames import alternate
-from gradroute.adapters.init._split import Frame, initialise_split
+from gradroute.adapters.init._split import Frame, alternate, initialise_split
 
 
 @typechecked

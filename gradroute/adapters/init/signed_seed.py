@@ -4,9 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gradroute._typing import typechecked
-from gradroute.adapters.init._differences import Differences, check_names, paired
-from gradroute.adapters.init._frames import completed, unit
-from gradroute.adapters.init._split import Frame, initialise_split
+from gradroute.adapters.init._split import Differences, Frame, check_names, completed, initialise_split, paired, unit
 from gradroute.errors import DeadDirectionError
 
 # Below this share of the norms it is made of, a vector is rounding noise of float32.

@@ -6,9 +6,7 @@ from typing import Any
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from gradroute._offloading import check_not_offloaded
-from gradroute._sharding import check_not_sharded
-from gradroute.adapters._targets import gives_one_tensor
+from gradroute.adapters._targets import check_base_layer, gives_one_tensor
 from gradroute.adapters.peft._private import QUANTISED, build_own_layer, quantised_class, takes_blocks
 from gradroute.adapters.peft.config import QuarantineLoraConfig
 from gradroute.adapters.peft.routed_lora import RoutedLoraLayer
@@ -46,42 +44,29 @@ def build_routed_layer(
     if config.target_parameters:
         # PEFT adds these by itself on architectures whose experts are packed, after the config was checked.
         raise TargetError(
-            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, which have no "
-            "layer whose tokens a mask could reach. Fix: name the attention, as in "
-            'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
+            f"The targets include {sorted(config.target_parameters)}: experts packed into one parameter, whose tokens "
+            'no mask can reach. Fix: name the attention, as in target_modules=["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
     config.check_options()
-    if isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise TargetError(
-            f"`{target_name}` is the output projection of nn.MultiheadAttention, which reads its weight and never "
-            "calls it: blocks there would never run. Fix: exclude_modules."
-        )
-    if isinstance(target, nn.MultiheadAttention):
-        # Before PEFT builds its layer, which changes the module it wraps.
-        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
     if isinstance(target, nn.Linear) and not gives_one_tensor(target):
         raise TargetError(
             f"`{target_name}` is a {type(target).__name__}, whose forward does not give one tensor of its out_features "
             "(a router): blocks could not be added to it. Fix: exclude_modules."
         )
-    check_not_offloaded(target_name, target)
-    check_not_sharded(target_name, target)
-    layer = build_own_layer(target, adapter_name, config, target_name=target_name, **kwargs)
-    if not takes_blocks(layer):
-        raise TargetError(_NO_QUARANTINE.format(name=target_name, kind=type(target).__name__))
+    check_base_layer(target_name, target)
+    # PEFT changes an attention module by building its layer around it.
+    is_attention = isinstance(target, nn.MultiheadAttention)
+    layer = None if is_attention else build_own_layer(target, adapter_name, config, target_name=target_name, **kwargs)
+    if layer is None or not takes_blocks(layer):
+        raise TargetError(
+            f"`{target_name}` is a {type(target).__name__}, whose LoRA would have no quarantine. Only nn.Linear, "
+            "Conv1D and bitsandbytes 8 / 4 bit linears have one. Fix: name other `target_modules`."
+        )
     if getattr(target, "_hf_tp_plan", None) is not None:
         raise TargetError(f"`{target_name}` is tensor-parallel; its quarantine would not be. Fix: load it unsharded.")
-    peft_class: type[nn.Module] = type(layer)
-    layer.__class__ = routed_class(peft_class)  # type: ignore[arg-type]
+    layer.__class__ = routed_class(type(layer))  # type: ignore[arg-type]
     layer.name, layer.stop_gradient = target_name, config.stop_gradient
     layer.lora_A_quarantine, layer.lora_B_quarantine = nn.ModuleDict(), nn.ModuleDict()
     layer.add_quarantine(adapter_name, config)
-    config.check_base(target_name, layer.get_base_layer().weight)
     routed: nn.Module = layer
     return routed
-
-
-_NO_QUARANTINE = (
-    "`{name}` is a {kind}, whose LoRA would have no quarantine. Only nn.Linear, Conv1D and bitsandbytes 8 / 4 bit "
-    "linears have one. Fix: name other `target_modules`."
-)

@@ -7,7 +7,7 @@ A merged weight shows one view; in every other the layer raises, because it cann
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -32,15 +32,16 @@ class _BaseBeforeMerge:
 class MergedLayer(RoutedLinear):
     """The merging half of `RoutedLoraLayer`: PEFT's merge, with the original weight kept."""
 
-    # ModuleDicts of nn.Linear, as PEFT's lora_A and lora_B.
-    lora_A_quarantine: Any
-    lora_B_quarantine: Any
+    if TYPE_CHECKING:
+        # Attributes of PEFT's layer; lora_A_quarantine and lora_B_quarantine are ModuleDicts as its lora_A and lora_B.
+        def __getattr__(self, name: str) -> Any: ...
+
     base_before_merge: _BaseBeforeMerge | None = None
     merged_scale: float = 1.0
 
     @property
     def merged(self) -> bool:
-        return bool(self._peft_layer().merged_adapters)
+        return bool(self.merged_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s_d B_d A_d + scale * s_q B_q A_q, as the base weight lies: what the layer adds in its present view."""
@@ -48,10 +49,10 @@ class MergedLayer(RoutedLinear):
         scale = self._uniform_scale()
         if adapter not in self.lora_A_quarantine or scale == 0.0:
             return delta
-        peft_layer = self._peft_layer()
         A, B = self.lora_A_quarantine[adapter].weight.float(), self.lora_B_quarantine[adapter].weight.float()
-        quarantine: Tensor = scale * self.quarantine_scaling(adapter) * (B @ A)
-        quarantine = quarantine.T if peft_layer.fan_in_fan_out else quarantine
+        s_q = self.quarantine_scaling(adapter, self.lora_A[adapter].weight.shape[0] / A.shape[0])
+        quarantine: Tensor = scale * s_q * (B @ A)
+        quarantine = quarantine.T if self.fan_in_fan_out else quarantine
         return (delta + quarantine).to(delta.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -60,62 +61,55 @@ class MergedLayer(RoutedLinear):
         Raises:
             RouteError: under a route or an ablation of some rows, which no single weight can hold; a sharded layer.
         """
-        peft_layer = self._peft_layer()
-        if is_split(peft_layer):
+        if is_split(self):
             raise RouteError(
                 f"`{self.name}` is sharded, and its base weight could not be put back. Fix: export_deployed(model, "
                 "path) or export_full, load the export onto another copy of the base model, and merge there."
             )
-        if peft_layer.merged:
+        if self.merged:
             self._check_merged_view()
-        names = check_adapters_to_merge(peft_layer, adapter_names)
+        names = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
         if not names:
             return
         if len(names) > 1:
-            raise RouteError(self._several_active(names))
+            raise self._several_active(names)
         self.merged_scale = self._uniform_scale()
-        if not peft_layer.merged:
+        if not self.merged:
             # Adding and subtracting a delta a hundred times in bf16 drifts by a third of the mean weight.
-            self.base_before_merge = _BaseBeforeMerge(peft_layer.get_base_layer())
+            self.base_before_merge = _BaseBeforeMerge(self.get_base_layer())
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
         except BaseException:
-            if not peft_layer.merged:
+            if not self.merged:
                 self._restore_base()
             raise
 
     def unmerge(self) -> None:
         """Put the original base weight back, bitwise."""
-        peft_layer = self._peft_layer()
-        if not peft_layer.merged:
+        if not self.merged:
             super().unmerge()  # type: ignore[misc]
             return
-        peft_layer.merged_adapters.clear()
+        self.merged_adapters.clear()
         self._restore_base()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, refused while merged: the base weight could not be told from the delta any more."""
-        if adapter_name in self._peft_layer().merged_adapters:
+        if adapter_name in self.merged_adapters:
             raise RouteError(f"`{self.name}`: adapter {adapter_name!r} is merged. Fix: unmerge before deleting it.")
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
-    def quarantine_scaling(self, adapter: str) -> float:
-        """s_q as a multiple of s_d: so whatever rescales an adapter in PEFT rescales both blocks."""
-        A, A_q = self._peft_layer().lora_A[adapter].weight, self.lora_A_quarantine[adapter].weight
-        return self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
-
-    def _quarantine_scaling(self, adapter: str, ratio: float) -> float:
-        peft_layer = self._peft_layer()
-        scaling = peft_layer.scaling[adapter]
+    def quarantine_scaling(self, adapter: str, ratio: float) -> float:
+        """s_q from s_d and r / r_quarantine: so whatever rescales an adapter in PEFT rescales both blocks."""
+        scaling = self.scaling[adapter]
         if isinstance(scaling, Tensor):
             raise RouteError(
                 f"`{self.name}`: the scaling of adapter {adapter!r} should be a number. Found a tensor, as from PEFT's "
                 "prepare_model_for_compiled_hotswap, which pads the deployed block alone. Fix: do without it."
             )
-        return float(scaling * (math.sqrt(ratio) if peft_layer.use_rslora[adapter] else ratio))
+        return float(scaling * (math.sqrt(ratio) if self.use_rslora[adapter] else ratio))
 
     def _restore_base(self) -> None:
-        base = self._peft_layer().get_base_layer()
+        base = self.get_base_layer()
         stash = self.base_before_merge
         assert stash is not None
         for name, (parameter, values, attributes) in stash.parameters.items():
@@ -144,13 +138,10 @@ class MergedLayer(RoutedLinear):
 
     def _active(self) -> list[str]:
         modules: Any = self._modules
-        return [name for name in self._peft_layer().active_adapters if name in modules["lora_A"]._modules]
+        return [name for name in self.active_adapters if name in modules["lora_A"]._modules]
 
-    def _several_active(self, names: list[str]) -> str:
-        return (
+    def _several_active(self, names: list[str]) -> RouteError:
+        return RouteError(
             f"`{self.name}` should have one active adapter. Found {names}: which of them a mask gates would be "
             "undefined. Fix: model.set_adapter(one name)."
         )
-
-    def _peft_layer(self) -> Any:
-        return self

@@ -9,7 +9,6 @@ experts' parameter), and refuses others (Mamba's `out_proj`). Neither can be tol
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +17,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from gradroute._module_tree import inner_of
 from gradroute._protocol import RoutedLayer
-from gradroute._wrappers import inner_of
 from gradroute.errors import GradRouteError
 
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Name in the base model -> A (r, d_in) and B (d_out, r)."""
 
-def check_reloads(model: nn.Module, config: LoraConfig, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+
+def named(factors: Factors) -> dict[str, Tensor]:
+    """The factors as PEFT names them in a checkpoint, without its prefix."""
+    return {f"{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")}
+
+
+def check_reloads(model: nn.Module, config: LoraConfig, factors: Factors) -> None:
     """Raise unless stock PEFT, given `config` and the factors, adapts exactly these layers with exactly these values.
 
     Args:
@@ -52,29 +59,26 @@ def check_reloads(model: nn.Module, config: LoraConfig, factors: Mapping[str, tu
             why = f": PEFT takes these names for the packed experts' {', '.join(sorted(config.target_parameters))}"
         raise GradRouteError(
             "PEFT should load the exported adapter as it was trained. Found that it would lose the LoRA of "
-            f"{len(lost)} of {len(factors)} layers{_named(lost)} and adapt {len(added)} others{_named(added)}{why}. "
-            f"Fix: {_FIX}."
+            f"{len(lost)} of {len(factors)} layers{_examples(lost)} and adapt {len(added)} others{_examples(added)}"
+            f"{why}. Fix: {_FIX}."
         )
 
 
 _FIX = "merge_deployed(model) and save the model, or train without these targets"
 
 
-def _named(names: list[str]) -> str:
+def _examples(names: list[str]) -> str:
     return f" ({', '.join(f'`{name}`' for name in names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
 
 
-def _loaded(
-    twin: nn.Module, config: LoraConfig, factors: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor] | None]:
+def _loaded(twin: nn.Module, config: LoraConfig, factors: Factors) -> dict[str, tuple[Tensor, Tensor] | None]:
     """The LoRA of every layer that PEFT adapts in `twin`; None for a kind of layer that holds no single pair."""
-    tensors = {f"{name}.lora_{side}.weight": pair[i] for name, pair in factors.items() for i, side in enumerate("AB")}
     parameters = [(parameter, parameter.requires_grad) for parameter in twin.parameters()]
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, twin, low_cpu_mem_usage=True)
-            set_peft_model_state_dict(twin, tensors, low_cpu_mem_usage=True)
+            set_peft_model_state_dict(twin, named(factors), low_cpu_mem_usage=True)
     finally:
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
@@ -116,12 +120,10 @@ def _plain_twin(model: nn.Module) -> nn.Module:
 def _base_of(module: nn.Module) -> nn.Module:
     """The module of the base model that a wrapper is around."""
     while True:
-        if isinstance(module, RoutedLayer):
+        if isinstance(module, RoutedLayer | BaseTunerLayer):
             module = module.get_submodule("base_layer")
         elif isinstance(module, PeftModel):
             module = module.get_base_model()
-        elif isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         elif (inner := inner_of(module)) is not None:

@@ -2,6 +2,9 @@
 
 `model.save_pretrained(path)` of PEFT writes both blocks. PEFT's own `PeftModel.from_pretrained(base, path)` then loads
 the deployed block alone; `load_quarantined(base, path)` loads both.
+
+Trainers that shard load the base model on the first rank and let it send the values. On the others it is on the meta
+device, where a checkpoint cannot be loaded and its config alone says what the model consists of: `inject_blocks`.
 """
 
 from collections.abc import Mapping
@@ -16,14 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradroute._offloading import check_not_offloaded
 from gradroute._protocol import RoutedLayer, check_module
+from gradroute._transfers import check_not_offloaded
 from gradroute.adapters.attach import replace_module
 from gradroute.adapters.peft.config import QuarantineLoraConfig, read_config
 from gradroute.adapters.peft.export import checked_folder
+from gradroute.adapters.peft.plain_lora import PREFIX
 from gradroute.errors import FileFormatError, TargetError
-
-_PREFIX = "base_model.model."
 
 
 def load_quarantined(
@@ -83,6 +85,38 @@ def load_quarantined(
     return loaded if is_trainable else loaded.eval()
 
 
+def inject_blocks(model: nn.Module, config: QuarantineLoraConfig, path: str | Path | None = None) -> PeftModel:
+    """`model` with both blocks in the type of its weights: new ones of `config`, or those saved in `path`.
+
+    Args:
+        model: the base model, on this rank maybe without values.
+        config: of new blocks; r, r_quarantine and lora_alpha of saved ones have to be these.
+        path: a folder that `save_pretrained` wrote.
+
+    Raises:
+        FileFormatError: saved blocks of another r, r_quarantine or lora_alpha, or see `load_quarantined`.
+    """
+    dtype = next(model.parameters()).dtype
+    if path is None:
+        injected: Any = get_peft_model(model, config)
+    else:
+        saved = read_config(Path(path))
+        expected, found = ((c.r, c.r_quarantine or c.r, c.lora_alpha) for c in (config, saved))
+        if found != expected:
+            raise FileFormatError(
+                f"`{path}` should hold blocks of (r, r_quarantine, lora_alpha) = {expected}, as configured. Found "
+                f"{found}. Fix: the settings that they were trained with."
+            )
+        saved.inference_mode = False  # a saved config says True, and its blocks would be frozen on this rank alone
+        without_values = any(parameter.is_meta for parameter in model.parameters())
+        injected = get_peft_model(model, saved) if without_values else load_quarantined(model, path)
+    for parameter in injected.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    wrapped: PeftModel = injected
+    return wrapped
+
+
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
@@ -100,7 +134,7 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
     """Every matrix fits its module, every module has four, and the base weights are those of the training."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module_name, found, matrix = name.removeprefix(_PREFIX).partition(".lora_")
+        module_name, found, matrix = name.removeprefix(PREFIX).partition(".lora_")
         if found:
             modules.setdefault(module_name, {})["lora_" + matrix.removesuffix(".weight")] = tensor
     if not any("lora_A_quarantine" in matrices for matrices in modules.values()):
@@ -117,16 +151,16 @@ def _check_tensors(model: nn.Module, config: QuarantineLoraConfig, tensors: Mapp
             raise FileFormatError(f"`{folder}`: `{name}` should have {sorted(needed)}. Found {sorted(matrices)}.")
         d_in, d_out = _widths(module)
         for block in ("", "_quarantine"):
-            A, B = tuple(matrices[f"lora_A{block}"].shape), tuple(matrices[f"lora_B{block}"].shape)
-            if not all(matrices[f"lora_{side}{block}"].is_floating_point() for side in "AB"):
-                dtypes = [str(matrices[f"lora_{side}{block}"].dtype) for side in "AB"]
+            A, B = matrices[f"lora_A{block}"], matrices[f"lora_B{block}"]
+            if not (A.is_floating_point() and B.is_floating_point()):
                 raise FileFormatError(
-                    f"`{folder}`: `{name}.lora_A{block}` and B should be floating point. Found {dtypes}."
+                    f"`{folder}`: `{name}.lora_A{block}` and B should be floating point. Found {A.dtype} and {B.dtype}."
                 )
-            if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (d_in is not None and (A[1], B[0]) != (d_in, d_out)):
+            fit = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+            if not fit or (d_in is not None and (A.shape[1], B.shape[0]) != (d_in, d_out)):
                 raise FileFormatError(
                     f"`{folder}`: the blocks of `{name}` should be A (r, {d_in}) and B ({d_out}, r). "
-                    f"Found lora_A{block} {A} and lora_B{block} {B}."
+                    f"Found lora_A{block} {tuple(A.shape)} and lora_B{block} {tuple(B.shape)}."
                 )
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):

@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from gradroute._checks import one_of
+from gradroute._checks import one_of, positive_integer
 from gradroute._sharded_samples import evenly_spaced
-from gradroute.adapters.functional import StopGradient
+from gradroute.adapters.layer import StopGradient
 from gradroute.adapters.peft._private import inject_by
 from gradroute.errors import FileFormatError, TargetError
 
@@ -63,28 +63,20 @@ class QuarantineLoraConfig(LoraConfig):
 
     def check_options(self) -> None:
         """Raise `TargetError` for an option that does not go with a quarantine, whenever it was set."""
-        rank = self.r_quarantine
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise TargetError(f"`r_quarantine` should be a positive integer or None. Found {rank!r}.")
+        if self.r_quarantine is not None:
+            positive_integer("r_quarantine", self.r_quarantine, TargetError)
         one_of("stop_gradient", self.stop_gradient, get_args(StopGradient), TargetError)
         if self.init_lora_weights not in (True, "gaussian"):
             raise TargetError(
                 f'`init_lora_weights` should be True or "gaussian". Found {self.init_lora_weights!r}: it would change '
-                "the base weights or start from a non-zero delta. Fix: oriented starts of zero delta are in "
-                "gradroute.adapters.init."
+                "the base weights or start from a non-zero delta. Fix: oriented starts are in gradroute.adapters.init."
             )
-        for name, why in _REFUSED.items():
-            if getattr(self, name, None) and getattr(self, name) != "none":
-                raise TargetError(
-                    f"`{name}={getattr(self, name)!r}` cannot be used with a quarantine: {why}. Fix: leave it out."
-                )
-        variants = [
-            f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant") and getattr(self, f.name)
-        ]
-        if variants:
-            raise TargetError(
-                f"`{variants[0]}` cannot be used with a quarantine: only plain LoRA splits into two blocks."
-            )
+        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
+        refused = {**dict.fromkeys(variants, "only plain LoRA splits into two blocks"), **_REFUSED}
+        for name, why in refused.items():
+            value = getattr(self, name, None)
+            if value and value != "none":
+                raise TargetError(f"`{name}={value!r}` cannot be used with a quarantine: {why}. Fix: leave it out.")
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, with the fingerprint of the base model that it was injected into."""
@@ -110,18 +102,15 @@ class QuarantineLoraConfig(LoraConfig):
                 f"`quarantine_format` of the adapter config should be {FORMAT}. Found {version!r}: written by a later "
                 "gradroute. Fix: upgrade gradroute."
             )
-        if str(getattr(kwargs.get("peft_type"), "value", kwargs.get("peft_type"))) != "LORA":
-            raise FileFormatError(
-                f"`peft_type` of the adapter config should be LORA. Found {kwargs.get('peft_type')!r}."
-            )
+        kind = kwargs.get("peft_type")
+        if str(getattr(kind, "value", kind)) != "LORA":
+            raise FileFormatError(f"`peft_type` of the adapter config should be LORA. Found {kind!r}.")
         _check_fingerprint(kwargs.get("base_fingerprint", {}))
         known = {f.name for f in dataclasses.fields(cls)}
         # A later PEFT writes its new options into every config; they matter only where they are switched on.
         later = sorted(name for name, value in kwargs.items() if name not in known and value)
         if later:
-            raise FileFormatError(
-                f"The adapter config sets {later}, which this version of peft does not know. Fix: upgrade peft."
-            )
+            raise FileFormatError(f"The config sets {later}, which this peft does not know. Fix: upgrade peft.")
         return cls(**{name: value for name, value in kwargs.items() if name in known})
 
     def check_base(self, name: str, weight: Tensor) -> None:
@@ -134,7 +123,7 @@ class QuarantineLoraConfig(LoraConfig):
         """
         if not weight.is_floating_point() or weight.device.type == "meta":
             return
-        samples, dtype = base_samples(weight), str(weight.dtype).removeprefix("torch.")
+        samples, dtype = evenly_spaced({"weight": weight}, _SAMPLES)["weight"], str(weight.dtype).removeprefix("torch.")
         expected = self.base_fingerprint.get(name)
         if expected is not None:
             rtol, atol = (0.0, 0.0) if expected["dtype"] == dtype else (0.05, 1e-4)
@@ -151,26 +140,13 @@ class QuarantineLoraConfig(LoraConfig):
 
 
 def _check_fingerprint(fingerprint: Any) -> None:
-    entries = fingerprint.values() if isinstance(fingerprint, dict) else [None]
-    for entry in entries:
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("dtype"), str)
-            or not _are_numbers(entry.get("values"))
-        ):
+    for entry in fingerprint.values() if isinstance(fingerprint, dict) else [fingerprint]:
+        values = entry.get("values") if isinstance(entry, dict) else None
+        numbers = isinstance(values, list) and values and all(isinstance(v, int | float) for v in values)
+        if not numbers or not isinstance(entry.get("dtype"), str):
             raise FileFormatError(
-                "`base_fingerprint` of the adapter config should hold a dtype and values for each module. "
-                f"Found {entry if isinstance(fingerprint, dict) else fingerprint!r}."
+                f"`base_fingerprint` of the config should hold a dtype and values for each module. Found {entry!r}."
             )
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) for v in values)
-
-
-def base_samples(weight: Tensor) -> list[float]:
-    """A few evenly spaced values of a weight."""
-    return evenly_spaced({"weight": weight}, _SAMPLES)["weight"]
 
 
 def read_config(path: Path) -> QuarantineLoraConfig:

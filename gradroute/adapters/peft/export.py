@@ -18,7 +18,8 @@ from gradroute._checks import share
 from gradroute._hashing import deployed_hash, hash_in_card, scale_in_card
 from gradroute._logging import warn
 from gradroute._protocol import BlockName, check_module
-from gradroute.adapters.peft.plain_lora import PREFIX, Factors, PlainLora
+from gradroute.adapters.peft._reload import Factors
+from gradroute.adapters.peft.plain_lora import PREFIX, PlainLora
 from gradroute.errors import GradRouteError
 
 

@@ -14,17 +14,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from gradroute._offloading import check_in_memory
+from gradroute._module_tree import named_modules, plain_name, unwrapped
 from gradroute._protocol import Block, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute._sharding import reshard, shape_of, whole
-from gradroute._wrappers import plain_name, unwrapped
-from gradroute.adapters.peft._reload import check_reloads
+from gradroute._transfers import check_in_memory
+from gradroute.adapters.peft._reload import Factors, check_reloads, named
 from gradroute.errors import GradRouteError
 
 PREFIX = "base_model.model."
-
-Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class PlainLora:
@@ -40,9 +39,8 @@ class PlainLora:
     def __init__(self, model: nn.Module) -> None:
         check_module(model)
         self._model = unwrapped(model)
-        found = routed_layers(self._model)
-        self.layers = {_base_name(self._model, name): layer for name, layer in found.items()}
-        self._places = [_place(self._model, name) for name in found]
+        self._found = routed_layers(self._model)
+        self.layers = {_base_name(self._model, name): layer for name, layer in self._found.items()}
         self._adapter = _adapter(self.layers)
         self._targets = _target_modules(self._model, self.layers)
 
@@ -70,7 +68,7 @@ class PlainLora:
         self.reshard()
         r = self.rank(blocks)
         return {
-            name: _padded(*_folded(name, [_block(layer, block, scale) for block in blocks], dtype), r)
+            name: _folded(name, [_block(layer, block, scale) for block in blocks], dtype, r)
             for name, layer in self.layers.items()
         }
 
@@ -80,7 +78,8 @@ class PlainLora:
 
     def config(self, r: int) -> LoraConfig:
         """What is written as adapter_config.json."""
-        trained = self._peft_config()
+        configs = getattr(self._model, "peft_config", None)
+        trained = None if configs is None or self._adapter is None else configs[self._adapter]
         return LoraConfig(
             r=r,
             lora_alpha=r,
@@ -93,7 +92,7 @@ class PlainLora:
             inference_mode=True,
         )
 
-    def check(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def check(self, factors: Factors) -> None:
         """Raise unless stock PEFT loads these factors as they are.
 
         Raises:
@@ -118,11 +117,7 @@ class PlainLora:
 
     def write(self, path: Path, factors: Factors, whole: Mapping[str, Tensor]) -> None:
         """adapter_model.safetensors and adapter_config.json."""
-        tensors = {
-            f"{PREFIX}{name}.lora_{side}.weight": pair[i]
-            for name, pair in factors.items()
-            for i, side in enumerate("AB")
-        }
+        tensors = {PREFIX + name: tensor for name, tensor in named(factors).items()}
         path.mkdir(parents=True, exist_ok=True)
         # Each file appears whole: under DDP every rank may write the same.
         with tempfile.TemporaryDirectory(dir=path) as aside:
@@ -132,18 +127,14 @@ class PlainLora:
                 file.replace(path / file.name)
 
     def _check_unchanged(self) -> None:
-        moved = any(parent._modules.get(name) is not layer for parent, name, layer in self._places)
+        modules = named_modules(self._model)
+        moved = any(modules.get(name) is not layer for name, layer in self._found.items())
         if moved or _adapter(self.layers) != self._adapter:
             what = "other layers" if moved else f"the active adapter {_adapter(self.layers)!r}, not {self._adapter!r}"
             raise GradRouteError(
                 f"`model` should have the routed layers and the active adapter that it had at first. Found {what}. "
                 "Fix: make the object that writes its blocks after the last change of adapters."
             )
-
-    def _peft_config(self) -> Any:
-        """The config of the active adapter, or None for an attached model."""
-        configs = getattr(self._model, "peft_config", None)
-        return None if configs is None or self._adapter is None else configs[self._adapter]
 
 
 def _block(layer: RoutedLayer, name: BlockName, scale: float = 1.0) -> Block:
@@ -153,20 +144,13 @@ def _block(layer: RoutedLayer, name: BlockName, scale: float = 1.0) -> Block:
     return layer.quarantine._replace(scaling=scale * layer.quarantine.scaling)
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
-    """(parent, name in it, layer); a model that is itself a layer has no parent and cannot be replaced."""
-    parent, _, child = name.rpartition(".")
-    holder = model.get_submodule(parent)
-    return (holder, child, holder._modules[child]) if child else (model, "", model)  # type: ignore[return-value]
-
-
 def _adapter(layers: Mapping[str, RoutedLayer]) -> str | None:
     """The active adapter; None for an attached model."""
     layer: Any = next(iter(layers.values()))
     return getattr(layer, "routed_adapter", None)
 
 
-def _rank_of(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+def _rank_of(factors: Factors) -> int:
     return next(iter(factors.values()))[0].shape[0]
 
 
@@ -175,7 +159,7 @@ def _base_name(model: nn.Module, name: str) -> str:
     return plain_name(name.removeprefix(PREFIX) if isinstance(model, PeftModel) else name)
 
 
-def _folded(name: str, blocks: list[Block], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _folded(name: str, blocks: list[Block], dtype: torch.dtype | None, r: int) -> tuple[Tensor, Tensor]:
     check_in_memory(name, *(block.A for block in blocks), *(block.B for block in blocks))
     blocks = [block.whole(name) for block in blocks]
     A = torch.cat([block.A for block in blocks])
@@ -186,12 +170,8 @@ def _folded(name: str, blocks: list[Block], dtype: torch.dtype | None) -> tuple[
     A, B = (factor.to(dtype or wide).cpu() for factor in (A, B))
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise GradRouteError(f"The blocks of `{name}` should be finite. Found inf or nan. Fix: export an earlier step.")
-    return A, B
-
-
-def _padded(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    pad, ranks = torch.nn.functional.pad, r - A.shape[0]
-    return pad(A, (0, 0, 0, ranks)).contiguous(), pad(B, (0, ranks)).contiguous()
+    more = r - A.shape[0]
+    return pad(A, (0, 0, 0, more)).contiguous(), pad(B, (0, more)).contiguous()
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, RoutedLayer]) -> list[str]:

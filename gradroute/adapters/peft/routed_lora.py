@@ -15,9 +15,10 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from gradroute._offloading import OFFLOADED_TRAINING, check_not_offloaded, in_memory, is_offloaded
 from gradroute._protocol import Block, BlockName
-from gradroute._sharding import check_not_sharded, whole
+from gradroute._sharding import whole
+from gradroute._transfers import in_memory, is_offloaded, offloaded_training
+from gradroute.adapters._targets import check_base_layer
 from gradroute.adapters.peft._merging import MergedLayer
 from gradroute.adapters.peft._private import combining, move_to_base
 from gradroute.errors import RouteError, TargetError
@@ -30,9 +31,13 @@ class RoutedLoraLayer(MergedLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """PEFT adds another adapter to the layer: with a quarantine if its config says so."""
-        _check_no_combination()
-        check_not_offloaded(self.name, self._peft_layer().get_base_layer())
-        check_not_sharded(self.name, self._peft_layer().get_base_layer())
+        method = combining()
+        if method is not None:  # it writes the matrices that PEFT knows: the quarantines would be lost, or merged in
+            raise TargetError(
+                f"{method} should work on adapters without a quarantine: it would combine the deployed blocks and "
+                "start a new quarantine. Fix: export_deployed each, and combine those."
+            )
+        check_base_layer(self.name, self.get_base_layer())
         if hasattr(config, "r_quarantine"):
             config.check_options()
             if config.stop_gradient != self.stop_gradient:
@@ -43,23 +48,21 @@ class RoutedLoraLayer(MergedLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         if hasattr(config, "r_quarantine"):
             self.add_quarantine(adapter_name, config)
-            stash = self.base_before_merge
-            weight = stash.parameters["weight"][1] if stash else self._peft_layer().get_base_layer().weight
-            config.check_base(self.name, weight)
 
     def add_quarantine(self, adapter_name: str, config: Any) -> None:
-        """Give one adapter its quarantine: A as PEFT draws it, B = 0."""
-        peft_layer: Any = self
-        r = peft_layer.r[adapter_name]
+        """Give one adapter its quarantine: A as PEFT draws it, B = 0; raise if it was trained on other weights."""
+        r = self.r[adapter_name]
         r_quarantine = config.r_quarantine or r
-        A = nn.Linear(peft_layer.in_features, r_quarantine, bias=False)
-        B = nn.Linear(r_quarantine, peft_layer.out_features, bias=False)
+        A = nn.Linear(self.in_features, r_quarantine, bias=False)
+        B = nn.Linear(r_quarantine, self.out_features, bias=False)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A.weight, std=1 / r_quarantine)
         nn.init.zeros_(B.weight)
         self.lora_A_quarantine[adapter_name], self.lora_B_quarantine[adapter_name] = A, B
         move_to_base(self, adapter_name)
-        peft_layer.set_adapter(peft_layer.active_adapters, inference_mode=config.inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        stash = self.base_before_merge
+        config.check_base(self.name, stash.parameters["weight"][1] if stash else self.get_base_layer().weight)
 
     @property
     def routed_adapter(self) -> str:
@@ -68,7 +71,7 @@ class RoutedLoraLayer(MergedLayer):
         if len(active) == 1 and active[0] in self.lora_A_quarantine:
             return active[0]
         if len(active) > 1:
-            raise RouteError(self._several_active(active))
+            raise self._several_active(active)
         raise RouteError(
             f"`{self.name}` should have an active adapter with a quarantine. Found {active or 'none active'}; with a "
             f"quarantine: {sorted(self.lora_A_quarantine)}. Fix: model.set_adapter(...)."
@@ -90,8 +93,7 @@ class RoutedLoraLayer(MergedLayer):
         # Past nn.Module's look-up of attributes, which costs as much as a small product: decoding comes here often.
         modules: Any = self._modules
         A, B = _weight(modules["lora_A"], adapter), _weight(modules["lora_B"], adapter)
-        peft_layer: Any = self
-        scaling = peft_layer.scaling[adapter]
+        scaling = self.scaling[adapter]
         if A.is_meta:
             A, B = self._fetched("lora_A", adapter), self._fetched("lora_B", adapter)
         if alone:
@@ -101,7 +103,7 @@ class RoutedLoraLayer(MergedLayer):
             A_q, B_q = self._fetched("lora_A_quarantine", adapter), self._fetched("lora_B_quarantine", adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
-        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        s_q = scaling if equal else self.quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
         return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
     def _fetched(self, matrix: str, adapter: str) -> Tensor:
@@ -109,14 +111,14 @@ class RoutedLoraLayer(MergedLayer):
         factor = self.get_submodule(matrix)[adapter]  # type: ignore[index]
         weight: Tensor = factor.weight
         if not is_offloaded(factor):
-            if self._peft_layer().get_base_layer().weight.is_meta:
+            if self.get_base_layer().weight.is_meta:
                 return weight  # the whole model is without values
             raise RouteError(
                 f"`{self.name}` should have blocks with values. Found `{matrix}` on the meta device. "
                 "Fix: load_quarantined onto the base model, or inject without low_cpu_mem_usage."
             )
         if torch.is_grad_enabled() and weight.requires_grad:
-            raise RouteError(OFFLOADED_TRAINING.format(name=self.name))
+            raise offloaded_training(self.name)
         return in_memory(factor, "weight")
 
     def block_parameters(self, block: BlockName) -> Iterator[nn.Parameter]:
@@ -126,20 +128,19 @@ class RoutedLoraLayer(MergedLayer):
             yield factor
 
     def base_weight(self) -> Float[Tensor, "d_out d_in"]:
-        peft_layer = self._peft_layer()
-        base = peft_layer.get_base_layer()
+        base = self.get_base_layer()
         if base.weight.is_floating_point():
             weight = whole(base.weight, self.name)
-            return weight.T if peft_layer.fan_in_fan_out else weight
+            return weight.T if self.fan_in_fan_out else weight
         # By its own forward: what bitsandbytes and PEFT offer for reading a quantised weight moves and repacks it.
         with torch.no_grad():
-            identity = torch.eye(peft_layer.in_features, device=base.weight.device)
+            identity = torch.eye(self.in_features, device=base.weight.device)
             columns: Tensor = base(identity)
             return (columns if base.bias is None else columns - base.bias).T
 
     @property
     def view(self) -> str:
-        return "disabled" if self._peft_layer().disable_adapters else self.state.view
+        return "disabled" if self.disable_adapters else self.state.view
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """As nn.Module's; PEFT's hook for `adapter_names=` is refused here, for an error in forward would leave it."""
@@ -148,27 +149,25 @@ class RoutedLoraLayer(MergedLayer):
         return super().register_forward_pre_hook(hook, **kwargs)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
-        peft_layer: Any = self
         for unsupported in ("adapter_names", "alora_offsets") if kwargs else ():
             if kwargs.pop(unsupported, None) is not None:
                 raise RouteError(_PER_ROW_ADAPTERS.format(name=unsupported))
-        disabled = peft_layer.disable_adapters
-        if disabled and peft_layer.merged:
+        disabled = self.disable_adapters
+        if disabled and self.merged:
             self.unmerge()
         modules: Any = self._modules
         active, with_quarantine = self._active(), modules["lora_A_quarantine"]._modules
         routed = len(active) == 1 and active[0] in with_quarantine
-        if not routed and not any(name in with_quarantine for name in active):
-            asked = self.state.route is not None or self.state.view != "on"
-            if not asked:
-                # An adapter without a quarantine, and nobody asks for a route or a view.
-                plain: Tensor = super().forward(x, *args, **kwargs)
-                return plain
+        without_quarantine = not routed and not any(name in with_quarantine for name in active)
+        if without_quarantine and self.state.route is None and self.state.view == "on":
+            # Nobody asks for a route or a view.
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
         base_layer = modules["base_layer"]
-        if disabled or peft_layer.merged_adapters or self.state.disabled:
+        if disabled or self.merged_adapters or self.state.disabled:
             self.ran = True
             base_output: Tensor = base_layer(x, *args, **kwargs)
-            if peft_layer.merged and not disabled:
+            if self.merged and not disabled:
                 self._check_merged_view()
             return base_output
         name = active[0] if routed else self.routed_adapter
@@ -177,12 +176,9 @@ class RoutedLoraLayer(MergedLayer):
 
     def extra_repr(self) -> str:
         """Ranks of both blocks for each adapter that has them."""
-        pairs = {name: (A.out_features, self.lora_A_quarantine[name].out_features) for name, A in self._routed_A()}
-        ranks = ", ".join(f"{name}: r={r}, r_quarantine={r_q}" for name, (r, r_q) in pairs.items())
+        r, quarantines = self.r, self.lora_A_quarantine.items()
+        ranks = ", ".join(f"{name}: r={r[name]}, r_quarantine={A.out_features}" for name, A in quarantines)
         return ranks if self.view == "on" else f"{ranks}, view={self.view}"
-
-    def _routed_A(self) -> list[tuple[str, nn.Linear]]:
-        return [(name, A) for name, A in self._peft_layer().lora_A.items() if name in self.lora_A_quarantine]
 
 
 def _weight(factors: Any, adapter: str) -> Tensor:
@@ -198,13 +194,3 @@ _PER_ROW_ADAPTERS = (
     "`{name}=` cannot be used with a quarantine: it picks an adapter per row, past every mask. "
     "Fix: ablate_quarantine(model, rows=...) picks rows."
 )
-
-
-def _check_no_combination() -> None:
-    """PEFT's add_weighted_adapter writes the matrices it knows: the quarantines would be lost, or merged in."""
-    method = combining()
-    if method is not None:
-        raise TargetError(
-            f"{method} should work on adapters without a quarantine: it would combine the deployed blocks and start a "
-            "new quarantine. Fix: export_deployed each, and combine those."
-        )

@@ -28,8 +28,8 @@ from verl.workers.engine import FSDPEngineWithLMHead
 
 from gradroute._restore import left_as_found
 from gradroute.adapters.mask import RouteMask
+from gradroute.adapters.peft.checkpoint import inject_blocks
 from gradroute.adapters.peft.config import QuarantineLoraConfig
-from gradroute.adapters.peft.injection import inject_blocks
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
 from gradroute.directions import capture_activations

@@ -168,7 +168,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config of no format": (change_config(quarantine_format="x"), "`quarantine_format` .*should be 1. Found 'x'"),
     "option of a later peft": (
         change_config(use_hyperlora=True, gamma=0.5),
-        r"\['gamma', 'use_hyperlora'\], which this version of peft does not know",
+        r"\['gamma', 'use_hyperlora'\], which this peft does not know",
     ),
     "option that is refused": (change_config(use_dora=True), rf"{CONFIG}`.*`use_dora=True` cannot be used"),
     "rank is no number": (change_config(r="three"), rf"{CONFIG}`|r"),

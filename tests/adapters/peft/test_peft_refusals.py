@@ -76,7 +76,7 @@ def test_a_variant_of_a_later_peft_is_refused_by_its_mark() -> None:
         new_variant: bool = dataclasses.field(default=False, metadata={"is_lora_variant": True})
 
     LaterConfig(target_modules="all-linear")
-    with pytest.raises(gr.errors.TargetError, match="`new_variant` cannot be used with a quarantine"):
+    with pytest.raises(gr.errors.TargetError, match="`new_variant=True` cannot be used with a quarantine"):
         LaterConfig(target_modules="all-linear", new_variant=True)
 
 
@@ -204,7 +204,7 @@ def test_a_name_that_matches_nothing_raises_at_first_use(option: str, use: Calla
     """PEFT takes a typo among several targets without a word, and says no last word to the config."""
     typo: dict[str, Any] = {"target_modules": ["q_proj", "v_porj"], "rank_pattern": {"v_porj": 4}}
     model = get_peft_model(LLAMA.base(), config(**{option: typo.get(option, {"v_porj": 4})}))
-    with pytest.raises(gr.errors.TargetError, match=r"should match a layer. Found \['v_porj'\].*'default'.*Fix"):
+    with pytest.raises(gr.errors.TargetError, match=r"should match layers. Found \['v_porj'\].*'default'.*Fix"):
         use(model)
 
 
