@@ -20,11 +20,17 @@ from torch import Tensor
 from gradroute._logging import warn
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.integrations.trl._advantages import check_two_advantages, clean_advantages, two_advantages
 from gradroute.integrations.trl._detector import DetectorCall
 from gradroute.integrations.trl._features import RolloutFeatures
 from gradroute.integrations.trl._log_ratios import LogRatios
-from gradroute.integrations.trl._micro_batch import CLEAN, LOG_RATIO, SPLIT
+from gradroute.integrations.trl._micro_batch import (
+    CLEAN,
+    LOG_RATIO,
+    SPLIT,
+    check_two_advantages,
+    clean_advantages,
+    two_advantages,
+)
 from gradroute.integrations.trl._scoring import InSampledState, old_logps
 from gradroute.integrations.trl.routing import Routing
 

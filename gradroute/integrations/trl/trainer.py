@@ -133,11 +133,11 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             engine=engine,
             engine_check=engine_check,
         )
-        with two_view_engine(options.engine, options.engine_check):
+        with two_view_engine(options):
             super().__init__(*args, **kwargs)
         check_config_is_read(self.args, config)
         check_attributes(self)
-        check_engine(self, options.engine, options.engine_check)
+        check_engine(self, options)
         check_run(self, options)
         if isinstance(options.directions, str | Path):
             template = getattr(self.args, "chat_template_kwargs", None)
@@ -173,8 +173,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _resolve_routing(self) -> Routing:
         """Resolve the keywords now, unless they are; on a sharded model all ranks come here together."""
         if self._routing is None:
-            self._routing = resolve(self, self._options)
-            self._flagging = Flagging(self, self._routing)
+            routing = resolve(self, self._options)
+            self._flagging, self._routing = Flagging(self, routing), routing
         return self._routing
 
     # Making rollouts
