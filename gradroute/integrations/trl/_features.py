@@ -28,9 +28,10 @@ from gradroute._logging import logger
 from gradroute._protocol import routed_layers
 from gradroute._sharding import ranks_of, wide
 from gradroute._step_hooks import LocalHook
-from gradroute.directions import Capture, capture_activations
+from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.directions.provenance import Provenance
+from gradroute.integrations._rollouts import captured_for
 from gradroute.integrations.trl._scoring import InSampledState, captured_rollouts, is_random, loss_mask
 
 _KEPT_TOKENS = 32
@@ -92,13 +93,10 @@ class RolloutFeatures:
         pool[:, :-length] = 0
         pool = torch.where(pool.any(1, keepdim=True), pool, attended)
         of_chunk: dict[int, Tensor] = {}  # one tensor for all layers: it is looked at once
-        provenance: Any = self.directions.provenance
-        with capture_activations(
+        with captured_for(
+            self.directions,
             trainer.accelerator.unwrap_model(trainer.model),
-            pool=lambda _: of_chunk.setdefault(model.chunk.start, pool[model.chunk]),
-            features=provenance.feature,
-            reduction=provenance.reduction,
-            modules=list(self.directions.hack),
+            lambda _: of_chunk.setdefault(model.chunk.start, pool[model.chunk]),
         ) as self._captured:
             return run(model, *args, **kwargs)
 

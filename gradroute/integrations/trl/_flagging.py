@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradroute._logging import warn
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
+from gradroute.integrations._rollouts import gated_rows
 from gradroute.integrations.trl._detector import DetectorCall
 from gradroute.integrations.trl._features import RolloutFeatures
 from gradroute.integrations.trl._log_ratios import LogRatios
@@ -104,7 +105,9 @@ class Flagging:
         if self._ask is None:
             return None
         self._detected = self._ask(self._trainer, inputs, prompts, completions, completion_ids)
-        return _mean(self._trainer.accelerator.gather(self._detected))
+        every = self._trainer.accelerator.gather(self._detected)
+        known = every[~every.isnan()]
+        return float(known.mean()) if len(known) else None
 
     def route(self, rollouts: dict[str, Any], ablated: Bool[Tensor, " rows"]) -> Routed:
         """The mask of these rollouts, and what goes into their dictionary.
@@ -147,23 +150,22 @@ class Flagging:
         gate: Any = self._routing.gate
         rows = len(rollouts["prompt_ids"])
         if gate is None:
-            return _absorbed(rows), None
+            return RouteMask.zones(torch.ones(rows, dtype=torch.long)), None
         if self._routing.detector_decides:
             assert self._detected is not None
             decided = (~self._detected.isnan()).nonzero().squeeze(1)
             answers = self._detected[decided]
-            if not self._routing.detector_scores:
-                return _gated_rows(rows, decided, lambda: gate(answers.bool())), None
-            return _gated_rows(rows, decided, lambda: gate(answers)), self._detected
+            if self._routing.detector_scores:
+                return gated_rows(rows, decided, lambda: gate(answers)), self._detected
+            return gated_rows(rows, decided, lambda: gate(answers.bool())), None
         assert self._features is not None
         directions = self._features.directions
         capture, scored = self._features.of(rollouts, ablated)
         scores = torch.full((rows,), torch.nan, device=scored.device)
-        mask = _absorbed(rows)
         if capture is not None:
             found = directions.score(capture)
             scores = scores.to(found).index_copy(0, scored, found)
-            mask = _gated_rows(rows, scored, lambda: gate(capture if gate.reads == "features" else found))
+        mask = gated_rows(rows, scored, lambda: gate(capture if gate.reads == "features" else found))
         if self._detected is not None:
             mask = with_flags(mask, self._detected == 1)
         return mask, scores
@@ -191,24 +193,19 @@ class Flagging:
             return figures
         every = gather(scores.float())
         every = every[~every.isnan()]
-        if not len(every):
-            self._warn_unscored()
-            return figures
-        figures["routing/score"] = float(every.mean())
-        z = getattr(self._routing.gate, "z", None)
-        if z is not None:
-            figures["routing/z"] = float(z(every).mean())
+        if len(every):
+            figures["routing/score"] = float(every.mean())
+            z = getattr(self._routing.gate, "z", None)
+            if z is not None:
+                figures["routing/z"] = float(z(every).mean())
+        elif not self._warned and self._trainer.accelerator.is_main_process:
+            self._warned = True
+            warn(
+                "No rollout of a whole batch has a score, so that all of them absorb: each completion was truncated, "
+                "and mask_truncated_completions hides it; or each has one token, and scores are taken while decoding; "
+                "or the detector was undecided. Said once. Fix, if it goes on: a larger max_completion_length."
+            )
         return figures
-
-    def _warn_unscored(self) -> None:
-        if self._warned or not self._trainer.accelerator.is_main_process:
-            return
-        self._warned = True
-        warn(
-            "No rollout of a whole batch has a score, so that all of them absorb: each completion was truncated, and "
-            "mask_truncated_completions hides it; or each has one token, and scores are taken while decoding; or the "
-            "detector was undecided. Said once. Fix, if it goes on: a larger max_completion_length."
-        )
 
 
 def sampled_ablated(rows: int, first: int, group_size: int, share: int) -> Bool[Tensor, " rows"]:
@@ -226,26 +223,3 @@ def with_flags(mask: RouteMask, flags: Bool[Tensor, " rows"]) -> RouteMask:
     """`mask`, with flagged rows in the route zone whatever they were in."""
     on = flags.to(mask.m.device)
     return RouteMask.weights(mask.m.masked_fill(on, 1.0), mask.g_d.masked_fill(on, 0.0), mask.g_q.masked_fill(on, 1.0))
-
-
-def _absorbed(rows: int) -> RouteMask:
-    return RouteMask.zones(torch.ones(rows, dtype=torch.long))
-
-
-def _gated_rows(rows: int, known: Int[Tensor, " known"], gate: Callable[[], RouteMask]) -> RouteMask:
-    """The gate's mask on the known rows; the other rows absorb, and where nothing is known the gate is not asked."""
-    if not len(known):
-        return _absorbed(rows)
-    mask = gate()
-    if len(known) == rows:
-        return mask
-    spread = [
-        torch.ones(rows, dtype=part.dtype, device=part.device).index_copy(0, known.to(part.device), part)
-        for part in (mask.m, mask.g_d, mask.g_q)
-    ]
-    return RouteMask(*spread)
-
-
-def _mean(values: Float[Tensor, " rows"]) -> float | None:
-    known = values[~values.isnan()]
-    return float(known.mean()) if len(known) else None

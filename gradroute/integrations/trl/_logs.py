@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,19 +38,12 @@ PAPER = {
 }
 
 
-class DiscardedMetrics(dict[str, list[float]]):
-    """Metrics that are not kept: lists that nothing holds on to."""
-
-    def __missing__(self, _: str) -> list[float]:
-        return []
-
-
 @contextmanager
 def unlogged(trainer: Any) -> Iterator[None]:
     """A second loss of the same rollouts is no second observation of them."""
     metrics = trainer._metrics
     try:
-        trainer._metrics = {mode: DiscardedMetrics() for mode in metrics}
+        trainer._metrics = {mode: defaultdict(list) for mode in metrics}
         yield
     finally:
         trainer._metrics = metrics
@@ -118,8 +112,8 @@ def logp_differences(
     # vLLM may leave a token without a log-probability.
     mask = loss_mask(rollouts).bool() & ~difference.isnan()
     off = ablated.to(mask.device)[:, None]
-    parts = [(difference * rows).nan_to_num().sum() for rows in (mask & ~off, mask & off)]
-    counts = [rows.sum() for rows in (mask & ~off, mask & off)]
+    views = (mask & ~off, mask & off)
+    parts, counts = [(difference * rows).nan_to_num().sum() for rows in views], [rows.sum() for rows in views]
     figures = torch.stack([torch.stack(parts).double(), torch.stack(counts).double()])
     sums, numbers = trainer.accelerator.gather(figures[None]).sum(0).tolist()
     names = ("sampling/logp_difference_on", "sampling/logp_difference_ablated")

@@ -52,8 +52,7 @@ class Schedule(TrainerCallback):
     def samples_ablated(self) -> bool:
         """Whether rollouts that are made now are sampled ablated, those that are to be."""
         if self.ablated_from is not None:
-            reached: bool = self._trainer.state.global_step >= self.ablated_from
-            return reached
+            return bool(self._trainer.state.global_step >= self.ablated_from)
         return not self.steps or (self._slow_start is not None and self._slow_start.over)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -135,5 +134,4 @@ class Schedule(TrainerCallback):
 def last_generation(args: Any, num_iterations: int, max_steps: int) -> int:
     """How many optimizer steps have been taken when the last rollouts of a run are made."""
     every, accumulated = args.steps_per_generation * num_iterations, args.gradient_accumulation_steps
-    last: int = (max_steps * accumulated - 1) // every * every // accumulated
-    return last
+    return int((max_steps * accumulated - 1) // every * every // accumulated)
