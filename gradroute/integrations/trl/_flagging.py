@@ -138,13 +138,8 @@ class Flagging:
         if self._routing.clean_baseline:
             full = rollouts["advantages"]
             clean = self._clean_advantages(gated.routed, full)
-            two = two_advantages(
-                mask,
-                full,
-                clean,
-                one_term=trainer.beta == 0,
-                ratio_is_one="old_per_token_logps" not in rollouts.keys() | entries.keys(),
-            )
+            ratio_is_one = "old_per_token_logps" not in rollouts.keys() | entries.keys()
+            two = two_advantages(mask, full, clean, one_term=trainer.beta == 0, ratio_is_one=ratio_is_one)
             mask = two.mask
             entries |= {"advantages": two.advantages, SPLIT: two.split, CLEAN: clean}
         return Routed(mask, gated, scores, entries, figures | self._figures(gated, ablated, scores))

@@ -51,22 +51,23 @@ def unlogged(trainer: Any) -> Iterator[None]:
 
 def log_rows(
     trainer: Any,
-    rows: int,
     view: str,
-    *,
+    ablated: Bool[Tensor, " rows"],
     mask: RouteMask | None = None,
+    *,
     scores: Tensor | None = None,
     log_ratios: Tensor | None = None,
-    ablated: Bool[Tensor, " rows"] | None = None,
 ) -> None:
     """Fill columns of TRL's table of completions; the same ones in training and in evaluation, as a table has to."""
     if "extra" not in trainer._logs:
         return
-    columns: dict[str, list[Any]] = {"view": [view] * rows, "zone": [""] * rows}
-    if mask is not None and ablated is not None:
+    rows = len(ablated)
+    columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()]}
+    if mask is None:
+        columns["zone"] = [""] * rows
+    else:
         weights = zip(mask.routed.tolist(), mask.m.tolist(), strict=True)
         columns["zone"] = ["route" if routed else "keep" if m == 0 else "absorb" for routed, m in weights]
-        columns["view"] = ["ablated" if off else view for off in ablated.tolist()]
     for column, values in (("score", scores), ("log_ratio", log_ratios)):
         columns[column] = [None] * rows if values is None else values.tolist()
     for column, entries in columns.items():

@@ -122,7 +122,7 @@ def captured_rollouts(
     pool = torch.cat([torch.zeros_like(rollouts["prompt_mask"]), loss_mask(rollouts)], dim=1)
     rows, ablated = pool.any(1).nonzero().squeeze(1), ablated.to(pool.device)
     everywhere = bool(ablated.all())
-    some = everywhere or bool(ablated.any())
+    some = not everywhere and bool(ablated.any())
     together = bool(ranks_of(model.parameters()))
     if not len(rows) and not together:
         return None, rows
@@ -143,7 +143,7 @@ def captured_rollouts(
         for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
             chunk_pool = pool[chunk]
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
-            with ablate_quarantine(model, rows=ablated[chunk]) if some and not everywhere else nullcontext():
+            with ablate_quarantine(model, rows=ablated[chunk]) if some else nullcontext():
                 called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
     if together:
         known_identity(model)  # collective, and read with the scores, which ranks without a row do not have

@@ -191,13 +191,13 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
             _logs.append_metrics(self, _logs.logp_differences(self, rollouts, ablated if training else None))
             if not training:
-                _logs.log_rows(self, len(inputs), self._view or "on")
+                _logs.log_rows(self, self._view or "on", ablated)
                 return rollouts
             routed = self._flagging.route(rollouts, ablated)
             put_route(rollouts, routed.mask, routed.scores)
             rollouts |= routed.entries
-            known = {"scores": routed.scores, "log_ratios": routed.entries.get(LOG_RATIO), "ablated": ablated}
-            _logs.log_rows(self, len(inputs), "on", mask=routed.gated, **known)
+            log_ratios = routed.entries.get(LOG_RATIO)
+            _logs.log_rows(self, "on", ablated, routed.gated, scores=routed.scores, log_ratios=log_ratios)
             _logs.append_metrics(self, routed.figures)
         finally:
             self._sampled_ablated = None
