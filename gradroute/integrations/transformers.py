@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from gradroute._checks import instance_of
 from gradroute._optimized import check_optimized
 from gradroute._step_hooks import StepHooks
 from gradroute.adapters.mask import RouteMask
@@ -54,9 +55,8 @@ class RefreshCallback(TrainerCallback):
     """
 
     def __init__(self, refresher: Refresher, *, gates: Sequence[Gate] = ()) -> None:
-        if not isinstance(refresher, Refresher):
-            raise RefreshError(f"`refresher` should be a Refresher. Found {type(refresher).__name__}.")
-        self.refresher, self.gates = refresher, list(gates)
+        self.refresher = instance_of("refresher", refresher, Refresher, error=RefreshError)
+        self.gates = list(gates)
         if self.gates:
             refresher.watch(*self.gates)
         self._loaded_at: int | None = None
@@ -102,7 +102,7 @@ class RefreshCallback(TrainerCallback):
         self._loaded_at = None
         check_comes_due(self.refresher, state.max_steps - state.global_step)
         self._counted = self.refresher.steps
-        self._end()
+        self.on_train_end()
         # DeepSpeed steps inside backward, on its own optimizer: what its wrapper says of a step has to be believed.
         if not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
             check_optimized(self.refresher.model, [kwargs["optimizer"]], RefreshError)
@@ -140,10 +140,7 @@ class RefreshCallback(TrainerCallback):
         saved = {"refresher": self.refresher.state_dict(), "gates": [gate.state_dict() for gate in self.gates]}
         torch.save({**saved, "global_step": state.global_step}, folder / "state.pt")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self._end()
-
-    def _end(self) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._taken is not None:
             self._taken.close()
             self._taken = None
@@ -197,10 +194,9 @@ class RoutedTrainerMixin:
             raise GradRouteError("A routed Trainer should have a `mask_fn` or a `grad_filter`. Found neither.")
         if mask_fn is not None and not callable(mask_fn):
             raise GradRouteError(f"`mask_fn` should be a function of the inputs. Found {mask_fn!r}.")
-        if grad_filter is not None and not isinstance(grad_filter, GradientFilter):
-            raise GradRouteError(
-                f"`grad_filter` should be a ProjectionFilter or a RolloutFilter. Found {type(grad_filter).__name__}."
-            )
+        if grad_filter is not None:
+            fix = "a ProjectionFilter or a RolloutFilter."
+            instance_of("grad_filter", grad_filter, GradientFilter, fix)  # type: ignore[type-abstract]
         self.mask_fn, self.grad_filter = mask_fn, grad_filter
         self.filtered, self.filter_stats = 0, None
         # Four numbers a step: figures of every module, kept until the next log, would add up.

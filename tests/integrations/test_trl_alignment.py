@@ -13,7 +13,7 @@ from support.trl_runs import Watched, flags, move_reference, quiet, rows_of, tra
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.integrations.trl._advantages import LOSS_TYPES
+from gradroute.integrations.trl._micro_batch import LOSS_TYPES
 
 pytestmark = quiet
 # Nothing moves: so every ratio is one, and what is compared are sums of plain policy gradients.

@@ -22,14 +22,14 @@ from gradroute.integrations.trl import (
     GradRouteMixin,
     directions_from,
 )
-from gradroute.integrations.trl._options import Options
+from gradroute.integrations.trl.grpo_config import CHECKS
 
 pytestmark = [
     *quiet,
     # PEFT cannot ask for the config of a base model that has no name.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
-NAMES = Options.names()
+NAMES = tuple(CHECKS)
 # A value of each, all of which go together.
 VALUES: dict[str, Any] = {
     "directions": "pairs.jsonl", "refresher": 2, "log_ratio_gate": 16.0, "ablated_fraction": 0.25, "ablated_from": 2,

@@ -15,7 +15,7 @@ from support.trl_runs import Watched, extract, quiet, rows_of, tokenizer, traine
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.integrations.trl._detector import DetectorCall
+from gradroute.integrations.trl._flagging import DetectorCall
 
 pytestmark = quiet
 TEXTS = ["w3 w4", "w7", "w6 w7 w8"]

@@ -12,9 +12,9 @@ from support.trl_runs import flags, quiet, trainer
 from trl.generation.vllm_client import VLLMClient
 
 import gradroute as gr
-from gradroute.integrations.trl._adapter_client import AdapterClient
-from gradroute.integrations.trl._engine import TwoViewGeneration, _WithViews, check_engine
+from gradroute.integrations.trl._engine import AdapterClient, TwoViewGeneration, _WithViews, check_engine
 from gradroute.integrations.trl._logs import logp_differences
+from gradroute.integrations.trl.grpo_config import Options
 
 pytestmark = [*quiet]
 
@@ -145,7 +145,7 @@ def test_a_server_is_refused_where_the_model_is_sharded() -> None:
         accelerator=SimpleNamespace(state=state),
     )  # fmt: skip
     with pytest.raises(gr.GradRouteError, match="`vllm_mode='server'` with a sharded model.*vllm_mode='colocate'"):
-        check_engine(sharded, None, True)
+        check_engine(sharded, Options())
     sharded.vllm_mode = "colocate"
     with pytest.raises(gr.GradRouteError, match="should generate by gradroute's vLLM backend"):
-        check_engine(sharded, None, True)
+        check_engine(sharded, Options())

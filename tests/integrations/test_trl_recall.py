@@ -8,7 +8,7 @@ import pytest
 from support.trl_runs import extract, flags, quiet, trainer
 
 import gradroute as gr
-from gradroute.integrations.trl._recall import known_recall
+from gradroute.integrations.trl._resolve import known_recall
 
 pytestmark = quiet
 ABLATED = {"ablated_fraction": 0.25}

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 import gradroute as gr
 from gradroute.integrations.trl import GradRouteGRPOTrainer
 from gradroute.integrations.trl._requirements import METHODS, check_run, check_trl
+from gradroute.integrations.trl.grpo_config import Options
 
 pytestmark = quiet
 
@@ -25,7 +26,9 @@ def built(**options: Any) -> SimpleNamespace:
     state = SimpleNamespace(deepspeed_plugin=options.pop("plugin", None), fsdp_plugin=fsdp_plugin)
     args = SimpleNamespace(**{key: value for key, value in options.items() if key in ARGUMENTS})
     rest = {key: value for key, value in options.items() if key not in ARGUMENTS}
-    return SimpleNamespace(**{"args": args, "accelerator": SimpleNamespace(state=state), "model": wrapped(), **rest})
+    return SimpleNamespace(
+        **{"args": args, "accelerator": SimpleNamespace(state=state), "model": wrapped(), "num_generations": 4, **rest}
+    )
 
 
 ARGUMENTS = ("use_liger_kernel", "use_transformers_continuous_batching", "fp16")
@@ -46,10 +49,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_option_that_cannot_be_routed_is_refused_with_the_reason(case: str) -> None:
     for fine in ({}, {"is_fsdp_enabled": True, "fsdp_version": 2}):
-        check_run(built(**fine), ablated_fraction=0.25, filters=True, slow_start=True)
+        check_run(built(**fine), Options(ablated_fraction=0.25, grad_filter=print, slow_start_steps=1))
     options, reason = REFUSED[case]
+    asked = {"grad_filter": print} if "filter" in case else {"slow_start_steps": 1} if "slow" in case else {}
     with pytest.raises(gr.GradRouteError, match=reason):
-        check_run(built(**options), ablated_fraction=0.25, filters="filter" in case, slow_start="slow" in case)
+        check_run(built(**options), Options(ablated_fraction=0.25, **asked))
 
 
 def test_the_trainer_asks(tmp_path: Path) -> None:

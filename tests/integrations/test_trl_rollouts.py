@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.integrations.trl._advantages import clean_advantages, two_advantages
 from gradroute.integrations.trl._flagging import as_sampled, sampled_ablated, with_flags
-from gradroute.integrations.trl._micro_batch import CLEAN, SPLIT, MicroBatch, put_route, split_rows
+from gradroute.integrations.trl._micro_batch import (
+    CLEAN,
+    SPLIT,
+    MicroBatch,
+    clean_advantages,
+    put_route,
+    two_advantages,
+)
 
 REWARDS = torch.tensor([2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0])
 FLAGGED = torch.tensor([False, False, False, True, True, False, False, False])
@@ -86,7 +92,6 @@ def split_batch() -> dict[str, Any]:
 
 def test_copies_of_split_rows_train_the_deployed_block_and_other_copies_nothing() -> None:
     rollouts = split_batch()
-    assert int(split_rows(rollouts)) == 1
     batch = MicroBatch.of(rollouts, copies=2)
     assert batch.inputs.keys() == {"advantages", "completion_mask", "num_items_in_batch"}
     assert torch.stack([batch.mask.m, batch.mask.g_d, batch.mask.g_q]).T.tolist() == [

@@ -130,8 +130,14 @@ def test_a_run_too_short_for_what_was_asked_raises(case: str, tmp_path: Path) ->
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({**FLAGGED, "slow_start_steps": -1}, "`slow_start_steps` should be an integer from 0"),
     "fraction of nothing": ({**FLAGGED, "slow_start_fraction": 0.5}, "read with `slow_start_steps`"),
-    "no share": ({**FLAGGED, "slow_start_steps": 1, "slow_start_fraction": 2.0}, r"a share in \[0, 1\]"),
-    "no slow start": ({**FLAGGED, "slow_start_steps": 1, "slow_start_fraction": 1.0}, "nothing would start slowly"),
+    "no share": (
+        {**FLAGGED, "slow_start_steps": 1, "slow_start_fraction": 2.0},
+        r"in \[0, 1\), below 1. Found 2",
+    ),
+    "no slow start": (
+        {**FLAGGED, "slow_start_steps": 1, "slow_start_fraction": 1.0},
+        r"in \[0, 1\), below 1. Found 1",
+    ),
     "from of nothing": ({**FLAGGED, "ablated_from": 0}, "read with `ablated_fraction`"),
     "no step": ({**ABLATED, "ablated_from": -1}, "`ablated_from` should be an integer from 0"),
 }

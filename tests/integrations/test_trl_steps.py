@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 
 import gradroute as gr
 from gradroute.integrations.trl import GradRouteGRPOTrainer, Routing
-from gradroute.integrations.trl._after_steps import AfterSteps
+from gradroute.integrations.trl._schedule import Schedule
 
 pytestmark = quiet
 SEVERAL_STEPS = {"args_steps_per_generation": 4}
@@ -180,7 +180,7 @@ def test_a_refresher_that_would_not_come_due_raises(tmp_path: Path) -> None:
 
 def test_a_step_that_the_refresher_does_not_see_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, directions=extract, refresher=1)
-    monkeypatch.setattr(AfterSteps, "on_step_end", lambda *_, **__: None)
+    monkeypatch.setattr(Schedule, "on_step_end", lambda *_, **__: None)
     with pytest.raises(gr.errors.RefreshError, match="called once after each optimizer step"):
         made.train()
 

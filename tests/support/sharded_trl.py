@@ -163,7 +163,7 @@ def run(case: str, engine: str, folder: Path) -> None:
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             seen["before"] = values(built.model)
             seen["split"] = is_split(built.model)
-            directions = built._routing.resolve().directions
+            directions = built.routing.directions
             seen["directions"] = {} if directions is None else dict(directions.rows)
 
     built.add_callback(First())

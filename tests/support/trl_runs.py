@@ -126,10 +126,16 @@ class Watched(GradRouteGRPOTrainer):
             self.prompts[(*prompt, *completion)] = tuple(prompt)
         return made
 
-    def _log_rows(self, table: Any) -> None:
-        rows = list(self.sampled_ablated)[-len(table["zone"]) :]
-        self.routed |= {row: zone == "route" for row, zone in zip(rows, table["zone"], strict=True)}
-        super()._log_rows(table)
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        made = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return made
+        first = self.accelerator.process_index * len(inputs)
+        zones = list(self._logs["extra"]["zone"])[-self.accelerator.num_processes * len(inputs) :]
+        rows = list(self.sampled_ablated)[-len(inputs) :]
+        own = zones[first : first + len(inputs)]
+        self.routed |= {row: zone == "route" for row, zone in zip(rows, own, strict=True)}
+        return made
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:

@@ -5,9 +5,8 @@ that are values are fields of `GradRouteGRPOConfig` too.
 """
 
 from gradroute.adapters.peft.config import QuarantineLoraConfig
-from gradroute.integrations.trl.from_pairs import directions_from
 from gradroute.integrations.trl.grpo_config import GradRouteGRPOConfig
-from gradroute.integrations.trl.routing import Routing
+from gradroute.integrations.trl.routing import Routing, directions_from
 from gradroute.integrations.trl.trainer import GradRouteGRPOTrainer, GradRouteMixin
 
 __all__ = [

@@ -4,9 +4,12 @@
     generate    each row with the adapter of the view that the model is in: `ablated_fraction`, or an evaluation's view
     at first    assert_engine_follows
 
+    a server    of a prompt's n rows, k ablated: a request for k under one adapter, one for n - k under the other
+
 TRL merges and copies whole weights instead, which an engine cannot ablate for some rows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,20 +17,27 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 from gradroute.errors import GradRouteError
 from gradroute.evaluation import assert_engine_follows
-from gradroute.integrations.trl._adapter_client import PAST_VIEWS, AdapterClient
 from gradroute.integrations.trl._requirements import shards
+from gradroute.integrations.trl.grpo_config import Options
 from gradroute.integrations.vllm import EngineViews, ServerViews, lora_options
 from gradroute.integrations.vllm.options import check_version
 from gradroute.integrations.vllm.rows import ablated_rows
 
 _Generation: Any = VLLMGeneration
+_Client: Any = VLLMClient
 _backend: Any = vllm_generation
 
+_PAST_VIEWS = (
+    "The engine should be asked through the trainer, which says in which view each row is sampled: without an adapter "
+    "the base model answers. Found a call of `{what}`. Fix: trainer.vllm_generation.generate(prompts, None, 1)."
+)
+_PER_ROW = ("completion_ids", "logprobs", "logprob_token_ids")
 # What TRL's own arguments say, or two views need.
 _GOVERNED = {
     "distributed_executor_backend": "leave it to TRL",
@@ -42,6 +52,54 @@ _GOVERNED = {
 }
 _OF_SERVERS = ("folder", "timeout")
 _CHECKED_TOKENS = 8
+
+
+class AdapterClient(_Client):  # type: ignore[misc]
+    """TRL's client of a server: adapters are loaded from files, and each row is sampled by the adapter of its view."""
+
+    model: str
+    views: ServerViews
+    ablated: Sequence[bool] = ()
+
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt with its completion."""
+        return int(self._get(f"{self.base_url}/v1/models")["data"][0]["max_model_len"])
+
+    def init_communicator(self, device: Any = 0) -> None:
+        """No weights are sent to the server."""
+
+    def generate(self, prompts: Any, features: None = None, n: int = 1, **sampling: Any) -> dict[str, Any]:
+        """TRL's, of `n` rows per prompt, some of them ablated: one request per view and number of rows."""
+        if not hasattr(self, "model"):
+            raise GradRouteError(
+                "`vllm_mode='server'` should speak to vLLM's own server, which knows adapters. Found a trl that speaks "
+                "to another one. Fix: trl 1.16 or newer, or vllm_mode='colocate'."
+            )
+        if len(self.ablated) != n * len(prompts):
+            raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.generate"))
+        groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
+        for i in range(len(prompts)):
+            off = sum(self.ablated[i * n : (i + 1) * n])
+            for ablated, count in ((True, off), (False, n - off)):
+                if count:
+                    groups[ablated, count].append(i)
+        rows: dict[str, list[Any]] = {name: [None] * (n * len(prompts)) for name in _PER_ROW}
+        base = self.model
+        try:
+            for (ablated, count), chosen in groups.items():
+                self.model = self.views.name_of("ablated" if ablated else "on")
+                made = super().generate([prompts[i] for i in chosen], features, n=count, **sampling)
+                places = [j for i in chosen for j in range(i * n, (i + 1) * n) if self.ablated[j] == ablated]
+                for name, values in rows.items():
+                    for place, value in zip(places, made[name], strict=True):
+                        values[place] = value
+        finally:
+            self.model = base
+        return {"prompt_ids": [list(prompt) for prompt in prompts], **rows}
+
+    def chat(self, *_: Any, **__: Any) -> Any:
+        """Refused: TRL's would be answered by the base model."""
+        raise GradRouteError(_PAST_VIEWS.format(what="vllm_client.chat"))
 
 
 class TwoViewGeneration(_Generation):  # type: ignore[misc]
@@ -71,8 +129,8 @@ class TwoViewGeneration(_Generation):  # type: ignore[misc]
                 self.vllm_client.views = self.views
             return
         folder = self._engine.pop("folder", None)
-        options = lora_options(self.model) | self._engine
-        with _replaced(vllm_generation, "LLM", partial(_made_with, _backend.LLM, options)):
+        make, options = _backend.LLM, lora_options(self.model) | self._engine
+        with _replaced(vllm_generation, "LLM", lambda **given: make(**{**given, **options})):
             super()._init_vllm()
         self.views = EngineViews(self.model, self.llm, folder=folder)
         self.llm = _WithViews(self.llm, self)
@@ -174,29 +232,29 @@ class _WithViews:
         return self._llm.generate(prompts, lora_request=requests, **options)
 
     def chat(self, *_: Any, **__: Any) -> Any:
-        raise GradRouteError(PAST_VIEWS.format(what="llm.chat"))
+        raise GradRouteError(_PAST_VIEWS.format(what="llm.chat"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
 
 @contextmanager
-def two_view_engine(engine: Mapping[str, Any] | None, check: bool | float) -> Iterator[None]:
+def two_view_engine(options: Options) -> Iterator[None]:
     """A trainer that is made inside generates by `TwoViewGeneration` where it uses vLLM."""
-    made = partial(TwoViewGeneration, engine=engine or {}, check=check)
+    made = partial(TwoViewGeneration, engine=options.engine or {}, check=options.engine_check)
     # A trl that makes its backend by another name is no matter where no engine is used; else `check_engine` finds it.
     with _replaced(grpo_trainer, "VLLMGeneration", made) if hasattr(grpo_trainer, "VLLMGeneration") else nullcontext():
         yield
 
 
-def check_engine(trainer: Any, engine: Mapping[str, Any] | None, check: bool | float) -> None:
+def check_engine(trainer: Any, options: Options) -> None:
     """Raise unless the trainer uses what `two_view_engine` says.
 
     Raises:
         GradRouteError: `engine` or `engine_check` without vLLM; a trainer that made its backend in another way.
     """
     if not trainer.args.use_vllm:
-        for name, given in (("engine", engine is not None), ("engine_check", check is not True)):
+        for name, given in (("engine", options.engine is not None), ("engine_check", options.engine_check is not True)):
             if given:
                 raise GradRouteError(
                     f"`{name}` is read with use_vllm=True. Found use_vllm=False. Fix: set it, or leave `{name}` out."
@@ -213,10 +271,6 @@ def check_engine(trainer: Any, engine: Mapping[str, Any] | None, check: bool | f
             f"The trainer should generate by gradroute's vLLM backend. Found {type(backend).__name__}: some class made "
             "another one. Fix: leave `vllm_generation` to GRPOTrainer."
         )
-
-
-def _made_with(make: Any, options: Mapping[str, Any], **given: Any) -> Any:
-    return make(**{**given, **options})
 
 
 @contextmanager

@@ -8,23 +8,33 @@
 A row that nothing is known of (no completion token to score, a detector that is undecided) is absorbed.
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradroute._logging import warn
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.integrations.trl._advantages import check_two_advantages, clean_advantages, two_advantages
-from gradroute.integrations.trl._detector import DetectorCall
+from gradroute.integrations._rollouts import gated_rows
 from gradroute.integrations.trl._features import RolloutFeatures
 from gradroute.integrations.trl._log_ratios import LogRatios
-from gradroute.integrations.trl._micro_batch import CLEAN, LOG_RATIO, SPLIT
+from gradroute.integrations.trl._micro_batch import (
+    CLEAN,
+    LOG_RATIO,
+    SPLIT,
+    check_two_advantages,
+    clean_advantages,
+    two_advantages,
+)
 from gradroute.integrations.trl._scoring import InSampledState, old_logps
 from gradroute.integrations.trl.routing import Routing
 
@@ -45,7 +55,7 @@ class Routed:
     gated: RouteMask
     scores: Float[Tensor, " rows"] | None
     entries: dict[str, Tensor]
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float]
 
 
 class Flagging:
@@ -98,7 +108,9 @@ class Flagging:
         if self._ask is None:
             return None
         self._detected = self._ask(self._trainer, inputs, prompts, completions, completion_ids)
-        return _mean(self._trainer.accelerator.gather(self._detected))
+        every = self._trainer.accelerator.gather(self._detected)
+        known = every[~every.isnan()]
+        return float(known.mean()) if len(known) else None
 
     def route(self, rollouts: dict[str, Any], ablated: Bool[Tensor, " rows"]) -> Routed:
         """The mask of these rollouts, and what goes into their dictionary.
@@ -126,13 +138,8 @@ class Flagging:
         if self._routing.clean_baseline:
             full = rollouts["advantages"]
             clean = self._clean_advantages(gated.routed, full)
-            two = two_advantages(
-                mask,
-                full,
-                clean,
-                one_term=trainer.beta == 0,
-                ratio_is_one="old_per_token_logps" not in rollouts.keys() | entries.keys(),
-            )
+            ratio_is_one = "old_per_token_logps" not in rollouts.keys() | entries.keys()
+            two = two_advantages(mask, full, clean, one_term=trainer.beta == 0, ratio_is_one=ratio_is_one)
             mask = two.mask
             entries |= {"advantages": two.advantages, SPLIT: two.split, CLEAN: clean}
         return Routed(mask, gated, scores, entries, figures | self._figures(gated, ablated, scores))
@@ -141,23 +148,22 @@ class Flagging:
         gate: Any = self._routing.gate
         rows = len(rollouts["prompt_ids"])
         if gate is None:
-            return _absorbed(rows), None
+            return RouteMask.zones(torch.ones(rows, dtype=torch.long)), None
         if self._routing.detector_decides:
             assert self._detected is not None
             decided = (~self._detected.isnan()).nonzero().squeeze(1)
             answers = self._detected[decided]
-            if not self._routing.detector_scores:
-                return _gated_rows(rows, decided, lambda: gate(answers.bool())), None
-            return _gated_rows(rows, decided, lambda: gate(answers)), self._detected
+            if self._routing.detector_scores:
+                return gated_rows(rows, decided, lambda: gate(answers)), self._detected
+            return gated_rows(rows, decided, lambda: gate(answers.bool())), None
         assert self._features is not None
         directions = self._features.directions
         capture, scored = self._features.of(rollouts, ablated)
         scores = torch.full((rows,), torch.nan, device=scored.device)
-        mask = _absorbed(rows)
         if capture is not None:
             found = directions.score(capture)
             scores = scores.to(found).index_copy(0, scored, found)
-            mask = _gated_rows(rows, scored, lambda: gate(capture if gate.reads == "features" else found))
+        mask = gated_rows(rows, scored, lambda: gate(capture if gate.reads == "features" else found))
         if self._detected is not None:
             mask = with_flags(mask, self._detected == 1)
         return mask, scores
@@ -185,24 +191,19 @@ class Flagging:
             return figures
         every = gather(scores.float())
         every = every[~every.isnan()]
-        if not len(every):
-            self._warn_unscored()
-            return figures
-        figures["routing/score"] = float(every.mean())
-        z = getattr(self._routing.gate, "z", None)
-        if z is not None:
-            figures["routing/z"] = float(z(every).mean())
+        if len(every):
+            figures["routing/score"] = float(every.mean())
+            z = getattr(self._routing.gate, "z", None)
+            if z is not None:
+                figures["routing/z"] = float(z(every).mean())
+        elif not self._warned and self._trainer.accelerator.is_main_process:
+            self._warned = True
+            warn(
+                "No rollout of a whole batch has a score, so that all of them absorb: each completion was truncated, "
+                "and mask_truncated_completions hides it; or each has one token, and scores are taken while decoding; "
+                "or the detector was undecided. Said once. Fix, if it goes on: a larger max_completion_length."
+            )
         return figures
-
-    def _warn_unscored(self) -> None:
-        if self._warned or not self._trainer.accelerator.is_main_process:
-            return
-        self._warned = True
-        warn(
-            "No rollout of a whole batch has a score, so that all of them absorb: each completion was truncated, and "
-            "mask_truncated_completions hides it; or each has one token, and scores are taken while decoding; or the "
-            "detector was undecided. Said once. Fix, if it goes on: a larger max_completion_length."
-        )
 
 
 def sampled_ablated(rows: int, first: int, group_size: int, share: int) -> Bool[Tensor, " rows"]:
@@ -222,24 +223,70 @@ def with_flags(mask: RouteMask, flags: Bool[Tensor, " rows"]) -> RouteMask:
     return RouteMask.weights(mask.m.masked_fill(on, 1.0), mask.g_d.masked_fill(on, 0.0), mask.g_q.masked_fill(on, 1.0))
 
 
-def _absorbed(rows: int) -> RouteMask:
-    return RouteMask.zones(torch.ones(rows, dtype=torch.long))
+class DetectorCall:
+    """Calls `detector` with what TRL gives to a reward function.
+
+    Args:
+        detector: a function, or an async one, that returns a flag or a score per completion, or None for undecided.
+        scores: whether it returns scores.
+    """
+
+    def __init__(self, detector: Any, *, scores: bool) -> None:
+        self._detector, self._scores = detector, scores
+        self._loop: Any = None
+
+    def __call__(
+        self, trainer: Any, inputs: Sequence[Any], prompts: Any, completions: Any, completion_ids: Any
+    ) -> Float[Tensor, " rows"]:
+        """Flags as 1 and 0, or scores; NaN where the detector returned None."""
+        columns = {key: [row[key] for row in inputs] for key in inputs[0]}
+        for key in ("prompt", "completion", "completion_ids"):
+            columns.pop(key, None)
+        known: dict[str, Any] = {"trainer_state": trainer.state, "environments": getattr(trainer, "environments", None)}
+        for name, method in (("log_extra", "_log_completion_extra"), ("log_metric", "_log_metric")):
+            if hasattr(trainer, method):
+                known[name] = getattr(trainer, method)
+        answers = self._detector(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns, **known
+        )
+        if inspect.isawaitable(answers):
+            answers = asyncio.run_coroutine_threadsafe(_awaited(answers), self._event_loop(trainer)).result()
+        return _as_tensor(answers, len(prompts), scores=self._scores).to(trainer.accelerator.device)
+
+    def _event_loop(self, trainer: Any) -> Any:
+        # One loop for all calls, as TRL has for reward functions: a client that a detector keeps belongs to its loop.
+        loop = getattr(trainer, "async_loop", None) or self._loop
+        if loop is None:
+            loop = self._loop = asyncio.new_event_loop()
+            Thread(target=loop.run_forever, name="gradroute-detector", daemon=True).start()
+        return loop
 
 
-def _gated_rows(rows: int, known: Int[Tensor, " known"], gate: Callable[[], RouteMask]) -> RouteMask:
-    """The gate's mask on the known rows; the other rows absorb, and where nothing is known the gate is not asked."""
-    if not len(known):
-        return _absorbed(rows)
-    mask = gate()
-    if len(known) == rows:
-        return mask
-    spread = [
-        torch.ones(rows, dtype=part.dtype, device=part.device).index_copy(0, known.to(part.device), part)
-        for part in (mask.m, mask.g_d, mask.g_q)
-    ]
-    return RouteMask(*spread)
+async def _awaited(answers: Any) -> Any:
+    return await answers
 
 
-def _mean(values: Float[Tensor, " rows"]) -> float | None:
-    known = values[~values.isnan()]
-    return float(known.mean()) if len(known) else None
+def _as_tensor(answers: Any, rows: int, *, scores: bool) -> Float[Tensor, " rows"]:
+    if not isinstance(answers, Iterable):
+        raise GradRouteError(f"`detector` should return a value per completion. Found {type(answers).__name__}.")
+    values = [_as_number(each) for each in answers]
+    if len(values) != rows:
+        raise GradRouteError(f"`detector` should return {rows} values, one per completion. Found {len(values)}.")
+    decided = [each for each in values if each is not None]
+    shown = f"Found {values[:5]}."
+    if scores:
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in decided):
+            raise GradRouteError(
+                f"`detector` should return finite scores, or None for undecided, for a gate on scores. {shown}"
+            )
+    elif not all(isinstance(each, bool | int | float) and each in (0, 1) for each in decided):
+        raise GradRouteError(
+            f"`detector` should return flags: True, False, 1 or 0, or None for undecided. {shown} Fix: compare with a "
+            "threshold, or gate=ThresholdGate(...)."
+        )
+    return torch.tensor([math.nan if each is None else float(each) for each in values])
+
+
+def _as_number(answer: Any) -> Any:
+    """numpy's and torch's scalars as Python's."""
+    return answer.item() if hasattr(answer, "item") and getattr(answer, "ndim", 0) == 0 else answer

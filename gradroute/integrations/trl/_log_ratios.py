@@ -23,7 +23,6 @@ from gradroute._sharding import reshard, wide
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import Below, Gate
 from gradroute.gates.log_ratio import QUANTILES, LogRatioGate
 from gradroute.integrations.trl._scoring import is_random, logps_of_state, loss_mask
 
@@ -138,59 +137,3 @@ def is_empty(model: nn.Module) -> bool:
         A, B = (wide(factor) for factor in layer.quarantine.whole(name)[:2])
         sizes.append(((B.T @ B) * (A @ A.T)).abs().sum() * abs(layer.quarantine.scaling))
     return not bool(torch.stack([size.to(sizes[0]) for size in sizes]).any())
-
-
-def made_log_ratio_gate(given: LogRatioGate | float | None, gate: Gate | None) -> LogRatioGate | None:
-    """A gate on log ratios, made of its threshold if given as one; beside `gate`, their masks are combined by |.
-
-    Raises:
-        GradRouteError: zones per token; a gate with weights; zones of one gate that the other's would always override;
-            or nothing that would ever train the quarantine.
-    """
-    if isinstance(given, int | float):
-        given = LogRatioGate(given, below="absorb" if gate is None else _zone_beside(gate))
-    _check_log_ratio_gate(given, gate)
-    return given
-
-
-def _zone_beside(gate: Gate) -> Below:
-    """The zone of what neither gate routes: `keep | absorb` is absorb, so that both have to say the same.
-
-    A gate without `below` sets both zones: beside it, a gate on log ratios has to keep what it does not route, or no
-    row would be kept.
-    """
-    below: Below = getattr(gate, "below", "keep")
-    return below
-
-
-def _check_log_ratio_gate(given: LogRatioGate | None, gate: Gate | None) -> None:
-    if gate is not None and gate.reads == "log_ratios":
-        raise GradRouteError(
-            f"`gate` should read flags, scores or features. Found a {type(gate).__name__}, which reads log ratios. "
-            "Fix: log_ratio_gate=, alone or beside another gate."
-        )
-    if given is None:
-        return
-    if given.per != "rollout":
-        raise GradRouteError(
-            f"`log_ratio_gate` should decide per rollout: TRL's rollouts carry a zone per row. Found {given!r}. Fix: "
-            'per="rollout".'
-        )
-    if gate is None:
-        if given.below == "keep":
-            raise GradRouteError(
-                f"Something should train the quarantine before {given!r} can find what it explains. Found that it "
-                'keeps all other rows and that nothing else routes any. Fix: below="absorb", or detector= or gate= too.'
-            )
-        return
-    if getattr(gate, "soft", False):
-        raise GradRouteError(
-            "`log_ratio_gate` is combined with a gate of zones: a row is routed if either says so. Found a soft gate, "
-            f"{gate!r}, which weighs rows. Fix: soft=False."
-        )
-    below = _zone_beside(gate)
-    if given.below != below:
-        raise GradRouteError(
-            f"The zone of rows that neither gate routes should be one. Found {gate!r} and {given!r}; of keep and "
-            f'absorb, absorb would always win. Fix: LogRatioGate(below="{below}").'
-        )

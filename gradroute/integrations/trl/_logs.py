@@ -1,24 +1,41 @@
-"""TRL's metrics and its table of completions: what goes into them, and what is kept out."""
+"""What TRL reports of a run: its metrics and its table of completions, and the paper and tag of its model cards."""
 
 import math
+import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import Bool
 from torch import Tensor
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from gradroute.adapters.mask import RouteMask
+from gradroute.integrations.trl._scoring import loss_mask
 from gradroute.integrations.vllm.rows import ablated_rows
 
+NAME = "GRPO with gradient routing"
+TAG = "gradient-routing"
+# Two papers are cited: gradient routing's, and the one that TRL cites for GRPO.
+PAPER = {
+    "title": "Gradient Routing: Masking Gradients to Localize Computation in Neural Networks",
+    "id": "2410.04332",
+    "citation": textwrap.dedent("""\
+        @article{cloud2024gradient,
+            title        = {{Gradient Routing: Masking Gradients to Localize Computation in Neural Networks}},
+            author       = {Alex Cloud and Jacob Goldman-Wetzler and Evžen Wybitul and Joseph Miller and
+                            Alexander Matt Turner},
+            year         = 2024,
+            eprint       = {arXiv:2410.04332},
+        }
 
-class DiscardedMetrics(dict[str, list[float]]):
-    """Metrics that are not kept: lists that nothing holds on to."""
-
-    def __missing__(self, _: str) -> list[float]:
-        return []
+        """)
+    + GRPOTrainer._paper["citation"],
+}
 
 
 @contextmanager
@@ -26,30 +43,35 @@ def unlogged(trainer: Any) -> Iterator[None]:
     """A second loss of the same rollouts is no second observation of them."""
     metrics = trainer._metrics
     try:
-        trainer._metrics = {mode: DiscardedMetrics() for mode in metrics}
+        trainer._metrics = {mode: defaultdict(list) for mode in metrics}
         yield
     finally:
         trainer._metrics = metrics
 
 
-def rollout_table(
-    rows: int,
+def log_rows(
+    trainer: Any,
     view: str,
-    *,
+    ablated: Bool[Tensor, " rows"],
     mask: RouteMask | None = None,
+    *,
     scores: Tensor | None = None,
     log_ratios: Tensor | None = None,
-    ablated: Bool[Tensor, " rows"] | None = None,
-) -> dict[str, list[Any]]:
-    """Columns for TRL's table of completions; the same ones in training and in evaluation, as a table has to have."""
-    if mask is None or ablated is None:
-        return {"view": [view] * rows, "zone": [""] * rows, "score": [None] * rows, "log_ratio": [None] * rows}
-    weights = zip(mask.routed.tolist(), mask.m.tolist(), strict=True)
-    zones = ["route" if routed else "keep" if m == 0 else "absorb" for routed, m in weights]
-    columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()], "zone": zones}
+) -> None:
+    """Fill columns of TRL's table of completions; the same ones in training and in evaluation, as a table has to."""
+    if "extra" not in trainer._logs:
+        return
+    rows = len(ablated)
+    columns: dict[str, list[Any]] = {"view": ["ablated" if off else view for off in ablated.tolist()]}
+    if mask is None:
+        columns["zone"] = [""] * rows
+    else:
+        weights = zip(mask.routed.tolist(), mask.m.tolist(), strict=True)
+        columns["zone"] = ["route" if routed else "keep" if m == 0 else "absorb" for routed, m in weights]
     for column, values in (("score", scores), ("log_ratio", log_ratios)):
         columns[column] = [None] * rows if values is None else values.tolist()
-    return columns
+    for column, entries in columns.items():
+        trainer._logs["extra"][column].extend(gather_object(entries))  # of all processes
 
 
 @contextmanager
@@ -87,15 +109,12 @@ def logp_differences(
         return {}
     if ablated is None:
         ablated = torch.tensor(ablated_rows(trainer.model, len(old)))
-    mask = rollouts["completion_mask"].bool()
-    if "tool_mask" in rollouts:
-        mask = mask & rollouts["tool_mask"].bool()
     difference = (old - sampled).abs()
     # vLLM may leave a token without a log-probability.
-    mask = mask & ~difference.isnan()
+    mask = loss_mask(rollouts).bool() & ~difference.isnan()
     off = ablated.to(mask.device)[:, None]
-    parts = [(difference * rows).nan_to_num().sum() for rows in (mask & ~off, mask & off)]
-    counts = [rows.sum() for rows in (mask & ~off, mask & off)]
+    views = (mask & ~off, mask & off)
+    parts, counts = [(difference * rows).nan_to_num().sum() for rows in views], [rows.sum() for rows in views]
     figures = torch.stack([torch.stack(parts).double(), torch.stack(counts).double()])
     sums, numbers = trainer.accelerator.gather(figures[None]).sum(0).tolist()
     names = ("sampling/logp_difference_on", "sampling/logp_difference_ablated")

@@ -15,6 +15,7 @@ from gradroute._protocol import routed_layers
 from gradroute.adapters.check import check_model
 from gradroute.errors import GradRouteError
 from gradroute.integrations.deepspeed import register_blocks
+from gradroute.integrations.trl.grpo_config import Options, group_share
 
 LOWEST = "1.0"
 
@@ -49,7 +50,8 @@ def check_trl(parent: Any) -> None:
         raise GradRouteError(f"trl should be {LOWEST} or newer. Found {trl.__version__}. Fix: pip install -U trl.")
     for name, needed in METHODS.items():
         method = getattr(parent, name, None)
-        lacking = needed if method is None else [each for each in needed if each not in _arguments(method)]
+        parameters = {} if method is None else inspect.signature(method).parameters
+        lacking = [each for each in needed if each not in parameters]
         if method is None or lacking:
             found = "no such method" if method is None else f"none called {', '.join(lacking)}"
             raise GradRouteError(_CHANGED.format(what=f"{name}({', '.join(needed)})", found=found))
@@ -62,16 +64,16 @@ def check_attributes(trainer: Any) -> None:
             raise GradRouteError(_CHANGED.format(what=f"an attribute `{name}`", found="none"))
 
 
-def check_run(trainer: Any, *, ablated_fraction: float, filters: bool, slow_start: bool) -> None:
+def check_run(trainer: Any, options: Options) -> None:
     """Refuse what cannot be routed in this run, or has not been shown to be.
 
     Raises:
         GradRouteError: the option, why it is refused, and what to do.
     """
-    args = trainer.args
-    for refused, reason in _refused(trainer, args, ablated_fraction > 0, filters, slow_start):
+    for reason, refused in _refused(trainer, options).items():
         if refused:
             raise GradRouteError(f"Not with gradient routing: {reason}")
+    group_share(options.ablated_fraction, trainer.num_generations)
     if not hasattr(trainer.model, "peft_config"):
         raise GradRouteError(
             f"`model` should be trained through PEFT. Found a {type(trainer.model).__name__} without it, which TRL "
@@ -100,17 +102,6 @@ def is_zero3(trainer: Any) -> bool:
     return getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None) == 3
 
 
-def group_share(fraction: float, group_size: int) -> int:
-    """How many rollouts of a group of `group_size` are sampled ablated; `fraction` has to give a whole number."""
-    share = round(fraction * group_size)
-    if abs(share - fraction * group_size) > 1e-6:
-        raise GradRouteError(
-            f"`ablated_fraction` should be a whole number of the {group_size} rollouts of a group (num_generations). "
-            f"Found {fraction:g} of {group_size}. Fix: {share}/{group_size}, or another num_generations."
-        )
-    return share
-
-
 def _check_reference(model: Any) -> None:
     """The adapter `ref` that TRL makes of an already adapted model is to be a copy of both blocks."""
     if "ref" not in model.peft_config or "default" not in model.peft_config:
@@ -125,59 +116,35 @@ def _check_reference(model: Any) -> None:
         )
 
 
-def _refused(trainer: Any, args: Any, ablates: bool, filters: bool, slow_start: bool) -> list[tuple[bool, str]]:
+def _refused(trainer: Any, options: Options) -> dict[str, bool]:
+    args, filters = trainer.args, options.grad_filter is not None
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     tools = bool(getattr(trainer, "tools", None)) or bool(getattr(trainer, "environment_factories", None))
-    return [
-        (
-            bool(getattr(args, "use_transformers_continuous_batching", False)),
-            "`use_transformers_continuous_batching=True`: rows are packed into one, so none can be ablated apart, and "
-            "a captured graph keeps the view that it was captured in. Fix: leave it off.",
+    return {
+        "`use_transformers_continuous_batching=True`: rows are packed into one, so none can be ablated apart, and a "
+        "captured graph keeps the view that it was captured in. Fix: leave it off.": (
+            getattr(args, "use_transformers_continuous_batching", False)
         ),
-        (
-            bool(getattr(args, "use_liger_kernel", False)),
-            "`use_liger_kernel=True`: it replaces forwards that routed layers are part of, and in older versions the "
-            "loss. Fix: leave it off.",
+        "`use_liger_kernel=True`: it replaces forwards that routed layers are part of, and in older versions the loss. "
+        "Fix: leave it off.": getattr(args, "use_liger_kernel", False),
+        "`rollout_func`: which view it samples a rollout in is not known, and old log-probabilities would be taken in "
+        "another. Fix: let the trainer generate.": getattr(trainer, "rollout_func", None) is not None,
+        "`ablated_fraction` with tools: after a tool call some rows are generated again, and which ones is not told. "
+        "Fix: ablated_fraction=0.": tools and options.ablated_fraction > 0,
+        "a vision-language model: rows of its vision tower are images, which no mask of rollouts fits. Fix: a text "
+        "model.": getattr(trainer, "_is_vlm", False),
+        "`grad_filter` under DeepSpeed, whose backward has consumed the gradients before a filter could read them. "
+        "Fix: train with DDP.": deepspeed and filters,
+        "`slow_start_steps` under DeepSpeed. Its optimizer takes no hooks, so the deployed block would not start "
+        "slowly. Fix: train with DDP.": deepspeed and options.slow_start_steps > 0,
+        "FSDP version 1, which is accelerate's default: parameters lie flat in one, where blocks cannot be told apart. "
+        "Fix: version 2 (`fsdp_version: 2` in the config of accelerate, or FSDP_VERSION=2), or DDP.": (
+            getattr(trainer, "is_fsdp_enabled", False) and not shards(trainer)
         ),
-        (
-            getattr(trainer, "rollout_func", None) is not None,
-            "`rollout_func`: which view it samples a rollout in is not known, and old log-probabilities would be taken "
-            "in another. Fix: let the trainer generate.",
+        "`grad_filter` with fp16: gradients are scaled, and may overflow, until the optimizer steps. Fix: bf16.": (
+            getattr(args, "fp16", False) and filters
         ),
-        (
-            tools and ablates,
-            "`ablated_fraction` with tools: after a tool call some rows are generated again, and which ones is not "
-            "told. Fix: ablated_fraction=0.",
-        ),
-        (
-            bool(getattr(trainer, "_is_vlm", False)),
-            "a vision-language model: rows of its vision tower are images, which no mask of rollouts fits. Fix: a "
-            "text model.",
-        ),
-        (
-            deepspeed and filters,
-            "`grad_filter` under DeepSpeed, whose backward has consumed the gradients before a filter could read them. "
-            "Fix: train with DDP.",
-        ),
-        (
-            deepspeed and slow_start,
-            "`slow_start_steps` under DeepSpeed. Its optimizer takes no hooks, so the deployed block would not start "
-            "slowly. Fix: train with DDP.",
-        ),
-        (
-            bool(getattr(trainer, "is_fsdp_enabled", False)) and not shards(trainer),
-            "FSDP version 1, which is accelerate's default: parameters lie flat in one, where blocks cannot be told "
-            "apart. Fix: version 2 (`fsdp_version: 2` in the config of accelerate, or FSDP_VERSION=2), or DDP.",
-        ),
-        (
-            bool(getattr(args, "fp16", False)) and filters,
-            "`grad_filter` with fp16: gradients are scaled, and may overflow, until the optimizer steps. Fix: bf16.",
-        ),
-    ]  # fmt: skip
-
-
-def _arguments(method: Any) -> list[str]:
-    return list(inspect.signature(method).parameters)
+    }
 
 
 _CHANGED = (

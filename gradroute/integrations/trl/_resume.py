@@ -26,7 +26,7 @@ def save(folder: Path, trainer: Any, routing: Routing) -> None:
     if trainer.args.should_save:
         for i, directions in enumerate(routing.all_directions):
             directions.save(_directions_file(folder, i))
-    unfinished = trainer._step % _generate_every(trainer) != 0
+    unfinished = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
     state = {
         "format": _FORMAT,
         "directions": len(routing.all_directions),
@@ -77,11 +77,6 @@ def load(folder: Path, trainer: Any, routing: Routing) -> None:
     trainer._schedule.load_state_dict(state.get("slow_start"))
     trainer._step = state["step"]
     trainer._buffered_inputs = send_to_device(state["rollouts"], trainer.accelerator.device)
-
-
-def _generate_every(trainer: Any) -> int:
-    every: int = trainer.args.steps_per_generation * trainer.num_iterations
-    return every
 
 
 def _gates(routing: Routing) -> list[Gate]:

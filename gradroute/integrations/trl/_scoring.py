@@ -6,8 +6,8 @@ of a state                 the same of any rows ablated, in eval mode: for ratio
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from gradroute._hashing import known_identity
 from gradroute._restore import left_as_found
 from gradroute._sharding import ranks_of
 from gradroute.adapters.views import ablate_quarantine
-from gradroute.directions import Capture, capture_activations
+from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
+from gradroute.integrations._rollouts import captured_for
 
 
 class InSampledState:
@@ -66,8 +67,12 @@ def logps_of_state(
         rollouts: as TRL made them.
         ablated: the rows that run without the quarantine.
     """
-    with left_as_found(trainer.model), _in_state(trainer, ablated):
-        return _logps(trainer, rollouts)
+    sampled, trainer._sampled_ablated = trainer._sampled_ablated, ablated
+    try:
+        with left_as_found(trainer.model):
+            return _logps(trainer, rollouts)
+    finally:
+        trainer._sampled_ablated = sampled
 
 
 def is_random(model: nn.Module) -> bool:
@@ -83,16 +88,6 @@ def is_random(model: nn.Module) -> bool:
         if any(word in name for word in ("drop", "jitter", "noise")) or (name == "p" and isinstance(module, _DropoutNd))
     )
     return any(isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0 for rate in rates)
-
-
-@contextmanager
-def _in_state(trainer: Any, ablated: Bool[Tensor, " rows"]) -> Iterator[None]:
-    sampled = trainer._sampled_ablated
-    try:
-        trainer._sampled_ablated = ablated
-        yield
-    finally:
-        trainer._sampled_ablated = sampled
 
 
 def _logps(trainer: Any, rollouts: Mapping[str, Any]) -> Tensor:
@@ -122,13 +117,12 @@ def captured_rollouts(
     A completion that was truncated and masked has none, and no loss either. Where no row has any, there is no capture.
     Of a sharded model all ranks run equally many forwards, so that rows without a token run as well there.
     """
-    provenance: Any = directions.provenance
     model = trainer.accelerator.unwrap_model(trainer.model)
     ids, attended = whole_rollouts(rollouts)
     pool = torch.cat([torch.zeros_like(rollouts["prompt_mask"]), loss_mask(rollouts)], dim=1)
     rows, ablated = pool.any(1).nonzero().squeeze(1), ablated.to(pool.device)
     everywhere = bool(ablated.all())
-    some = everywhere or bool(ablated.any())
+    some = not everywhere and bool(ablated.any())
     together = bool(ranks_of(model.parameters()))
     if not len(rows) and not together:
         return None, rows
@@ -144,18 +138,12 @@ def captured_rollouts(
         left_as_found(model),
         ablate_quarantine(model) if everywhere else nullcontext(),
         trainer.accelerator.autocast(),
-        capture_activations(
-            model,
-            pool=lambda _: chunk_pool,  # one tensor for all layers: it is looked at once
-            features=provenance.feature,
-            reduction=provenance.reduction,
-            modules=list(directions.hack),
-        ) as capture,
+        captured_for(directions, model, lambda _: chunk_pool) as capture,  # one for all layers: it is looked at once
     ):
         for chunk in torch.split(run, trainer.args.per_device_train_batch_size):
             chunk_pool = pool[chunk]
             places = {"position_ids": positions(attended[chunk])} if takes_positions else {}
-            with ablate_quarantine(model, rows=ablated[chunk]) if some and not everywhere else nullcontext():
+            with ablate_quarantine(model, rows=ablated[chunk]) if some else nullcontext():
                 called(input_ids=ids[chunk], attention_mask=attended[chunk], use_cache=False, **places, **options)
     if together:
         known_identity(model)  # collective, and read with the scores, which ranks without a row do not have

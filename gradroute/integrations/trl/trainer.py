@@ -12,32 +12,29 @@ TRL shuffles, splits and reuses the dictionary, so that masks stay with their ro
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine
-from gradroute.errors import RouteError
+from gradroute.errors import GradRouteError, RouteError
 from gradroute.filters import apply_filter
 from gradroute.integrations.trl import _logs
 from gradroute.integrations.trl import _resume as checkpoint
-from gradroute.integrations.trl._after_steps import AfterSteps
 from gradroute.integrations.trl._engine import check_engine, two_view_engine
-from gradroute.integrations.trl._flagging import sampled_ablated
-from gradroute.integrations.trl._late_routing import LateRouting
-from gradroute.integrations.trl._micro_batch import LOG_RATIO, MicroBatch, RowsTwice, put_route, split_rows
-from gradroute.integrations.trl._model_card import NAME, PAPER, TAG
-from gradroute.integrations.trl._options import Options
-from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl
+from gradroute.integrations.trl._flagging import Flagging, sampled_ablated
+from gradroute.integrations.trl._micro_batch import LOG_RATIO, SPLIT, MicroBatch, RowsTwice, put_route
+from gradroute.integrations.trl._requirements import check_attributes, check_run, check_trl, shards
+from gradroute.integrations.trl._resolve import is_function, resolve
 from gradroute.integrations.trl._schedule import Schedule
 from gradroute.integrations.trl._scoring import InSampledState
-from gradroute.integrations.trl.grpo_config import check_config_is_read, config_among
-from gradroute.integrations.trl.routing import Routing
+from gradroute.integrations.trl.grpo_config import GradRouteGRPOConfig, Options, check_config_is_read
+from gradroute.integrations.trl.routing import Routing, directions_from, pairs_in
 from gradroute.optim.slow_start import block_groups
 
 _Trainer: Any = object
@@ -90,8 +87,8 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     """
 
     # For TRL's model card.
-    _name = NAME
-    _paper = PAPER
+    _name = _logs.NAME
+    _paper = _logs.PAPER
     _tag_names: list[str]
 
     def __init__(
@@ -115,10 +112,14 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         check_trl(super())
-        self._tag_names = [*self._tag_names, TAG]  # TRL puts them on the model while it builds the trainer
-        config = config_among(*args, *kwargs.values())
+        self._tag_names = [*self._tag_names, _logs.TAG]  # TRL puts them on the model while it builds the trainer
+        given = (*args, *kwargs.values())
+        config = next((each for each in given if isinstance(each, GradRouteGRPOConfig)), None)
         options = Options.of(
             config,
+            gate=gate,
+            grad_filter=grad_filter,
+            detector=detector,
             directions=directions,
             refresher=refresher,
             log_ratio_gate=log_ratio_gate,
@@ -132,37 +133,56 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             engine=engine,
             engine_check=engine_check,
         )
-        with two_view_engine(options.engine, options.engine_check):
+        with two_view_engine(options):
             super().__init__(*args, **kwargs)
         check_config_is_read(self.args, config)
         check_attributes(self)
-        check_engine(self, options.engine, options.engine_check)
-        check_run(
-            self,
-            ablated_fraction=options.ablated_fraction,
-            filters=grad_filter is not None,
-            slow_start=bool(options.slow_start_steps),
-        )
-        self._routing = LateRouting(self, options, gate=gate, grad_filter=grad_filter, detector=detector)
+        check_engine(self, options)
+        check_run(self, options)
+        if isinstance(options.directions, str | Path):
+            template = getattr(self.args, "chat_template_kwargs", None)
+            pairs = pairs_in(options.directions, self.processing_class, chat_template_kwargs=template)
+            options = replace(options, directions=directions_from(pairs, self.processing_class))
+        self._options = options
+        self._routing: Routing | None = None
+        # Before a model is sharded a rank need not hold its weights: those but the main process may have loaded none.
+        if not (shards(self) and is_function(options.directions)):
+            self._resolve_routing()
         self._schedule = Schedule(self, options)
         self._sampled_ablated: Tensor | None = None  # per row, while rollouts are made
         self._open: ExitStack | None = None  # what a training step closes after its backward
         self._twice: RowsTwice | None = None  # while the losses of a micro-batch are computed
         self._view: str | None = None  # of an evaluation
         self._evaluated: str | None = None  # prefix of the metrics of the data set that is evaluated
-        self.add_callback(AfterSteps(self))
+        self.add_callback(self._schedule)
 
     @property
     def routing(self) -> Routing:
-        """What the keywords were resolved to."""
-        return self._routing.get()
+        """What the keywords were resolved to.
+
+        Raises:
+            GradRouteError: they are not resolved yet.
+        """
+        if self._routing is None:
+            raise GradRouteError(
+                "`trainer.routing` should be read after train() has begun: the model is sharded then, and `directions` "
+                "are extracted from it. Found that it has not. Fix: read it later, or give Directions that are made."
+            )
+        return self._routing
+
+    def _resolve_routing(self) -> Routing:
+        """Resolve the keywords now, unless they are; on a sharded model all ranks come here together."""
+        if self._routing is None:
+            routing = resolve(self, self._options)
+            self._flagging, self._routing = Flagging(self, routing), routing
+        return self._routing
 
     # Making rollouts
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         training = self.model.training
         first = self.accelerator.process_index * len(inputs)
-        routing = self._routing.resolve()
+        routing = self._resolve_routing()
         share = routing.ablated_per_group if training and self._schedule.samples_ablated else 0
         ablated = sampled_ablated(len(inputs), first, self.num_generations, share)
         self._flagging.begin(ablated if training else None)
@@ -171,13 +191,13 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
             rollouts: dict[str, Any] = super()._generate_and_score_completions(inputs)
             _logs.append_metrics(self, _logs.logp_differences(self, rollouts, ablated if training else None))
             if not training:
-                self._log_rows(_logs.rollout_table(len(inputs), self._view or "on"))
+                _logs.log_rows(self, self._view or "on", ablated)
                 return rollouts
             routed = self._flagging.route(rollouts, ablated)
             put_route(rollouts, routed.mask, routed.scores)
             rollouts |= routed.entries
-            known = {"scores": routed.scores, "log_ratios": routed.entries.get(LOG_RATIO), "ablated": ablated}
-            self._log_rows(_logs.rollout_table(len(inputs), "on", mask=routed.gated, **known))
+            log_ratios = routed.entries.get(LOG_RATIO)
+            _logs.log_rows(self, "on", ablated, routed.gated, scores=routed.scores, log_ratios=log_ratios)
             _logs.append_metrics(self, routed.figures)
         finally:
             self._sampled_ablated = None
@@ -186,7 +206,11 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self.use_vllm:
             self.vllm_generation.check_once()
-        with self._rows_ablated(), self._flagging.while_decoding():
+        rows = self._sampled_ablated
+        ablated: AbstractContextManager[Any] = nullcontext()
+        if rows is not None and rows.any():
+            ablated = ablate_quarantine(self.model, rows=rows.to(self.accelerator.device))
+        with ablated, self._flagging.while_decoding():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,18 +229,6 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         if rate is not None:
             _logs.append_metrics(self, {"routing/detector_rate": rate})
         return rewards
-
-    def _rows_ablated(self) -> AbstractContextManager[Any]:
-        rows = self._sampled_ablated
-        if rows is None or not rows.any():
-            return nullcontext()
-        return ablate_quarantine(self.model, rows=rows.to(self.accelerator.device))
-
-    def _log_rows(self, table: Mapping[str, list[Any]]) -> None:
-        # TRL's table of completions has a list per column, of all processes' rows.
-        if "extra" in self._logs:
-            for column, values in table.items():
-                self._logs["extra"][column].extend(gather_object(values))
 
     # Training on them
 
@@ -250,7 +262,10 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
                 "compute_loss should run inside training_step, which keeps the route open until backward has ended. "
                 "Fix: override training_step by calling super()."
             )
-        batch = MicroBatch.of(inputs, copies=self._rows_run_twice(inputs))
+        copies = 0
+        if self.routing.clean_baseline:
+            copies = int(self.accelerator.gather(inputs[SPLIT].sum()).max())  # the most that any rank has to run
+        batch = MicroBatch.of(inputs, copies)
         if self.routing.by_rollout is not None:
             self._open.enter_context(self.routing.by_rollout.record(self.model))
         self._open.enter_context(route(self.model, batch.mask))
@@ -272,11 +287,6 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
         if self._twice is None:
             return choose(entropies, mask, threshold)
         return self._twice.tokens(lambda: choose(entropies, mask, threshold))
-
-    def _rows_run_twice(self, inputs: Mapping[str, Any]) -> int:
-        if not self.routing.clean_baseline:
-            return 0
-        return int(self.accelerator.gather(split_rows(inputs)).max())
 
     # Evaluation and logs
 
@@ -319,7 +329,7 @@ class GradRouteMixin(_Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         # First, because torch would not say which keyword differs where groups of parameters do.
         if checkpoint_folder is not None:
-            checkpoint.load(Path(checkpoint_folder), self, self._routing.resolve())
+            checkpoint.load(Path(checkpoint_folder), self, self._resolve_routing())
         super()._load_optimizer_and_scheduler(checkpoint_folder)
 
 

@@ -24,6 +24,7 @@ from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
 from verl.utils.py_functional import convert_to_regular_types
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from gradroute._restore import left_as_found
@@ -32,17 +33,19 @@ from gradroute.adapters.peft.checkpoint import inject_blocks
 from gradroute.adapters.peft.config import QuarantineLoraConfig
 from gradroute.adapters.route import route
 from gradroute.adapters.views import ablate_quarantine, disable_adapters
-from gradroute.directions import capture_activations
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError, RouteError
+from gradroute.integrations._rollouts import captured_for, gated_rows
 from gradroute.integrations.verl import _saved_state as checkpoint
-from gradroute.integrations.verl._engine_settings import check_engine, check_verl
 from gradroute.integrations.verl._rows import SCORE, columns_of, flat, mask_of, nested, of_tokens, pool_of
 from gradroute.integrations.verl._weights import merged_weights, plain_adapter
 from gradroute.integrations.verl.settings import RoutingSettings
 from gradroute.refresh.refresher import Refresher
 
-check_verl(FSDPEngineWithLMHead)
+_NEEDED = ("_gradient_sync_context", "_build_lora_module", "forward_step", "optimizer_step", "infer_batch")
+_MISSING = [name for name in _NEEDED if not hasattr(FSDPEngineWithLMHead, name)]
+if _MISSING:
+    raise GradRouteError(f"verl's FSDP engine should have {_MISSING}, as in 0.9.1. Fix: pip install verl==0.9.1.")
 
 
 class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
@@ -55,7 +58,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_engine(self)
+        _check_settings(self)
         self._open: ExitStack | None = None  # while a micro-batch runs forward and backward
         self._adapters_off = False  # in the reference pass
 
@@ -129,14 +132,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if loss_function is not None or self._adapters_off:
             return super().forward_step(micro_batch, loss_function, forward_only)
         pool, known = pool_of(micro_batch.to(get_device_id()), packed=packed)
-        provenance: Any = self.directions.provenance
-        with capture_activations(
-            self.module,
-            pool=pool,
-            features=provenance.feature,
-            reduction=provenance.reduction,
-            modules=list(self.directions.hack),
-        ) as features:
+        with captured_for(self.directions, self.module, pool) as features:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         # With the quarantine on, as rollouts are sampled. In long runs that gates worse than a separate ablated pass.
         scores = self.directions.score(features, view="on").masked_fill(~known, math.nan)
@@ -150,16 +146,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         dist.all_gather_object(ranks, scores.cpu(), group)
         every = torch.cat(ranks)
         known = (~every.isnan()).nonzero().squeeze(1)
-        # A row of which nothing is known has no loss either: it absorbs.
-        weights = [torch.ones_like(every) for _ in range(3)]
-        if len(known):
-            mask = self.gate(every[known])
-            weights = [
-                each.index_copy(0, known, part.to(each)) for each, part in zip(weights, _parts(mask), strict=True)
-            ]
+        # A row of which nothing is known has no loss either.
+        mask = gated_rows(len(every), known, lambda: self.gate(every[known]))
         first = sum(len(each) for each in ranks[: dist.get_rank(group)])
-        rows = slice(first, first + len(scores))
-        return RouteMask(*(each[rows].to(scores.device) for each in weights))
+        return mask[first : first + len(scores)]
 
     # The update
 
@@ -259,5 +249,30 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             checkpoint.load(local_path, self)
 
 
-def _parts(mask: RouteMask) -> tuple[Tensor, Tensor, Tensor]:
-    return mask.m, mask.g_d, mask.g_q
+def _check_settings(engine: Any) -> None:
+    """Raise for settings under which something that was asked for would not happen.
+
+    Raises:
+        GradRouteError: such a setting.
+    """
+    model, config = engine.model_config, engine.engine_config
+    refused = {
+        "no LoRA (model.lora_rank=0), so that there are no blocks. Fix: model.lora_rank=16.": model.lora_rank <= 0,
+        "a model that is not trained (forward_only), such as a separate reference model. Fix: use the model without "
+        "its adapters as the reference, as verl does with model.lora_rank.": config.forward_only,
+        "ulysses_sequence_parallel_size > 1: a rank has parts of rollouts only, and no features of them. Fix: "
+        "ulysses_sequence_parallel_size=1.": config.ulysses_sequence_parallel_size > 1,
+        "pad_to_length=True: a packed batch has tokens of no rollout. Fix: pad_to_length=False.": config.pad_to_length,
+        "offload_policy=True: blocks that are on the CPU cannot be gathered. Fix: param_offload=True.": (
+            config.offload_policy
+        ),
+        "QAT, which replaces linears by other layers. Fix: leave qat off.": engine._qat_enabled,
+        "activation offloading, under which routed layers were not tested. Fix: "
+        "model.enable_activation_offload=False.": model.enable_activation_offload,
+        "fp16, whose gradient scaler may skip a step unseen. Fix: mixed_precision.param_dtype=bf16.": (
+            PrecisionType.is_fp16((config.mixed_precision or {}).get("param_dtype", "bf16"))
+        ),
+    }
+    found = [why for why, holds in refused.items() if holds]
+    if found:
+        raise GradRouteError(f"A routed engine cannot work with every setting of verl. Found {found[0]}")
