@@ -26,15 +26,14 @@ from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, para
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import whole, wide
 from gradroute._torch_private import in_backward
-from gradroute.directions._forwards import Forwards
 from gradroute.directions._reading import (
     Feature,
+    Forwards,
     Pool,
     Reduction,
     TokenPooling,
     first_input,
     hidden_states,
-    hooked,
     read_modules,
     without_autocast,
 )
@@ -92,7 +91,7 @@ def capture_activations(
 
         return read
 
-    with forwards.counted(), hooked(layers, hook, lambda _: None):
+    with forwards.hooked(hook):
         yield capture
         pooled.check()
         capture.finish()
@@ -150,8 +149,6 @@ def capture_gradients(
 
     def output_hook(name: str) -> Callable[..., Any]:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if features == "input":
-                return None
             hidden = hidden_states(name, output)
             # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
             tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
@@ -175,7 +172,8 @@ def capture_gradients(
 
         return tap
 
-    with forwards.counted(), hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
+    before = features == "input"
+    with forwards.hooked(input_hook if before else output_hook, before=before):
         yield capture
         capture.finish()
 
