@@ -23,9 +23,8 @@ from torch import Tensor
 from gradroute._checks import positive_integer
 from gradroute._plot import new_axes
 from gradroute._tables import aligned_table
-from gradroute.directions._angles import principal_angles
 from gradroute.directions._draws import haar_rows
-from gradroute.directions.directions import Directions
+from gradroute.directions.directions import Directions, principal_angles
 from gradroute.directions.estimators.base import Estimate, Estimator, Features, unit
 from gradroute.directions.validation import auroc, auroc_interval
 

@@ -29,7 +29,7 @@ from gradroute.directions.capture import capture_activations, capture_gradients
 from gradroute.directions.directions import Directions
 from gradroute.directions.estimators.base import Estimator
 from gradroute.directions.estimators.by_name import as_estimator
-from gradroute.directions.features import Capture
+from gradroute.directions.features import Capture, Provenance
 from gradroute.directions.pairs import (
     ContrastivePair,
     PaddedBatch,
@@ -40,7 +40,6 @@ from gradroute.directions.pairs import (
     pair_hash,
     tokenize_pairs,
 )
-from gradroute.directions.provenance import Provenance
 from gradroute.errors import DeadDirectionError, GradRouteError
 
 LossFn = Callable[[Any, PaddedBatch], Tensor]

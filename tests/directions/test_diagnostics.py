@@ -16,9 +16,9 @@ from torch import Tensor
 
 import gradroute as gr
 from gradroute.directions import placebo_pairs, reversed_sign, summary, validate
-from gradroute.directions._angles import principal_angles
 from gradroute.directions._draws import haar_rows
 from gradroute.directions.diagnostics import effect_size, share, split_half_cosines
+from gradroute.directions.directions import principal_angles
 from gradroute.directions.estimators.mean_difference import MeanDifference
 from gradroute.directions.estimators.ridge import Ridge
 from gradroute.directions.estimators.svd import Svd

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gradroute._protocol import routed_layers
 from gradroute._sharding import wide
 from gradroute._step_hooks import LocalHook
-from gradroute.directions import Capture
-from gradroute.directions.provenance import Provenance
+from gradroute.directions import Capture, Provenance
 
 _KEPT_TOKENS = 32
 
