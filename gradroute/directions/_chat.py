@@ -100,8 +100,7 @@ def _messages(name: str, value: Any) -> list[Message]:
     if not is_messages(value):
         raise GradRouteError(
             f"`{name}` should be chat messages, as `tokenizer` is for these alone. Found {_short(value)}. Fix: "
-            '[{"role": "user", "content": ...}]; for texts that are no chat, leave `tokenizer` out and give it to the '
-            "extractor."
+            '[{"role": "user", "content": ...}]; for texts, leave `tokenizer` out and give it to the extractor.'
         )
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

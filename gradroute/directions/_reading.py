@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from gradroute._checks import one_of
+from gradroute._checks import described, one_of
 from gradroute._module_tree import Walk, named_modules, walked
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import wide
@@ -224,8 +224,7 @@ class TokenPooling:
 
     def _look_at(self, pool: Any) -> None:
         if not isinstance(pool, Tensor) or pool.ndim != 2:
-            found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
-            raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {found}.")
+            raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {described(pool)}.")
         # All modules of a forward get the same pool, as a rule. An inference tensor has no version.
         version = 0 if pool.is_inference() else pool._version
         if self._latest is not None and self._latest[0] is pool and self._latest[1] == version:

@@ -126,13 +126,13 @@ class Capture(Mapping[str, Tensor]):
         expected = (provenance.source, provenance.feature, provenance.reduction)
         if self.settings != expected:
             raise GradRouteError(
-                f"`features` should be captured as {expected}, like the pairs. Found {self.settings}."
-                " Fix: capture with the settings of the extraction."
+                f"`features` should be captured as {expected}, like the pairs. Found {self.settings}. Fix: capture "
+                "with the settings that the directions were extracted with."
             )
         if view is None and self.view != provenance.view:
             raise GradRouteError(
-                f"`features` should be captured in the view of the directions, {provenance.view!r}. Found {self.view!r}. "
-                f"Fix: ablate_quarantine(model) around both, or on purpose view={self.view!r} for `score`."
+                f"`features` should be captured in the view of the directions, {provenance.view!r}. Found "
+                f"{self.view!r}. Fix: ablate_quarantine(model) around both, or view={self.view!r} for `score`."
             )
         if view is not None and self.view != view:
             raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {self.view!r}.")
@@ -178,8 +178,8 @@ class Capture(Mapping[str, Tensor]):
         """
         if forward is not None and self._last.get(module) == forward:
             raise GradRouteError(
-                f"`{module}` should run once in a forward, a row per rollout. Found a second run: blocks share it, or a "
-                "forward runs several batches. Fix: `modules=[...]` that run once, or a capture for each batch."
+                f"`{module}` should run once in a forward, a row per rollout. Found a second run: blocks share it, or "
+                "a forward runs several batches. Fix: `modules=[...]` that run once, or a capture for each batch."
             )
         if self.view not in (None, view):
             raise GradRouteError(
@@ -207,7 +207,7 @@ class Capture(Mapping[str, Tensor]):
         idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
         if idle:
             raise GradRouteError(
-                f"All modules should have {verb} inside the block. Found that these did not: {listed(idle)}."
+                f"Modules should have {verb} inside the block. Found that these did not: {listed(idle)}."
             )
         joined = {name: torch.cat([r for r in slots if r is not None]) for name, slots in self._forwards.items()}
         counts = {name: rows.shape[0] for name, rows in joined.items()}

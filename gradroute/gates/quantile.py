@@ -22,8 +22,7 @@ from gradroute.adapters.mask import RouteMask
 from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Gate, Reads, finite_scores
+from gradroute.gates.base import Gate, Marked, Reads, finite_scores
 
 
 class QuantileGate(Gate):
@@ -65,9 +64,7 @@ class QuantileGate(Gate):
         self.tails, self.half_life = (float(tails[0]), float(tails[1])), positive_number("half_life", half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:
-            raise GradRouteError(
-                f"`warm_up` should be at most `capacity`. Found {warm_up} > {capacity}: all rows would absorb."
-            )
+            raise GradRouteError(f"`warm_up` should be at most `capacity`, {capacity}. Found {warm_up}.")
         super().__init__(window=window, strict=strict)
         # Allocated by the first call, which shows how wide and of which type features are.
         self._features, self._scores = torch.empty(0, 0), torch.empty(0)

@@ -54,8 +54,7 @@ class Estimate(NamedTuple):
             if name not in features:
                 raise GradRouteError(
                     f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}. Fix: capture from the model "
-                    "that the directions were extracted from, with or without its wrapper (DDP's adds `module.` to "
-                    "every name) as it was then."
+                    "that was extracted from, with or without its wrapper as then: DDP's adds `module.`."
                 )
             f = features[name].detach()
             width = 1 if projected else rows.shape[-1]
@@ -143,7 +142,7 @@ def raise_if_dead(dead: list[str], modules: int) -> None:
     """Raise a `DeadDirectionError` that names the modules in `dead`."""
     if dead:
         raise DeadDirectionError(
-            f"Hack and clean sides have the same features in {len(dead)} of {modules} modules: {listed(dead)}."
+            f"Both sides have the same features in {len(dead)} of {modules} modules: {listed(dead)}."
         )
 
 
