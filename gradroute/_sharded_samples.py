@@ -30,7 +30,7 @@ def evenly_spaced(parameters: Mapping[str, Tensor], most: int) -> dict[str, list
     found: dict[str, Tensor] = {}
     shared: dict[Any, list[_Share]] = {}
     for name, parameter in parameters.items():
-        index = _index(size_of(parameter), counts[name])
+        index = torch.linspace(0, max(size_of(parameter) - 1, 0), counts[name], dtype=torch.float64).long()
         share = _share_of(name, parameter, index)
         if share is not None:
             shared.setdefault(share.groups, []).append(share)
@@ -62,10 +62,6 @@ class _Share(NamedTuple):
     values: Float[Tensor, " samples"]
     groups: tuple[Any, ...]
     home: torch.device
-
-
-def _index(size: int, count: int) -> Int[Tensor, " samples"]:
-    return torch.linspace(0, max(size - 1, 0), count, dtype=torch.float64).long()
 
 
 def _share_of(name: str, parameter: Any, index: Int[Tensor, " samples"]) -> _Share | None:

@@ -82,7 +82,7 @@ class Draw:
             return real._replace(rows={name: -rows for name, rows in real.rows.items()})
         if self.control in RANDOM:
             rows = self._random(real) if self.kept is None else self.kept
-            return real._replace(rows=self._oriented(rows, real, hack, clean))
+            return real._replace(rows=rows if self.control == "random" else _oriented(rows, real, hack, clean))
         if estimator is None:
             raise GradRouteError(
                 f"A {self.control} control repeats the estimator, and that of these directions is not known. "
@@ -95,16 +95,15 @@ class Draw:
         generator = torch.Generator().manual_seed(self.seed)
         return {name: haar_rows(len(own), own.shape[1], generator).to(own) for name, own in real.rows.items()}
 
-    def _oriented(
-        self, rows: Mapping[str, Float[Tensor, "_ _"]], real: Estimate, hack: Features, clean: Features
-    ) -> Mapping[str, Float[Tensor, "_ _"]]:
-        if self.control == "random":
-            return rows
-        # As the real rows, without a look at the held-out pairs.
-        kept = [i for i in range(len(next(iter(hack.values())))) if i not in real.heldout]
-        turned = {}
-        for name, own in rows.items():
-            z = [real.coordinates(name, side[name][kept]) for side in (hack, clean)]
-            gap = own @ (z[0] - z[1]).to(own).mean(0)
-            turned[name] = torch.where(gap < 0, -1.0, 1.0).to(own)[:, None] * own
-        return turned
+
+def _oriented(
+    rows: Mapping[str, Float[Tensor, "_ _"]], real: Estimate, hack: Features, clean: Features
+) -> dict[str, Float[Tensor, "_ _"]]:
+    # As the real rows, without a look at the held-out pairs.
+    kept = [i for i in range(len(next(iter(hack.values())))) if i not in real.heldout]
+    turned = {}
+    for name, own in rows.items():
+        z = [real.coordinates(name, side[name][kept]) for side in (hack, clean)]
+        gap = own @ (z[0] - z[1]).to(own).mean(0)
+        turned[name] = torch.where(gap < 0, -1.0, 1.0).to(own)[:, None] * own
+    return turned

@@ -205,7 +205,8 @@ class TokenPooling:
             self._weights[x.device, x.dtype] = next(iter(self._weights.values())).to(x)
         weights = self._weights[x.device, x.dtype]
         if x.ndim == 3 and x.shape[0] == 1 and weights.shape[1] == x.shape[1]:
-            return _packed_sum(weights, x[0])
+            # A token that no row reads does not count, also where it is not finite.
+            return weights @ x[0].masked_fill((weights == 0).all(0)[:, None], 0)
         if weights.shape != x.shape[:-1]:
             raise GradRouteError(
                 f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
@@ -248,11 +249,6 @@ def _weighted_sum(weights: Float[Tensor, "batch seq"], x: Float[Tensor, "batch s
     if x.device.type == "cpu" and not torch.isfinite(rows).all():
         rows = (weights.unsqueeze(1) @ x.masked_fill(unread, 0)).squeeze(1)
     return rows
-
-
-def _packed_sum(weights: Float[Tensor, "rows tokens"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows d"]:
-    """sum_t w_t x_t for each row that is packed into one sequence. A token that no row reads does not count."""
-    return weights @ x.masked_fill((weights == 0).all(0)[:, None], 0)
 
 
 def _reduced(weights: Float[Tensor, "batch seq"], reduction: Reduction) -> Float[Tensor, "batch seq"]:

@@ -14,7 +14,7 @@ Nothing of size batch x seq x d_in is kept: a row of the feature's width per rol
 until backward. Only `parameter` without directions holds on to inputs, and forms r d_in + d_out r numbers per rollout.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -122,7 +122,8 @@ def capture_gradients(
     if directions is not None and (features != "parameter" or modules is not None):
         raise GradRouteError(f'`directions` needs features="parameter", all modules. Found {features}, {modules}.')
     layers = read_modules(model, modules if directions is None else list(directions.rows), features)
-    V = None if directions is None else weights_on(directions, _homes(layers))
+    homes = {name: layer.deployed.A.device for name, layer in layers.items() if isinstance(layer, RoutedLayer)}
+    V = None if directions is None else weights_on(directions, homes)
     capture = Capture(model, ("gradient", features, "sum"), list(layers), directions)
     forwards = Forwards(model, layers)
     of_output = features in ("output", "residual")
@@ -138,7 +139,15 @@ def capture_gradients(
                 return gain_gradient(module, x)
             return parameter_gradient(name, module, x) if V is None else ghost_product(name, module, x, V[name])
 
-    def keep(name: str, tapped: Tensor, read: FromDelta) -> None:
+    def keep(name: str, tapped: Tensor, of_delta: Callable[[], FromDelta]) -> None:
+        if in_backward():
+            return  # a checkpoint recomputation builds the same graph, and is captured already
+        if not torch.is_grad_enabled():
+            raise GradRouteError(
+                f"capture_gradients: `{name}` ran with gradients off, so there is nothing to capture. Fix: leave "
+                "no_grad; under reentrant checkpointing use use_reentrant=False."
+            )
+        read = of_delta()
         slot = capture.open_slot(name, forwards.view(name), forwards.number)
 
         def fill(gradient: Tensor) -> None:
@@ -152,10 +161,7 @@ def capture_gradients(
             hidden = hidden_states(name, output)
             # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
             tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-            # A checkpoint recomputation builds the same graph, and is captured already.
-            if not in_backward():
-                _check_grad_enabled(name)
-                keep(name, tapped, reader(name, module, first_input(args, kwargs)))
+            keep(name, tapped, lambda: reader(name, module, first_input(args, kwargs)))
             return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
         return tap
@@ -165,9 +171,7 @@ def capture_gradients(
             x = first_input(args, kwargs)
             # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            if not in_backward():
-                _check_grad_enabled(name)
-                keep(name, alias, sum_over_tokens)
+            keep(name, alias, lambda: sum_over_tokens)
             return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
         return tap
@@ -176,15 +180,3 @@ def capture_gradients(
     with forwards.hooked(input_hook if before else output_hook, before=before):
         yield capture
         capture.finish()
-
-
-def _homes(layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
-    return {name: layer.deployed.A.device for name, layer in layers.items() if isinstance(layer, RoutedLayer)}
-
-
-def _check_grad_enabled(name: str) -> None:
-    if not torch.is_grad_enabled():
-        raise GradRouteError(
-            f"capture_gradients: `{name}` ran with gradients off, so there is nothing to capture. Fix: leave no_grad; "
-            "under reentrant checkpointing use use_reentrant=False."
-        )

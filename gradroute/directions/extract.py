@@ -147,7 +147,7 @@ def extract_gradient_directions(
     def run(batch: PaddedBatch) -> Capture:
         with torch.enable_grad(), capture_gradients(model, features=features, modules=modules) as capture:
             output = forward(model, batch.input_ids, batch.attention_mask)
-            losses = _completion_nll(_logits(output), batch) if loss_fn is None else loss_fn(output, batch)
+            losses = _completion_nll(output, batch) if loss_fn is None else loss_fn(output, batch)
             if not isinstance(losses, Tensor) or losses.shape != batch.index.shape:
                 raise GradRouteError(
                     f"`loss_fn` should return a loss per rollout ({len(batch.index)},). Found {described(losses)}."
@@ -279,15 +279,11 @@ def _unwrapped(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _logits(output: Any) -> Tensor:
+def _completion_nll(output: Any, batch: PaddedBatch) -> Float[Tensor, " batch"]:
+    """Each row's mean NLL over its completion, by the logits (batch, seq, vocab) that a forward returned."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise GradRouteError(f"`forward_fn` should return logits (batch, seq, vocab). Found {described(logits)}.")
-    return logits
-
-
-def _completion_nll(logits: Float[Tensor, "batch seq vocab"], batch: PaddedBatch) -> Float[Tensor, " batch"]:
-    """Each row's mean NLL over its completion."""
     mask = batch.completion_mask[:, 1:]
     if not mask.any(1).all():
         raise GradRouteError("`pairs` should have prompts: the first token of a rollout is predicted by nothing.")

@@ -18,6 +18,7 @@ from gradroute._before_use import before_use
 from gradroute._checks import described, positive_integer
 from gradroute._logging import warn
 from gradroute._plot import legend_aside, new_axes
+from gradroute._sharding import wide
 from gradroute._state_dict import State, check_state, format_of
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
@@ -163,7 +164,7 @@ def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
         where = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")
     # A threshold on bf16 scores would itself be rounded to three digits.
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide(scores)
 
 
 def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:

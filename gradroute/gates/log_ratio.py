@@ -20,10 +20,11 @@ from torch import Tensor
 
 from gradroute._checks import described, integer_from_zero, one_of, positive_number
 from gradroute._logging import logger
+from gradroute._sharding import wide
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates.base import BELOW, Below, Gate, Marked, Reads, below_mask, below_sentence, finite_scores
+from gradroute.gates.base import BELOW, Below, Gate, Marked, Reads, below_mask, below_sentence
 
 Per = Literal["rollout", "token"]
 PER: tuple[Per, ...] = ("rollout", "token")
@@ -200,12 +201,8 @@ def log_ratios(
             f"`mask` should have a token in each row, or there is nothing to score. Found none in {which}. Fix: leave "
             "such rows out; they train nothing."
         )
-    return torch.where(known, _own(on, known) - _own(ablated, known), 0.0), known
-
-
-def _own(values: Float[Tensor, "rows tokens"], known: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
-    """`values` with 0 outside the mask, where padding may hold anything; in float32 or wider."""
-    return finite_scores(torch.where(known, values.detach(), 0.0))
+    # Padding may hold anything, nan as well.
+    return torch.where(known, wide(on.detach()) - wide(ablated.detach()), 0.0), known
 
 
 def best_prefix(ratios: Float[Tensor, "rows tokens"], known: Bool[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:

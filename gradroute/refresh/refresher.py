@@ -207,7 +207,7 @@ class Refresher:
         self._fingerprint, self._version = list(state["fingerprint"]), self.directions.version
         self.reports = [RefreshReport(**report) for report in state["reports"]]
         for count in self._counts:
-            count.restart(self.steps)
+            count.steps = self.steps
 
     def __repr__(self) -> str:
         due = max(self.every - self.age, self.warm_up - self.steps)
@@ -236,7 +236,7 @@ class Refresher:
         return RefreshReport(self.steps, self.age, now.overlap(previous), moved, now.version, largest, angles)
 
     def _watch_optimizer(self, optimizer: Optimizer) -> Callable[[], None]:
-        count = StepCount(optimizer, self._check_before_step, start=self.steps)
+        count = StepCount(optimizer, self._check, start=self.steps)
         self._counts.append(count)
 
         def end() -> None:
@@ -255,17 +255,12 @@ class Refresher:
 
         return end
 
-    def _check(self) -> None:
+    def _check(self, stepping: StepCount | None = None) -> None:
         for reader in self._readers:
             self._check_reader(reader)
-        for count in self._counts:
+        # Before a step of one of several optimizers, the others may have taken this step already.
+        for count in self._counts if stepping is None else [stepping]:
             count.compare(self.steps)
-
-    def _check_before_step(self, count: StepCount) -> None:
-        # Of several optimizers the others may have taken this step already.
-        for reader in self._readers:
-            self._check_reader(reader)
-        count.compare(self.steps)
 
     def _check_heard(self) -> None:
         """Raise if the deployed blocks keep changing while `step()` is not called; only `watch` counts exactly."""

@@ -62,10 +62,6 @@ class StepCount(StepHooks):
         self._check = WeakMethod(check)
         super().__init__(optimizer)
 
-    def restart(self, steps: int) -> None:
-        """Continue the count from `steps`."""
-        self.steps = steps
-
     def compare(self, refresher_steps: int) -> None:
         """Raise unless the refresher counts as many steps."""
         if self.steps != refresher_steps:

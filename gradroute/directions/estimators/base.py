@@ -109,7 +109,11 @@ class Estimator(ABC):
             hack, clean = ({name: f[index[f.device]] for name, f in side.items()} for side in (hack, clean))
         rows, centre, scale = self.estimate(hack, clean)
         alive = read_together(v.any(1).all() for v in rows.values())
-        raise_if_dead([name for name, is_alive in zip(rows, alive, strict=True) if not is_alive], len(hack))
+        dead = [name for name, is_alive in zip(rows, alive, strict=True) if not is_alive]
+        if dead:
+            raise DeadDirectionError(
+                f"Hack and clean sides have the same features in {len(dead)} of {len(hack)} modules: {listed(dead)}."
+            )
         return Estimate({name: unit(v) for name, v in rows.items()}, centre, self.normalise(rows, scale), heldout)
 
     @abstractmethod
@@ -136,14 +140,6 @@ def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
         # A coordinate that does not vary but for rounding would become pure noise of unit variance.
         scale[name] = torch.where(s > DEAD * size, s, torch.where(size > 0, size, 1.0))
     return centre, scale
-
-
-def raise_if_dead(dead: list[str], modules: int) -> None:
-    """Raise a `DeadDirectionError` that names the modules in `dead`."""
-    if dead:
-        raise DeadDirectionError(
-            f"Both sides have the same features in {len(dead)} of {modules} modules: {listed(dead)}."
-        )
 
 
 def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:

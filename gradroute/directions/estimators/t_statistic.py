@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
+from gradroute._checks import positive_number
 from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm
-from gradroute.errors import GradRouteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class TStatistic(Estimator):
     clamp: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.clamp < float("inf"):
-            raise GradRouteError(f"`clamp` should be a positive number. Found {self.clamp!r}.")
+        positive_number("clamp", self.clamp)
 
     def estimate(self, hack: Features, clean: Features) -> Unnormalised:
         rows = {}
