@@ -131,8 +131,9 @@ class Capture(Mapping[str, Tensor]):
             )
         if view is None and self.view != provenance.view:
             raise GradRouteError(
-                f"`features` should be captured in the view of the directions, {provenance.view!r}. Found "
-                f"{self.view!r}. Fix: ablate_quarantine(model) around both, or view={self.view!r} for `score`."
+                f"`features` should be captured in the view of the directions, {provenance.view!r}. "
+                f"Found {self.view!r}. Fix: extract and capture under the same `with ablate_quarantine(model):`, or "
+                f"pass view={self.view!r} to `score` if the views differ on purpose."
             )
         if view is not None and self.view != view:
             raise GradRouteError(f"`features` should be captured in the given view, {view!r}. Found {self.view!r}.")

@@ -66,9 +66,10 @@ class StepCount(StepHooks):
         """Raise unless the refresher counts as many steps."""
         if self.steps != refresher_steps:
             raise RefreshError(
-                f"Refresher.step() should be called once after each optimizer step. Found {self.steps} optimizer steps "
-                f"and {refresher_steps} of the refresher: its directions grow old unseen. Fix: call it after each step "
-                "that was taken, not after a skipped one; or close() what watch() returned."
+                "Refresher.step() should be called once after each optimizer step. Found "
+                f"{self.steps} optimizer steps and {refresher_steps} of the refresher: its directions grow old unseen. "
+                "Fix: call it after each optimizer.step(), and where none was taken (a skipped step) not at all; if "
+                "this refresher is no longer used, close() what its watch() returned."
             )
 
     def _before_step(self) -> None:
