@@ -8,6 +8,7 @@ this library exists because one such refresh went unnoticed.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 
@@ -138,8 +139,17 @@ class Refresher:
             self._check_reader(reader)
         if optimizers:
             check_optimized(self.model, optimizers, RefreshError)
-        ends = [self._watch_reader(reader) for reader in readers]
-        return Watch(self, ends + [self._watch_optimizer(optimizer) for optimizer in optimizers])
+        ends = ExitStack()
+        for reader in readers:
+            ends.callback(check_before_use(reader, self._check))
+            self._readers.append(reader)
+            ends.callback(self._readers.remove, reader)
+        for optimizer in optimizers:
+            count = StepCount(optimizer, self._check, start=self.steps)
+            ends.callback(count.close)
+            self._counts.append(count)
+            ends.callback(self._counts.remove, count)
+        return Watch(self, ends, len(watched))
 
     def step(self) -> RefreshReport | None:
         """Count one optimizer step; refresh if it is due and return the report, else None."""
@@ -234,26 +244,6 @@ class Refresher:
         angles = {name: each.rad2deg().tolist() for name, each in now.principal_angles(previous).items()}
         largest = max((max(each) for each in angles.values()), default=90.0)
         return RefreshReport(self.steps, self.age, now.overlap(previous), moved, now.version, largest, angles)
-
-    def _watch_optimizer(self, optimizer: Optimizer) -> Callable[[], None]:
-        count = StepCount(optimizer, self._check, start=self.steps)
-        self._counts.append(count)
-
-        def end() -> None:
-            count.close()
-            self._counts.remove(count)
-
-        return end
-
-    def _watch_reader(self, reader: Gate | GradientFilter) -> Callable[[], None]:
-        end_check = check_before_use(reader, self._check)
-        self._readers.append(reader)
-
-        def end() -> None:
-            end_check()
-            self._readers.remove(reader)
-
-        return end
 
     def _check(self, stepping: StepCount | None = None) -> None:
         for reader in self._readers:
