@@ -148,7 +148,7 @@ def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:
     return rows / lengths
 
 
-def mean_norm(hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"]) -> Float[Tensor, ""]:
-    """The mean norm of the features."""
+def noise(hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"]) -> Float[Tensor, ""]:
+    """The norm below which a difference of the features is rounding noise: `DEAD` times their mean norm."""
     size: Tensor = torch.cat([hack, clean]).norm(dim=1).mean()
-    return size
+    return DEAD * size

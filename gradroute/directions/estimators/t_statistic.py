@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from gradroute._checks import positive_number
-from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm
+from gradroute.directions.estimators.base import Estimator, Features, Unnormalised, noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class TStatistic(Estimator):
         rows = {}
         for name in hack:
             D = hack[name] - clean[name]
-            noise = DEAD * mean_norm(hack[name], clean[name])
             mean, error = D.mean(0, keepdim=True), D.std(0, keepdim=True) / len(D) ** 0.5
             # A coordinate whose mean is rounding noise has no t: it would be a ratio of two such numbers.
-            rows[name] = torch.where(mean.abs() > noise, mean / error, 0.0).clamp(-self.clamp, self.clamp)
+            t = torch.where(mean.abs() > noise(hack[name], clean[name]), mean / error, 0.0)
+            rows[name] = t.clamp(-self.clamp, self.clamp)
         return rows, None, None
