@@ -162,11 +162,10 @@ class Refresher:
     def refresh(self) -> RefreshReport:
         """Extract now, whatever the schedule says."""
         self._check()
-        before = self.directions.version
-        if before != self._version:
+        if self.directions.version != self._version:
             raise RefreshError(
-                f"`directions` should be updated by this refresher alone. Found version {before} instead of "
-                f"{self._version}. Fix: one Refresher per Directions."
+                f"`directions` should be updated by this refresher alone. Found version {self.directions.version} "
+                f"instead of {self._version}. Fix: one Refresher per Directions."
             )
         fresh = self._extracted()
         fingerprint = block_fingerprint(self.model, "deployed")
@@ -179,7 +178,7 @@ class Refresher:
             )
         previous = copy(self.directions)
         self.directions.update_(fresh, step=self.steps)
-        if self.directions.version == before:
+        if self.directions.version == self._version:
             raise RefreshError("The directions were not updated although a refresh was due.")
         report = self._reported(previous, moved)
         self._extracted_at, self._fingerprint, self._version = self.steps, fingerprint, self.directions.version

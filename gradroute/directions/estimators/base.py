@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
             if name not in features:
                 raise GradRouteError(
                     f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}. Fix: capture from the model "
-                    "that was extracted from, with or without its wrapper as then: DDP's adds `module.`."
+                    "that the directions came from, wrapped as it was then: DDP's wrapper adds `module.` to names."
                 )
             f = features[name].detach()
             width = 1 if projected else rows.shape[-1]
