@@ -39,14 +39,12 @@ def sides(hack: Features, clean: Features, control: Control | None, seed: int | 
     if pairs < 2:
         raise GradRouteError(f"A {control} control should have two or more pairs to draw from. Found {pairs}.")
     assert seed is not None
-    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)).tolist()
     half = pairs // 2
     if control == "placebo":
-        a, b = order[:half].tolist(), order[half : 2 * half].tolist()
-        return (
-            {name: torch.cat([hack[name][a], clean[name][a]]) for name in hack},
-            {name: torch.cat([hack[name][b], clean[name][b]]) for name in hack},
-        )
+        halves = order[:half], order[half : 2 * half]
+        a, b = ({name: torch.cat([hack[name][chosen], clean[name][chosen]]) for name in hack} for chosen in halves)
+        return a, b
     swapped = torch.zeros(pairs, 1, dtype=torch.bool)
     swapped[order[:half]] = True
     return (

@@ -7,6 +7,7 @@ parameter                   gradient of the deployed A and B, flattened: r d_in 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -131,8 +132,12 @@ class Forwards:
         return views[0] if views else "disabled"
 
     @contextmanager
-    def hooked(self, hook: Callable[[str], Callable[..., Any]], *, before: bool = False) -> Iterator[None]:
-        """`hook(name)` after (or before) the forward of each module that is read, for the duration of the block.
+    def hooked(self, hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
+        """`hook(name, ...)` after (or before) the forward of each module that is read, for the duration of the block.
+
+        Args:
+            hook: takes the name, and what torch gives to such a hook with keywords.
+            before: hook in before the forward.
 
         A copy of the model that is made inside is another model, and nothing of it is read.
         """
@@ -143,7 +148,7 @@ class Forwards:
                 handles.append(module.register_forward_hook(LocalHook(self._leave), always_call=True))
             for name, module in self._layers.items():
                 register = module.register_forward_pre_hook if before else module.register_forward_hook
-                handles.append(register(LocalHook(hook(name)), with_kwargs=True))
+                handles.append(register(LocalHook(partial(hook, name)), with_kwargs=True))
             yield
         finally:
             for handle in handles:

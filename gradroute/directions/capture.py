@@ -14,7 +14,7 @@ Nothing of size batch x seq x d_in is kept: a row of the feature's width per rol
 until backward. Only `parameter` without directions holds on to inputs, and forms r d_in + d_out r numbers per rollout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -75,23 +75,20 @@ def capture_activations(
     forwards = Forwards(model, layers)
     pooled = TokenPooling(pool, reduction)
 
-    def hook(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if in_backward():
-                return  # a checkpoint recomputation: this forward was captured when it first ran
-            x = first_input(args, kwargs)
-            hidden = hidden_states(name, output) if features in ("output", "residual") else x
-            slot = capture.open_slot(name, forwards.view(name), forwards.number)
-            with torch.no_grad(), without_autocast(hidden.device):
-                rows = pooled(name, hidden, x)
-                if features == "bottleneck":
-                    assert isinstance(module, RoutedLayer)
-                    rows = rows @ whole(module.deployed.A, name).to(rows.dtype).T
-                capture.fill(name, slot, rows)
+    def read(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if in_backward():
+            return  # a checkpoint recomputation: this forward was captured when it first ran
+        x = first_input(args, kwargs)
+        hidden = hidden_states(name, output) if features in ("output", "residual") else x
+        slot = capture.open_slot(name, forwards.view(name), forwards.number)
+        with torch.no_grad(), without_autocast(hidden.device):
+            rows = pooled(name, hidden, x)
+            if features == "bottleneck":
+                assert isinstance(module, RoutedLayer)
+                rows = rows @ whole(module.deployed.A, name).to(rows.dtype).T
+            capture.fill(name, slot, rows)
 
-        return read
-
-    with forwards.hooked(hook):
+    with forwards.hooked(read):
         yield capture
         pooled.check()
         capture.finish()
@@ -126,10 +123,9 @@ def capture_gradients(
     V = None if directions is None else weights_on(directions, homes)
     capture = Capture(model, ("gradient", features, "sum"), list(layers), directions)
     forwards = Forwards(model, layers)
-    of_output = features in ("output", "residual")
 
     def reader(name: str, module: nn.Module, x: Tensor) -> FromDelta:
-        if of_output:
+        if features in ("input", "output", "residual"):
             return sum_over_tokens
         assert isinstance(module, RoutedLayer)
         if module.view == "disabled":
@@ -139,7 +135,7 @@ def capture_gradients(
                 return gain_gradient(module, x)
             return parameter_gradient(name, module, x) if V is None else ghost_product(name, module, x, V[name])
 
-    def keep(name: str, tapped: Tensor, of_delta: Callable[[], FromDelta]) -> None:
+    def keep(name: str, module: nn.Module, x: Tensor, tapped: Tensor) -> None:
         if in_backward():
             return  # a checkpoint recomputation builds the same graph, and is captured already
         if not torch.is_grad_enabled():
@@ -147,7 +143,7 @@ def capture_gradients(
                 f"capture_gradients: `{name}` ran with gradients off, so there is nothing to capture. Fix: leave "
                 "no_grad; under reentrant checkpointing use use_reentrant=False."
             )
-        read = of_delta()
+        read = reader(name, module, x)
         slot = capture.open_slot(name, forwards.view(name), forwards.number)
 
         def fill(gradient: Tensor) -> None:
@@ -156,27 +152,21 @@ def capture_gradients(
 
         tapped.register_hook(fill)  # type: ignore[no-untyped-call]
 
-    def output_hook(name: str) -> Callable[..., Any]:
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = hidden_states(name, output)
-            # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
-            tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-            keep(name, tapped, lambda: reader(name, module, first_input(args, kwargs)))
-            return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
+    def tap_output(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = hidden_states(name, output)
+        # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
+        tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        keep(name, module, first_input(args, kwargs), tapped)
+        return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
-        return tap
-
-    def input_hook(name: str) -> Callable[..., Any]:
-        def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = first_input(args, kwargs)
-            # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
-            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            keep(name, alias, lambda: sum_over_tokens)
-            return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
-
-        return tap
+    def tap_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_input(args, kwargs)
+        # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
+        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        keep(name, module, x, alias)
+        return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
     before = features == "input"
-    with forwards.hooked(input_hook if before else output_hook, before=before):
+    with forwards.hooked(tap_input if before else tap_output, before=before):
         yield capture
         capture.finish()

@@ -91,13 +91,10 @@ def extract_activation_directions(
     estimator = as_estimator(estimator)
     forward = _huggingface_forward(model, _reads_head(model, modules)) if forward_fn is None else forward_fn
 
+    @torch.no_grad()
     def run(batch: PaddedBatch) -> Capture:
-        with (
-            torch.no_grad(),
-            capture_activations(
-                model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
-            ) as capture,
-        ):
+        pool = batch.completion_mask
+        with capture_activations(model, pool=pool, features=features, reduction=reduction, modules=modules) as capture:
             forward(model, batch.input_ids, batch.attention_mask)
         return capture
 
