@@ -76,6 +76,7 @@ class Capture(Mapping[str, Tensor]):
         modules: Sequence[str],
         directions: Any = None,
     ) -> None:
+        self.settings = settings
         self.source, self.feature, self.reduction = settings
         self.view: str | None = None
         self.directions, self.version = directions, None if directions is None else directions.version
@@ -102,11 +103,6 @@ class Capture(Mapping[str, Tensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self.model}
-
-    @property
-    def settings(self) -> tuple[str, str, str]:
-        """(source, feature, reduction)."""
-        return self.source, self.feature, self.reduction
 
     @property
     def model(self) -> str:
