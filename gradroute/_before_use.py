@@ -46,5 +46,6 @@ def before_use(reader: Any) -> None:
             elif used is reader:
                 raise RefreshError(
                     f"The Refresher that watched this {type(reader).__name__} should be there. Found that it was "
-                    "deleted, so nothing refreshes the directions. Fix: keep it, or close() what watch() returned."
+                    "deleted, so nothing refreshes the directions. Fix: keep the refresher and call its step(), or "
+                    "close() what watch() returned to go on with frozen directions."
                 )

@@ -187,14 +187,7 @@ class Directions:
         if draw.control in RANDOM:
             changes["estimator"], estimator = "random", None
         origin = dataclasses.replace(self.provenance, **changes)
-        return Directions(
-            hack=self.hack,
-            clean=self.clean,
-            provenance=origin,
-            step=self.step,
-            estimator=estimator,
-            **estimate._asdict(),
-        )
+        return dataclasses.replace(self, provenance=origin, version=0, estimator=estimator, **estimate._asdict())
 
     @typechecked
     def overlap(self, other: "Directions") -> float:
