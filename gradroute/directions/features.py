@@ -203,7 +203,9 @@ class Capture(Mapping[str, Tensor]):
         verb = "run forward" if self.source == "activation" else "run forward and backward"
         idle = [name for name, slots in self._forwards.items() if not slots or any(rows is None for rows in slots)]
         if idle:
-            raise GradRouteError(f"Modules should {verb} inside the block. Found that these did not: {listed(idle)}.")
+            raise GradRouteError(
+                f"Every captured module should have {verb} inside the block. Found that these did not: {listed(idle)}."
+            )
         joined = {name: torch.cat([r for r in slots if r is not None]) for name, slots in self._forwards.items()}
         counts = {name: rows.shape[0] for name, rows in joined.items()}
         if len(set(counts.values())) > 1:
