@@ -4,9 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from gradroute.errors import GradRouteError
 
 T = TypeVar("T")
+
+
+def described(value: Any) -> str:
+    """The type and shape of a tensor, or what a value is instead, for a message."""
+    return f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def finite_number(argument: str, value: Any, error: type[GradRouteError] = GradRouteError) -> float:

@@ -6,7 +6,6 @@ A rank reads the values in its own shard and leaves the others zero; the sum ove
 them. That is one small reduction per device mesh, where gathering would move the whole model.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ def evenly_spaced(parameters: Mapping[str, Tensor], most: int) -> dict[str, list
     found: dict[str, Tensor] = {}
     shared: dict[Any, list[_Share]] = {}
     for name, parameter in parameters.items():
-        index = _index(size_of(parameter), counts[name])
+        index = torch.linspace(0, max(size_of(parameter) - 1, 0), counts[name], dtype=torch.float64).long()
         share = _share_of(name, parameter, index)
         if share is not None:
             shared.setdefault(share.groups, []).append(share)
@@ -64,10 +63,6 @@ class _Share(NamedTuple):
     home: torch.device
 
 
-def _index(size: int, count: int) -> Int[Tensor, " samples"]:
-    return torch.linspace(0, max(size - 1, 0), count, dtype=torch.float64).long()
-
-
 def _share_of(name: str, parameter: Any, index: Int[Tensor, " samples"]) -> _Share | None:
     """None of a parameter that is not sharded, or in a way that only its owner can take apart."""
     if is_partitioned(parameter):
@@ -82,11 +77,10 @@ def _share_of(name: str, parameter: Any, index: Int[Tensor, " samples"]) -> _Sha
     if box is None:
         return None
     starts, stops, counts_here = box
-    local = parameter.detach().to_local()
+    local = parameter.detach().to_local().contiguous()
     places = torch.stack(torch.unravel_index(index, shape_of(parameter)))
     mine = ((places >= starts[:, None]) & (places < stops[:, None])).all(0) & counts_here
-    strides = torch.tensor([*itertools.accumulate(reversed(local.shape[1:]), lambda a, b: a * b, initial=1)][::-1])
-    flat = ((places - starts[:, None]) * strides[:, None]).sum(0)
+    flat = ((places - starts[:, None]) * torch.tensor(local.stride())[:, None]).sum(0)
     mesh = parameter.device_mesh
     groups = tuple(mesh.get_group(i) for i in range(mesh.ndim))
     return _Share(name, _picked(local.reshape(-1), flat, mine), groups, torch.device(mesh.device_type))

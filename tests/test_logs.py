@@ -12,7 +12,7 @@ import torch
 from support.language_models import PAIRS, ids_only, routed_mixer, scoring_directions
 
 import gradroute as gr
-from gradroute import _progress as progress
+from gradroute import _logging
 
 pytestmark = pytest.mark.touches_peft
 
@@ -82,7 +82,7 @@ def test_bars_are_shown_on_a_terminal_and_can_be_turned_off(
     measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = routed_mixer()
-    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    monkeypatch.setattr(_logging, "_DELAY", 0.0)
     shown = []
     for stream, options in ((Terminal(), {}), (Terminal(), {"progress": False}), (io.StringIO(), {})):
         monkeypatch.setattr(sys, "stderr", stream)

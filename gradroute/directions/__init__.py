@@ -9,10 +9,9 @@ from gradroute.directions.controls import placebo_pairs, reversed_sign, shuffled
 from gradroute.directions.diagnostics import DirectionsSummary, summary
 from gradroute.directions.directions import Directions
 from gradroute.directions.extract import extract_activation_directions, extract_gradient_directions
-from gradroute.directions.features import Capture
+from gradroute.directions.features import Capture, Provenance
 from gradroute.directions.load import load_pairs
 from gradroute.directions.pairs import ContrastivePair
-from gradroute.directions.provenance import Provenance
 from gradroute.directions.validation import Validation, validate
 
 __all__ = [

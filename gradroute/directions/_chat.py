@@ -50,18 +50,14 @@ class ChatTemplate:
             GradRouteError: messages of another form, a template that refuses them, or one that writes the prompt
                 in another way before a completion.
         """
-        prompts = {
-            name: _messages(name, entry[name])
-            for name in ("prompt", "clean_prompt")
-            if name == "prompt" or entry.get(name) is not None
-        }
+        names = ["prompt"] if entry.get("clean_prompt") is None else ["prompt", "clean_prompt"]
+        prompts = {name: _messages(name, entry[name]) for name in names}
         ids: dict[str, Any] = {name: self._rendered(messages, opened=True) for name, messages in prompts.items()}
-        for side, prompt in {"hack": "prompt", "clean": list(prompts)[-1]}.items():
-            completion = entry[side]
+        for side, prompt in (("hack", "prompt"), ("clean", names[-1])):
+            ids[side] = completion = entry[side]
             if isinstance(completion, str) or is_messages(completion):
                 full = self._rendered([*prompts[prompt], _answer(side, completion)], opened=False)
-                completion = self._after(ids[prompt], full, side)
-            ids[side] = completion
+                ids[side] = self._after(ids[prompt], full, side)
         return ids
 
     def _after(self, prompt: list[int], full: list[int], side: str) -> list[int]:
@@ -100,8 +96,7 @@ def _messages(name: str, value: Any) -> list[Message]:
     if not is_messages(value):
         raise GradRouteError(
             f"`{name}` should be chat messages, as `tokenizer` is for these alone. Found {_short(value)}. Fix: "
-            '[{"role": "user", "content": ...}]; for texts that are no chat, leave `tokenizer` out and give it to the '
-            "extractor."
+            '[{"role": "user", "content": ...}]; for texts, leave `tokenizer` out and give it to the extractor.'
         )
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

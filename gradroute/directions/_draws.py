@@ -39,14 +39,12 @@ def sides(hack: Features, clean: Features, control: Control | None, seed: int | 
     if pairs < 2:
         raise GradRouteError(f"A {control} control should have two or more pairs to draw from. Found {pairs}.")
     assert seed is not None
-    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)).tolist()
     half = pairs // 2
     if control == "placebo":
-        a, b = order[:half].tolist(), order[half : 2 * half].tolist()
-        return (
-            {name: torch.cat([hack[name][a], clean[name][a]]) for name in hack},
-            {name: torch.cat([hack[name][b], clean[name][b]]) for name in hack},
-        )
+        halves = order[:half], order[half : 2 * half]
+        a, b = ({name: torch.cat([hack[name][chosen], clean[name][chosen]]) for name in hack} for chosen in halves)
+        return a, b
     swapped = torch.zeros(pairs, 1, dtype=torch.bool)
     swapped[order[:half]] = True
     return (
@@ -82,7 +80,7 @@ class Draw:
             return real._replace(rows={name: -rows for name, rows in real.rows.items()})
         if self.control in RANDOM:
             rows = self._random(real) if self.kept is None else self.kept
-            return real._replace(rows=self._oriented(rows, real, hack, clean))
+            return real._replace(rows=rows if self.control == "random" else _oriented(rows, real, hack, clean))
         if estimator is None:
             raise GradRouteError(
                 f"A {self.control} control repeats the estimator, and that of these directions is not known. "
@@ -95,16 +93,15 @@ class Draw:
         generator = torch.Generator().manual_seed(self.seed)
         return {name: haar_rows(len(own), own.shape[1], generator).to(own) for name, own in real.rows.items()}
 
-    def _oriented(
-        self, rows: Mapping[str, Float[Tensor, "_ _"]], real: Estimate, hack: Features, clean: Features
-    ) -> Mapping[str, Float[Tensor, "_ _"]]:
-        if self.control == "random":
-            return rows
-        # As the real rows, without a look at the held-out pairs.
-        kept = [i for i in range(len(next(iter(hack.values())))) if i not in real.heldout]
-        turned = {}
-        for name, own in rows.items():
-            z = [real.coordinates(name, side[name][kept]) for side in (hack, clean)]
-            gap = own @ (z[0] - z[1]).to(own).mean(0)
-            turned[name] = torch.where(gap < 0, -1.0, 1.0).to(own)[:, None] * own
-        return turned
+
+def _oriented(
+    rows: Mapping[str, Float[Tensor, "_ _"]], real: Estimate, hack: Features, clean: Features
+) -> dict[str, Float[Tensor, "_ _"]]:
+    # As the real rows, without a look at the held-out pairs.
+    kept = [i for i in range(len(next(iter(hack.values())))) if i not in real.heldout]
+    turned = {}
+    for name, own in rows.items():
+        z = [real.coordinates(name, side[name][kept]) for side in (hack, clean)]
+        gap = own @ (z[0] - z[1]).to(own).mean(0)
+        turned[name] = torch.where(gap < 0, -1.0, 1.0).to(own)[:, None] * own
+    return turned

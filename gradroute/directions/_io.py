@@ -53,8 +53,6 @@ def read_directions(path: Path) -> dict[str, Any]:
             }
             fields |= {name: header[name] for name in ("provenance", "version", "step")}
             fields["heldout"] = tuple(header["heldout"])
-    except FileFormatError:
-        raise
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise incomplete(path, error) from error
     return fields

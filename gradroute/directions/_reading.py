@@ -1,4 +1,4 @@
-"""The reading of features from a model: of which modules, and with which weights over the tokens.
+"""The reading of features from a model: of which modules, in which forward, and with which weights over the tokens.
 
 bottleneck, input, output   of routed layers (or of modules given by name)
 residual                    the output of a transformer block: the elements of the model's list of blocks
@@ -7,14 +7,15 @@ parameter                   gradient of the deployed A and B, flattened: r d_in 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from gradroute._checks import one_of
-from gradroute._module_tree import named_modules
+from gradroute._checks import described, one_of
+from gradroute._module_tree import Walk, named_modules, walked
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import wide
 from gradroute._step_hooks import LocalHook
@@ -83,27 +84,93 @@ def hidden_states(name: str, output: Any) -> Tensor:
     return hidden
 
 
-@contextmanager
-def hooked(
-    layers: Mapping[str, nn.Module],
-    forward: Callable[[str], Callable[..., Any]],
-    before: Callable[[str], Callable[..., Any] | None],
-) -> Iterator[None]:
-    """Hooks on each layer for the duration of the block: after its forward, and where there is one before it.
+class Forwards:
+    """Hooks on the modules that are read; counts the forwards of the model meanwhile, and finds their view.
 
-    A copy of the model that is made inside is another model, and nothing of it is read.
+    A forward is a call of the outermost module that runs, together with all that it calls. A module that runs twice in
+    one forward has two rows per rollout, and a model whose layers are in different views is refused.
+
+    Args:
+        model: the model that is read.
+        layers: the modules that are read, by name.
     """
-    handles: list[Any] = []
-    try:
-        for name, module in layers.items():
-            pre_hook = before(name)
-            if pre_hook is not None:
-                handles.append(module.register_forward_pre_hook(LocalHook(pre_hook), with_kwargs=True))
-            handles.append(module.register_forward_hook(LocalHook(forward(name)), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        walk, found = walked(model)
+        modules = dict(walk.named(found))
+        routed = {name: module for name, module in modules.items() if isinstance(module, RoutedLayer)}
+        self._layers, self._routed = layers, list(routed.values())
+        self._inside = {
+            name: [routed[name]] if name in routed else _inside(walk, name, module, found)
+            for name, module in layers.items()
+        }
+        above = {".".join(parts[:i]) for parts in (name.split(".") for name in layers) for i in range(len(parts))}
+        self._above = [modules[name] for name in sorted(above) if name in modules]
+        self._running = self._number = self._compared = 0
+
+    @property
+    def number(self) -> int | None:
+        """Of the forward that runs now; None if none of the modules above those that are read runs."""
+        return self._number if self._running else None
+
+    def view(self, name: str) -> str:
+        """The view in which the module `name` runs now; compared over all layers at the first module of a forward.
+
+        Raises:
+            GradRouteError: routed layers are in different views.
+        """
+        first = not self._running or self._compared != self._number
+        self._compared = self._number
+        layers = self._routed if first or not self._inside[name] else self._inside[name]
+        views = sorted({layer.view for layer in layers})
+        if len(views) > 1:
+            raise GradRouteError(
+                f"All routed layers should be in one view while features are read. Found {views}. "
+                "Fix: ablate or disable the whole model, or read the part of it that is in one view."
+            )
+        # A model without routed layers shows what one with all adapters disabled does.
+        return views[0] if views else "disabled"
+
+    @contextmanager
+    def hooked(self, hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
+        """`hook(name, ...)` after (or before) the forward of each module that is read, for the duration of the block.
+
+        Args:
+            hook: takes the name, and what torch gives to such a hook with keywords.
+            before: hook in before the forward.
+
+        A copy of the model that is made inside is another model, and nothing of it is read.
+        """
+        handles: list[Any] = []
+        try:
+            for module in self._above:
+                handles.append(module.register_forward_pre_hook(LocalHook(self._enter)))
+                handles.append(module.register_forward_hook(LocalHook(self._leave), always_call=True))
+            for name, module in self._layers.items():
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                handles.append(register(LocalHook(partial(hook, name)), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, *_: Any) -> None:
+        if self._running == 0:
+            self._number += 1
+        self._running += 1
+
+    def _leave(self, *_: Any) -> None:
+        # A forward that raised before it was counted is left all the same.
+        self._running = max(self._running - 1, 0)
+
+
+def _inside(walk: Walk, name: str, module: nn.Module, found: list[Any]) -> list[RoutedLayer]:
+    """The routed layers inside of a block, looked for once in a walk."""
+    places = walk.memo.setdefault("inside", {})
+    if name not in places:
+        inside = {id(each) for each in module.modules() if isinstance(each, RoutedLayer)}
+        places[name] = list({id(each): i for i, each in enumerate(found) if id(each) in inside}.values())
+    return [found[i] for i in places[name]]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -143,7 +210,8 @@ class TokenPooling:
             self._weights[x.device, x.dtype] = next(iter(self._weights.values())).to(x)
         weights = self._weights[x.device, x.dtype]
         if x.ndim == 3 and x.shape[0] == 1 and weights.shape[1] == x.shape[1]:
-            return _packed_sum(weights, x[0])
+            # A token that no row reads does not count, also where it is not finite.
+            return weights @ x[0].masked_fill((weights == 0).all(0)[:, None], 0)
         if weights.shape != x.shape[:-1]:
             raise GradRouteError(
                 f"`pool` should have the shape {tuple(x.shape[:-1])} of the input of `{name}`. Found "
@@ -162,8 +230,7 @@ class TokenPooling:
 
     def _look_at(self, pool: Any) -> None:
         if not isinstance(pool, Tensor) or pool.ndim != 2:
-            found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
-            raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {found}.")
+            raise GradRouteError(f"`pool` should be a tensor of shape (batch, seq). Found {described(pool)}.")
         # All modules of a forward get the same pool, as a rule. An inference tensor has no version.
         version = 0 if pool.is_inference() else pool._version
         if self._latest is not None and self._latest[0] is pool and self._latest[1] == version:
@@ -187,11 +254,6 @@ def _weighted_sum(weights: Float[Tensor, "batch seq"], x: Float[Tensor, "batch s
     if x.device.type == "cpu" and not torch.isfinite(rows).all():
         rows = (weights.unsqueeze(1) @ x.masked_fill(unread, 0)).squeeze(1)
     return rows
-
-
-def _packed_sum(weights: Float[Tensor, "rows tokens"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows d"]:
-    """sum_t w_t x_t for each row that is packed into one sequence. A token that no row reads does not count."""
-    return weights @ x.masked_fill((weights == 0).all(0)[:, None], 0)
 
 
 def _reduced(weights: Float[Tensor, "batch seq"], reduction: Reduction) -> Float[Tensor, "batch seq"]:

@@ -14,7 +14,7 @@ Nothing of size batch x seq x d_in is kept: a row of the feature's width per rol
 until backward. Only `parameter` without directions holds on to inputs, and forms r d_in + d_out r numbers per rollout.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -26,15 +26,14 @@ from gradroute._per_rollout import FromDelta, gain_gradient, ghost_product, para
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import whole, wide
 from gradroute._torch_private import in_backward
-from gradroute.directions._forwards import Forwards
 from gradroute.directions._reading import (
     Feature,
+    Forwards,
     Pool,
     Reduction,
     TokenPooling,
     first_input,
     hidden_states,
-    hooked,
     read_modules,
     without_autocast,
 )
@@ -76,23 +75,20 @@ def capture_activations(
     forwards = Forwards(model, layers)
     pooled = TokenPooling(pool, reduction)
 
-    def hook(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if in_backward():
-                return  # a checkpoint recomputation: this forward was captured when it first ran
-            x = first_input(args, kwargs)
-            hidden = hidden_states(name, output) if features in ("output", "residual") else x
-            slot = capture.open_slot(name, forwards.view(name), forwards.number)
-            with torch.no_grad(), without_autocast(hidden.device):
-                rows = pooled(name, hidden, x)
-                if features == "bottleneck":
-                    assert isinstance(module, RoutedLayer)
-                    rows = rows @ whole(module.deployed.A, name).to(rows.dtype).T
-                capture.fill(name, slot, rows)
+    def read(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if in_backward():
+            return  # a checkpoint recomputation: this forward was captured when it first ran
+        x = first_input(args, kwargs)
+        hidden = hidden_states(name, output) if features in ("output", "residual") else x
+        slot = capture.open_slot(name, forwards.view(name), forwards.number)
+        with torch.no_grad(), without_autocast(hidden.device):
+            rows = pooled(name, hidden, x)
+            if features == "bottleneck":
+                assert isinstance(module, RoutedLayer)
+                rows = rows @ whole(module.deployed.A, name).to(rows.dtype).T
+            capture.fill(name, slot, rows)
 
-        return read
-
-    with forwards.counted(), hooked(layers, hook, lambda _: None):
+    with forwards.hooked(read):
         yield capture
         pooled.check()
         capture.finish()
@@ -123,13 +119,13 @@ def capture_gradients(
     if directions is not None and (features != "parameter" or modules is not None):
         raise GradRouteError(f'`directions` needs features="parameter", all modules. Found {features}, {modules}.')
     layers = read_modules(model, modules if directions is None else list(directions.rows), features)
-    V = None if directions is None else weights_on(directions, _homes(layers))
+    homes = {name: layer.deployed.A.device for name, layer in layers.items() if isinstance(layer, RoutedLayer)}
+    V = None if directions is None else weights_on(directions, homes)
     capture = Capture(model, ("gradient", features, "sum"), list(layers), directions)
     forwards = Forwards(model, layers)
-    of_output = features in ("output", "residual")
 
     def reader(name: str, module: nn.Module, x: Tensor) -> FromDelta:
-        if of_output:
+        if features in ("input", "output", "residual"):
             return sum_over_tokens
         assert isinstance(module, RoutedLayer)
         if module.view == "disabled":
@@ -139,7 +135,15 @@ def capture_gradients(
                 return gain_gradient(module, x)
             return parameter_gradient(name, module, x) if V is None else ghost_product(name, module, x, V[name])
 
-    def keep(name: str, tapped: Tensor, read: FromDelta) -> None:
+    def keep(name: str, module: nn.Module, x: Tensor, tapped: Tensor) -> None:
+        if in_backward():
+            return  # a checkpoint recomputation builds the same graph, and is captured already
+        if not torch.is_grad_enabled():
+            raise GradRouteError(
+                f"capture_gradients: `{name}` ran with gradients off, so there is nothing to capture. Fix: leave "
+                "no_grad; under reentrant checkpointing use use_reentrant=False."
+            )
+        read = reader(name, module, x)
         slot = capture.open_slot(name, forwards.view(name), forwards.number)
 
         def fill(gradient: Tensor) -> None:
@@ -148,45 +152,21 @@ def capture_gradients(
 
         tapped.register_hook(fill)  # type: ignore[no-untyped-call]
 
-    def output_hook(name: str) -> Callable[..., Any]:
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if features == "input":
-                return None
-            hidden = hidden_states(name, output)
-            # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
-            tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-            # A checkpoint recomputation builds the same graph, and is captured already.
-            if not in_backward():
-                _check_grad_enabled(name)
-                keep(name, tapped, reader(name, module, first_input(args, kwargs)))
-            return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
+    def tap_output(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = hidden_states(name, output)
+        # With frozen parameters the lowest layers have no gradient: the graph starts at this tap.
+        tapped = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        keep(name, module, first_input(args, kwargs), tapped)
+        return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
-        return tap
+    def tap_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_input(args, kwargs)
+        # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
+        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        keep(name, module, x, alias)
+        return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
 
-    def input_hook(name: str) -> Callable[..., Any]:
-        def tap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = first_input(args, kwargs)
-            # Where q, k and v share one input, each needs an alias of it to see its own part of the gradient.
-            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            if not in_backward():
-                _check_grad_enabled(name)
-                keep(name, alias, sum_over_tokens)
-            return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): alias})
-
-        return tap
-
-    with forwards.counted(), hooked(layers, output_hook, input_hook if features == "input" else lambda _: None):
+    before = features == "input"
+    with forwards.hooked(tap_input if before else tap_output, before=before):
         yield capture
         capture.finish()
-
-
-def _homes(layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
-    return {name: layer.deployed.A.device for name, layer in layers.items() if isinstance(layer, RoutedLayer)}
-
-
-def _check_grad_enabled(name: str) -> None:
-    if not torch.is_grad_enabled():
-        raise GradRouteError(
-            f"capture_gradients: `{name}` ran with gradients off, so there is nothing to capture. Fix: leave no_grad; "
-            "under reentrant checkpointing use use_reentrant=False."
-        )

@@ -23,9 +23,8 @@ from torch import Tensor
 from gradroute._checks import positive_integer
 from gradroute._plot import new_axes
 from gradroute._tables import aligned_table
-from gradroute.directions._angles import principal_angles
 from gradroute.directions._draws import haar_rows
-from gradroute.directions.directions import Directions
+from gradroute.directions.directions import Directions, principal_angles
 from gradroute.directions.estimators.base import Estimate, Estimator, Features, unit
 from gradroute.directions.validation import auroc, auroc_interval
 
@@ -88,21 +87,19 @@ class DirectionsSummary:
         Markers tell modules apart by shape, not by colour.
         """
         fig, ax = new_axes(ax, (8.5, 4.6))
-        names, places = list(self.modules), range(len(self.modules))
+        names = list(self.modules)
         low, high = self.interval
         ax.axhspan(low, high, color="0.88", label=f"pooled, 95 % interval [{low:.2f}, {high:.2f}]")
         ax.axhline(self.auroc, color="0.3", label=f"pooled AUROC {self.auroc:.2f}")
         ax.axhline(0.5, color="0", linestyle=":", label="chance")
-        beyond = [m.share > m.random for m in self.modules.values()]
         for marker, kind, label in (("o", True, "share above 95 % of random rows"), ("x", False, "share not above")):
-            chosen = [i for i in places if beyond[i] is kind]
+            chosen = {i: m.auroc for i, m in enumerate(self.modules.values()) if (m.share > m.random) is kind}
             if chosen:
-                values = [self.modules[names[i]].auroc for i in chosen]
-                ax.plot(chosen, values, marker, color="0", label=label)
+                ax.plot(list(chosen), list(chosen.values()), marker, color="0", label=label)
         step = max(1, len(names) // 24)
         shared = _shared_prefix(names)
         ax.set_xticks(
-            list(places)[::step], [name.removeprefix(shared) for name in names[::step]], rotation=90, fontsize=8
+            range(len(names))[::step], [name.removeprefix(shared) for name in names[::step]], rotation=90, fontsize=8
         )
         ax.set_ylim(-0.03, 1.03)
         ax.set_ylabel(f"AUROC on {self.measured_on}", fontsize=9)

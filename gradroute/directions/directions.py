@@ -20,17 +20,13 @@ from gradroute._checks import instance_of
 from gradroute._hashing import model_identity, rows_hash
 from gradroute._transfers import moved_together, read_together
 from gradroute._typing import typechecked
-from gradroute.directions import _angles
 from gradroute.directions._draws import RANDOM, Draw, Sides, sides
 from gradroute.directions._io import incomplete, read_directions, write_directions
 from gradroute.directions.estimators.base import Estimate, Estimator, unit
-from gradroute.directions.estimators.by_name import estimator_of
-from gradroute.directions.features import Capture
+from gradroute.directions.estimators.by_name import as_estimator
+from gradroute.directions.features import Capture, Provenance
 from gradroute.directions.made_once import estimate_on
-from gradroute.directions.provenance import Provenance
 from gradroute.errors import FileFormatError, GradRouteError, RefreshError
-
-__all__ = ["Directions", "Provenance", "unit"]
 
 
 @dataclass(eq=False)
@@ -76,9 +72,8 @@ class Directions:
             widths = {t.shape[-1] for t in found}
             if rows.ndim != 2 or len(widths) > 1:
                 raise GradRouteError(f"Rows and pair features of `{name}` should be as wide. Found {sorted(widths)}.")
-            checked += [
-                (f"Rows and pair features of `{name}` should be finite.", torch.isfinite(t).all()) for t in found
-            ]
+            finite = f"Rows and pair features of `{name}` should be finite."
+            checked += [(finite, torch.isfinite(t).all()) for t in found]
             checked.append((f"`rows` of `{name}` should be unit vectors. Found a row of zeros.", rows.any(1).all()))
             if self.scale is not None:
                 checked.append((f"`scale` of `{name}` should be positive.", (self.scale[name] > 0).all()))
@@ -122,28 +117,21 @@ class Directions:
             GradRouteError: a module is missing or has another width; or a `Capture` was taken with other settings, in
                 another view, of another base model, or for other directions or another version of these.
         """
-        if not isinstance(features, Capture):
-            if view is not None:
-                raise GradRouteError(
-                    f"`view` should come with a Capture, which knows its view. Found {view!r} and a "
-                    f"{type(features).__name__}. Fix: score the Capture itself, or leave `view` out."
-                )
-            return self._estimate_beside(features).score(features)
-        features.check_fits(self.provenance, view)
-        if features.directions is not None and (features.directions is not self or features.version != self.version):
-            other = "other directions" if features.directions is not self else f"version {features.version} of these"
+        projected = isinstance(features, Capture) and features.directions is not None
+        if isinstance(features, Capture):
+            features.check_fits(self, view)
+        elif view is not None:
             raise GradRouteError(
-                f"`features` should be captured with these directions in version {self.version}. Found {other}. "
-                "Fix: capture and score between two refreshes."
+                f"`view` should come with a Capture, which knows its view. Found {view!r} and a "
+                f"{type(features).__name__}. Fix: score the Capture itself, or leave `view` out."
             )
-        return self._estimate_beside(features).score(features, projected=features.directions is not None)
+        devices = {name: features[name].device for name in self.rows if name in features}
+        return estimate_on(self, devices).score(features, projected)
 
     def weights(self) -> dict[str, Float[Tensor, " _"]]:
         """Module name -> sum over rows of v / s: what features are multiplied with in a score."""
-        return {
-            name: rows.sum(0) if self.scale is None else rows.sum(0) / self.scale[name]
-            for name, rows in self.rows.items()
-        }
+        sums = {name: rows.sum(0) for name, rows in self.rows.items()}
+        return sums if self.scale is None else {name: v / self.scale[name] for name, v in sums.items()}
 
     def pair_scores(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """(hack, clean): the score of each side of each pair; of a control's own sides."""
@@ -165,7 +153,10 @@ class Directions:
         """The estimator of the rows; None for random rows, and for a user's estimator that a file cannot name."""
         if self.estimator is not None or self.provenance.control in RANDOM:
             return self.estimator
-        return estimator_of(self.provenance.estimator)
+        try:
+            return as_estimator(self.provenance.estimator)
+        except GradRouteError:
+            return None
 
     def differences(self) -> dict[str, Float[Tensor, "pairs d_feature"]]:
         """Module name -> f_hack - f_clean, a row per pair.
@@ -195,19 +186,19 @@ class Directions:
         changes: dict[str, Any] = {"control": draw.control, "seed": draw.seed}
         if draw.control in RANDOM:
             changes["estimator"], estimator = "random", None
-        return Directions(
-            estimate.rows, self.hack, self.clean, dataclasses.replace(self.provenance, **changes), step=self.step,
-            centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
-        )  # fmt: skip
+        origin = dataclasses.replace(self.provenance, **changes)
+        return dataclasses.replace(self, provenance=origin, version=0, estimator=estimator, **estimate._asdict())
 
     @typechecked
     def overlap(self, other: "Directions") -> float:
         """Mean over modules of tr(V W^T) / k: 1 for the same directions, 0 for unrelated, -1 for reversed ones."""
         self._check_same_features(other)
-        names = [name for name in self.hack if name in self.rows or name in other.rows]
-        shared = [name for name in self.rows if name in other.rows]
-        found: list[float] = read_together(_angles.overlap(self.rows[name], other.rows[name]) for name in shared)
-        return sum(found) / len(names)
+        overlaps = []
+        for name in [name for name in self.rows if name in other.rows]:
+            V, W = self.rows[name], other.rows[name].to(self.rows[name])
+            shared = min(len(V), len(W))  # rows that only one side has overlap with nothing
+            overlaps.append((unit(V[:shared]) * unit(W[:shared])).sum() / max(len(V), len(W)))
+        return float(sum(read_together(overlaps))) / len(self.rows.keys() | other.rows.keys())
 
     @typechecked
     def principal_angles(self, other: "Directions") -> dict[str, Float[Tensor, " _"]]:
@@ -216,7 +207,7 @@ class Directions:
         shared = [name for name in self.rows if name in other.rows]
         # On the CPU, in float64: MPS has none.
         V, W = (moved_together([each.rows[name] for name in shared], torch.device("cpu")) for each in (self, other))
-        return {name: _angles.principal_angles(v, w) for name, v, w in zip(shared, V, W, strict=True)}
+        return {name: principal_angles(v, w) for name, v, w in zip(shared, V, W, strict=True)}
 
     @typechecked
     def update_(self, fresh: "Directions", *, step: int) -> "Directions":
@@ -270,10 +261,6 @@ class Directions:
             raise FileFormatError(f"{path}: these directions were extracted from another base model than `model`.")
         return directions
 
-    def _estimate_beside(self, features: Mapping[str, Tensor]) -> Estimate:
-        """The estimate on the devices of the features, moved there once per version."""
-        return estimate_on(self, {name: features[name].device for name in self.rows if name in features})
-
     def _check_same_features(self, other: "Directions") -> None:
         instance_of("other", other, Directions)
         mine, theirs = ({n: f.shape[1] for n, f in directions.hack.items()} for directions in (self, other))
@@ -283,3 +270,13 @@ class Directions:
                 f"Both directions should have the same modules and shapes. Different: {different[:5]}. Fix: extract "
                 "from the same model, always with its wrapper or always without (DDP's adds `module.` to every name)."
             )
+
+
+def principal_angles(V: Float[Tensor, "k d"], W: Float[Tensor, "l d"]) -> Float[Tensor, " n"]:
+    """arccos of the singular values of Q_V^T Q_W, smallest first; min(k, l) angles between 0 and pi / 2.
+
+    The rows are on a device with float64.
+    """
+    Q_V, Q_W = (torch.linalg.qr(rows.double().T).Q for rows in (V, W))
+    angles: Tensor = torch.linalg.svdvals(Q_V.T @ Q_W).clamp(max=1).arccos()
+    return angles

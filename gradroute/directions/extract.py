@@ -8,7 +8,8 @@ view it is in: ablate the quarantine first, or leave it to `Refresher`; the view
 random numbers are left as found.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradroute._checks import described
 from gradroute._hashing import model_identity
-from gradroute._progress import progressed
-from gradroute._protocol import routed_layers
+from gradroute._logging import progressed
+from gradroute._module_tree import unwrapped
+from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._restore import left_as_found
 from gradroute._transfers import moved_together
 from gradroute._typing import typechecked
-from gradroute.directions._huggingface import ForwardFn, huggingface_forward, pad_token, reads_head
 from gradroute.directions._reading import Feature, Reduction, without_autocast
 from gradroute.directions.capture import capture_activations, capture_gradients
 from gradroute.directions.directions import Directions
 from gradroute.directions.estimators.base import Estimator
 from gradroute.directions.estimators.by_name import as_estimator
-from gradroute.directions.features import Capture
+from gradroute.directions.features import Capture, Provenance
 from gradroute.directions.pairs import (
     ContrastivePair,
     PaddedBatch,
@@ -40,9 +42,10 @@ from gradroute.directions.pairs import (
     pair_hash,
     tokenize_pairs,
 )
-from gradroute.directions.provenance import Provenance
 from gradroute.errors import DeadDirectionError, GradRouteError
 
+ForwardFn = Callable[[nn.Module, Tensor, Tensor], Any]
+"""(model, input_ids, attention_mask) -> logits, or an object with `.logits`."""
 LossFn = Callable[[Any, PaddedBatch], Tensor]
 """(what the forward returned, batch) -> the loss of each rollout (batch,)."""
 
@@ -86,15 +89,12 @@ def extract_activation_directions(
         GradRouteError: no pairs, no tokenizer for texts, no such estimator, or a route is open.
     """
     estimator = as_estimator(estimator)
-    forward = huggingface_forward(model, reads_head(model, modules)) if forward_fn is None else forward_fn
+    forward = _huggingface_forward(model, _reads_head(model, modules)) if forward_fn is None else forward_fn
 
+    @torch.no_grad()
     def run(batch: PaddedBatch) -> Capture:
-        with (
-            torch.no_grad(),
-            capture_activations(
-                model, pool=batch.completion_mask, features=features, reduction=reduction, modules=modules
-            ) as capture,
-        ):
+        pool = batch.completion_mask
+        with capture_activations(model, pool=pool, features=features, reduction=reduction, modules=modules) as capture:
             forward(model, batch.input_ids, batch.attention_mask)
         return capture
 
@@ -139,16 +139,15 @@ def extract_gradient_directions(
             gradient.
     """
     estimator = as_estimator(estimator)
-    forward = huggingface_forward(model, all_logits=True) if forward_fn is None else forward_fn
+    forward = _huggingface_forward(model, all_logits=True) if forward_fn is None else forward_fn
 
     def run(batch: PaddedBatch) -> Capture:
         with torch.enable_grad(), capture_gradients(model, features=features, modules=modules) as capture:
             output = forward(model, batch.input_ids, batch.attention_mask)
-            losses = _completion_nll(_logits(output), batch) if loss_fn is None else loss_fn(output, batch)
+            losses = _completion_nll(output, batch) if loss_fn is None else loss_fn(output, batch)
             if not isinstance(losses, Tensor) or losses.shape != batch.index.shape:
-                found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 raise GradRouteError(
-                    f"`loss_fn` should return a loss per rollout ({len(batch.index)},). Found {found}."
+                    f"`loss_fn` should return a loss per rollout ({len(batch.index)},). Found {described(losses)}."
                 )
             if not losses.requires_grad:
                 what = "`forward_fn` should return logits that carry" if loss_fn is None else "`loss_fn` should carry"
@@ -184,7 +183,7 @@ def _extract(
     with left_as_found(model):
         if frozen:
             model.requires_grad_(False)
-        padded = padded_batches(rollouts, batches, device, pad_token(model))
+        padded = padded_batches(rollouts, batches, device, _pad_token(model))
         for batch in progressed(padded, total=len(batches), description="extracting directions", progress=progress):
             capture = run(batch)
             views.add(capture.view)
@@ -207,29 +206,18 @@ def _extract(
         raise GradRouteError(f"All batches should run in one view. Found {sorted(map(str, views))}.")
     hack = {name: rows[: len(pairs)] for name, rows in features.items()}
     clean = {name: rows[len(pairs) :] for name, rows in features.items()}
-    provenance = Provenance(
-        source=capture.source,
-        feature=capture.feature,
-        reduction=capture.reduction,
-        estimator=str(estimator),
-        pair_hash=pair_hash(pairs),
-        model=identity,
-        view=str(capture.view),
-    )
+    origin = Provenance(*capture.settings, str(estimator), pair_hash(pairs), model=identity, view=str(capture.view))
     try:
         with without_autocast(device):
             estimate = estimator(hack, clean)
     except DeadDirectionError as error:
-        raise DeadDirectionError(f"{error} {_why_dead(model, provenance)}") from None
-    return Directions(
-        estimate.rows, hack, clean, provenance,
-        centre=estimate.centre, scale=estimate.scale, heldout=estimate.heldout, estimator=estimator,
-    )  # fmt: skip
+        raise DeadDirectionError(f"{error} {_why_dead(layers, origin)}") from None
+    return Directions(hack=hack, clean=clean, provenance=origin, estimator=estimator, **estimate._asdict())
 
 
-def _why_dead(model: nn.Module, provenance: Provenance) -> str:
-    needs_B = provenance.source == "gradient" and provenance.feature == "bottleneck"
-    zero = [not layer.gain_readout.any() for layer in routed_layers(model).values()]
+def _why_dead(layers: Mapping[str, RoutedLayer], origin: Provenance) -> str:
+    needs_B = origin.source == "gradient" and origin.feature == "bottleneck"
+    zero = [not layer.gain_readout.any() for layer in layers.values()]
     if needs_B and any(zero):
         which = "every" if all(zero) else f"{sum(zero)} of {len(zero)}"
         return (
@@ -239,16 +227,60 @@ def _why_dead(model: nn.Module, provenance: Provenance) -> str:
     return "Fix: check that the pairs differ where the model looks, and drop modules that cannot see it."
 
 
-def _logits(output: Any) -> Tensor:
+def _huggingface_forward(model: nn.Module, all_logits: bool) -> ForwardFn:
+    """The forward of a Hugging Face model that reads token ids; unless `all_logits`, with as few logits as it allows.
+
+    The head is the largest product of a small model: a fifth of SmolLM2-135M.
+
+    Raises:
+        GradRouteError: the model reads something else, or has a decoder that the completion would belong to.
+    """
+    inner = _unwrapped(model)
+    parameters = inspect.signature(inner.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    reads = getattr(inner, "main_input_name", "input_ids")
+    if reads != "input_ids" or not (takes_any or {"input_ids", "attention_mask"} <= parameters.keys()):
+        raise GradRouteError(
+            "`forward_fn` should be given for a model that does not take `input_ids` and `attention_mask`. Found a "
+            f"{type(inner).__name__}, which takes {', '.join(parameters)}. "
+            "Fix: forward_fn=lambda model, ids, mask: model(...)."
+        )
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise GradRouteError(
+            f"`forward_fn` should be given for an encoder with a decoder. Found a {type(inner).__name__}, whose "
+            "encoder would get both prompt and completion. Fix: forward_fn=lambda model, ids, mask: model(...)."
+        )
+    options: dict[str, Any] = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+    if not all_logits and "logits_to_keep" in parameters:
+        options["logits_to_keep"] = 1
+    return lambda called, ids, mask: called(input_ids=ids, attention_mask=mask, **options)
+
+
+def _reads_head(model: nn.Module, modules: Sequence[str] | None) -> bool:
+    """Whether the features are those of the head, or the head cannot be told apart."""
+    get_head = getattr(_unwrapped(model), "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None or isinstance(head, RoutedLayer):
+        return True
+    return any(module is head for name, module in model.named_modules() if name in (modules or ()))
+
+
+def _pad_token(model: nn.Module) -> int:
+    """The padding token of `model`, or 0. Sequence classifiers look for the last token that is another one."""
+    token = getattr(getattr(_unwrapped(model), "config", None), "pad_token_id", None)
+    return token if isinstance(token, int) and token >= 0 else 0
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    inner: Any = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _completion_nll(output: Any, batch: PaddedBatch) -> Float[Tensor, " batch"]:
+    """Each row's mean NLL over its completion, by the logits (batch, seq, vocab) that a forward returned."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise GradRouteError(f"`forward_fn` should return logits of shape (batch, seq, vocab). Found {found}.")
-    return logits
-
-
-def _completion_nll(logits: Float[Tensor, "batch seq vocab"], batch: PaddedBatch) -> Float[Tensor, " batch"]:
-    """Each row's mean NLL over its completion."""
+        raise GradRouteError(f"`forward_fn` should return logits (batch, seq, vocab). Found {described(logits)}.")
     mask = batch.completion_mask[:, 1:]
     if not mask.any(1).all():
         raise GradRouteError("`pairs` should have prompts: the first token of a rollout is predicted by nothing.")

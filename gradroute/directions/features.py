@@ -1,10 +1,11 @@
-"""The features of rollouts, as data: the rows, the model and the view that they were read in, and the settings.
+"""The features of rollouts, as data, and the origin of directions: together they tell what fits what.
 
 capture[module]: (rows, d_feature), a row per rollout; several forwards concatenate in order
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,50 @@ from torch import Tensor, nn
 from gradroute._checks import listed
 from gradroute._hashing import known_identity
 from gradroute._transfers import read_together
+from gradroute.directions._draws import Control
 from gradroute.directions._reading import Feature, Reduction, Source
-from gradroute.directions.provenance import Provenance
-from gradroute.errors import GradRouteError
+from gradroute.errors import GradRouteError, RefreshError
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of directions.
+
+    Args:
+        source: "activation" or "gradient".
+        feature, reduction: see `capture_activations`.
+        estimator: `str` of the estimator, such as "mean_difference"; "random" for random controls.
+        pair_hash: SHA-256 of the pairs.
+        model: identity of the frozen base model.
+        view: the view of the model that was measured, as `RoutedLayer.view` names it.
+        seed: of a control.
+        control: None for the real thing; see `gradroute.directions.controls`.
+    """
+
+    source: str
+    feature: str
+    reduction: str
+    estimator: str
+    pair_hash: str
+    model: str
+    view: str
+    seed: int | None = None
+    control: Control | None = None
+
+    def check_refreshed_by(self, fresh: "Provenance") -> None:
+        """Raise `RefreshError` unless directions of this origin can be updated with those of the origin `fresh`."""
+        same = ["source", "feature", "reduction", "pair_hash", "model"]
+        # A control takes the real thing and makes itself of it; a random one of whatever estimator.
+        if fresh.control is not None:
+            same += ["estimator", "control", "seed"]
+        elif self.estimator != "random":
+            same += ["estimator"]
+        for name in same:
+            if getattr(self, name) != getattr(fresh, name):
+                raise RefreshError(
+                    f"`fresh` should have the {name} of the directions it refreshes, {getattr(self, name)!r}. "
+                    f"Found {getattr(fresh, name)!r}. Fix: extract from the same pairs and model, as before."
+                )
 
 
 class Capture(Mapping[str, Tensor]):
@@ -34,6 +76,7 @@ class Capture(Mapping[str, Tensor]):
         modules: Sequence[str],
         directions: Any = None,
     ) -> None:
+        self.settings = settings
         self.source, self.feature, self.reduction = settings
         self.view: str | None = None
         self.directions, self.version = directions, None if directions is None else directions.version
@@ -62,24 +105,20 @@ class Capture(Mapping[str, Tensor]):
         return {**self.__dict__, "_model": self.model}
 
     @property
-    def settings(self) -> tuple[str, str, str]:
-        """(source, feature, reduction)."""
-        return self.source, self.feature, self.reduction
-
-    @property
     def model(self) -> str:
         """Identity of the base model that was read."""
         if not isinstance(self._model, str):
             self._model = known_identity(self._model)
         return self._model
 
-    def check_fits(self, provenance: Provenance, view: str | None) -> None:
+    def check_fits(self, directions: Any, view: str | None) -> None:
         """Raise unless these features were taken like those of the pairs: settings, view and base model.
 
         Args:
-            provenance: of the directions.
+            directions: `Directions` that are to score these features.
             view: the view that these features should be in; None for that of the directions.
         """
+        provenance: Provenance = directions.provenance
         expected = (provenance.source, provenance.feature, provenance.reduction)
         if self.settings != expected:
             raise GradRouteError(
@@ -98,6 +137,12 @@ class Capture(Mapping[str, Tensor]):
             raise GradRouteError(
                 "`features` should be captured from the base model that the directions were extracted from. Found "
                 "another one, or other values in its frozen weights. Fix: extract from the model that is scored."
+            )
+        if self.directions is not None and (self.directions is not directions or self.version != directions.version):
+            other = "other directions" if self.directions is not directions else f"version {self.version} of these"
+            raise GradRouteError(
+                f"`features` should be captured with these directions in version {directions.version}. Found {other}. "
+                "Fix: capture and score between two refreshes."
             )
 
     def as_view(self, view: str) -> "Capture":
@@ -130,9 +175,8 @@ class Capture(Mapping[str, Tensor]):
         """
         if forward is not None and self._last.get(module) == forward:
             raise GradRouteError(
-                f"`{module}` should run once in a forward, a row per rollout. Found a second run: several blocks share "
-                "the module, or one forward runs several batches. Fix: `modules=[...]` that run once, or a capture "
-                "around each batch's own forward."
+                f"`{module}` should run once in a forward, a row per rollout. Found a second run: blocks share it, or "
+                "a forward runs several batches. Fix: `modules=[...]` that run once, or a capture for each batch."
             )
         if self.view not in (None, view):
             raise GradRouteError(

@@ -50,17 +50,12 @@ def load_pairs(
     template = None if tokenizer is None else ChatTemplate(tokenizer, chat_template_kwargs or {})
     columns = {"prompt": prompt, "hack": hack, "clean": clean, "clean_prompt": clean_prompt or "clean_prompt"}
     optional = {"clean_prompt"} if clean_prompt is None else set()
-    place: str
-    kind: type[GradRouteError]
-    entries: Iterable[tuple[str, Any]]
-    if isinstance(source, str | PathLike):
-        place, kind, entries = str(source), FileFormatError, _file_entries(Path(source))
-    else:
-        place, kind, entries = "`source`", GradRouteError, _rows(source)
+    is_file = isinstance(source, str | PathLike)
+    place, kind = (str(source), FileFormatError) if is_file else ("`source`", GradRouteError)
     pairs = []
-    for where, entry in entries:
+    for where, entry in _file_entries(source) if is_file else _rows(source):
         try:
-            pairs.append(_pair(_fields(entry, columns, optional, others=kind is not FileFormatError), template))
+            pairs.append(_pair(_fields(entry, columns, optional, others=not is_file), template))
         except GradRouteError as error:
             raise kind(f"{place}, {where}: {error}") from error
     if not pairs:
@@ -78,8 +73,9 @@ def holds_messages(path: Path) -> bool:
     return any(is_messages(value) for entry in entries for value in entry.values())
 
 
-def _file_entries(path: Path) -> list[tuple[str, Any]]:
+def _file_entries(source: Any) -> list[tuple[str, Any]]:
     """(where, entry) of a file."""
+    path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -110,19 +106,17 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
             of = f" of {type(row).__name__}" if isinstance(source, Iterable) else ""
             raise GradRouteError(
                 f"`source` should be a file, or rows with a value by column. Found {type(source).__name__}{of}. Fix: "
-                "one split of a DatasetDict; `select(range(n))` of a Dataset, a slice of which is columns; "
-                '`to_dict("records")` of a data frame.'
+                'one split of a DatasetDict, `select(range(n))` of a Dataset, `to_dict("records")` of a data frame.'
             )
         yield f"row {i}", row
 
 
 def _fields(entry: Any, columns: Mapping[str, str], optional: set[str], *, others: bool) -> dict[str, Any]:
     """The entry by the names of a `ContrastivePair`; `others` tells whether it may have other columns."""
-    needed = {column for name, column in columns.items() if name not in optional}
+    needed = [column for name, column in columns.items() if name not in optional]
     found = set(entry) if isinstance(entry, Mapping) else set()
-    if not needed <= found or not (others or found <= set(columns.values())):
-        names = ", ".join(column for name, column in columns.items() if name not in optional)
-        names += "".join(f"[, {columns[name]}]" for name in sorted(optional))
+    if not found.issuperset(needed) or not (others or found <= set(columns.values())):
+        names = ", ".join(needed) + "".join(f"[, {columns[name]}]" for name in sorted(optional))
         shown = sorted(map(str, found)) if isinstance(entry, Mapping) else type(entry).__name__
         fix = "name the columns, as in" if others else "rename or remove keys; if they only have other names, say"
         raise GradRouteError(

@@ -54,23 +54,19 @@ def estimate_on(directions: Any, devices: Mapping[str, torch.device]) -> Estimat
     groups = [group for group in (estimate.rows, estimate.centre, estimate.scale) if group is not None]
     if all(group[name].device == device for group in groups for name, device in devices.items() if name in group):
         return estimate
-    return made_once(directions, ("estimate", tuple(devices.items())), lambda: _moved(estimate, devices))
+
+    def make() -> Estimate:
+        centre, scale = (None if each is None else _moved(each, devices) for each in (estimate.centre, estimate.scale))
+        return Estimate(_moved(estimate.rows, devices), centre, scale, estimate.heldout)
+
+    return made_once(directions, ("estimate", tuple(devices.items())), make)
 
 
 def weights_on(directions: Any, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
     """`directions.weights()`, each on its device."""
-
-    def make() -> dict[str, Tensor]:
-        weights = directions.weights()
-        return dict(zip(weights, moved_together(list(weights.values()), [devices[n] for n in weights]), strict=True))
-
-    return made_once(directions, ("weights", tuple(devices.items())), make)
+    return made_once(directions, ("weights", tuple(devices.items())), lambda: _moved(directions.weights(), devices))
 
 
-def _moved(estimate: Estimate, devices: Mapping[str, torch.device]) -> Estimate:
-    def moved(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        homes = [devices.get(name, tensor.device) for name, tensor in group.items()]
-        return dict(zip(group, moved_together(list(group.values()), homes), strict=True))
-
-    centre, scale = (None if group is None else moved(group) for group in (estimate.centre, estimate.scale))
-    return Estimate(moved(estimate.rows), centre, scale, estimate.heldout)
+def _moved(group: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    homes = [devices.get(name, tensor.device) for name, tensor in group.items()]
+    return dict(zip(group, moved_together(list(group.values()), homes), strict=True))

@@ -101,9 +101,8 @@ def tokenize_pairs(pairs: Sequence[ContrastivePair], tokenizer: Tokenizer | None
         else:
             if isinstance(completion, str):
                 raise GradRouteError(
-                    f"A completion should be token ids where its prompt is. Found the text {completion[:20]!r}. Some "
-                    "tokenizers put a space in front of every text, and that token would stand between the two. "
-                    "Fix: give both as texts, or both as token ids."
+                    f"A completion should be token ids where its prompt is. Found the text {completion[:20]!r}, in "
+                    "front of which a tokenizer may put a space. Fix: give both as texts, or both as token ids."
                 )
             ids = [*prompt_ids, *_token_ids(completion, tokenizer)]
             start = len(prompt_ids)

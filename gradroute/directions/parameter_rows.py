@@ -16,7 +16,8 @@ from gradroute._logging import warn
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import wide
 from gradroute._transfers import read_together
-from gradroute.directions.directions import Directions, unit
+from gradroute.directions.directions import Directions
+from gradroute.directions.estimators.base import unit
 from gradroute.errors import GradRouteError
 
 # Above this cosine between two rows, the hack-ward orthant of the rows and that of an orthonormal basis differ.

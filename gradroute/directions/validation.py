@@ -65,9 +65,7 @@ def validate(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> V
     labels = labels.to(scores.device)
     hack, clean = scores[labels], scores[~labels]
     if not len(hack) or not len(clean):
-        raise GradRouteError(
-            f"`labels` should hold rollouts of both kinds. Found {len(hack)} hacks and {len(clean)} others."
-        )
+        raise GradRouteError(f"`labels` should hold both kinds. Found {len(hack)} hacks and {len(clean)} others.")
     value = auroc(hack, clean)
     found = Validation(value, *auroc_interval(value, len(hack), len(clean)), len(hack), len(clean))
     if found.inverted:

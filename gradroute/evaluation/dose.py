@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from gradroute._checks import share
+from gradroute._logging import progressed
 from gradroute._plot import legend_aside, new_axes
-from gradroute._progress import progressed
 from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradroute._protocol import RoutedLayer
 from gradroute._sharding import as_blocks, as_row, full_gradient, is_sharded
 from gradroute._transfers import read_together
-from gradroute.directions.directions import unit
+from gradroute.directions.estimators.base import unit
 from gradroute.errors import GradRouteError
 from gradroute.filters._recorder import LayerPass
 from gradroute.filters.base import FilteredGradients

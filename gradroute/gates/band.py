@@ -20,8 +20,7 @@ from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.gates._histogram import Marked
-from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
+from gradroute.gates.base import BELOW, Below, Gate, Marked, Reads, below_mask, below_sentence, finite_scores
 
 
 class BandGate(Gate):

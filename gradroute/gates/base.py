@@ -1,4 +1,4 @@
-"""The base of every gate: a check that it still tells rows apart, a sentence for model cards, and a state dict.
+"""The base of every gate: a check that it still tells rows apart, words and a picture of it, and a state dict.
 
 Over each window of calls:   no row was routed, or every row was   ->   `GradRouteWarning`, an error if strict.
 
@@ -7,24 +7,42 @@ that works.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from gradroute._before_use import before_use
-from gradroute._checks import positive_integer
+from gradroute._checks import described, positive_integer
 from gradroute._logging import warn
+from gradroute._plot import legend_aside, new_axes
+from gradroute._sharding import wide
 from gradroute._state_dict import State, check_state, format_of
 from gradroute.adapters.mask import RouteMask
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.gates._histogram import Marked, plot_marked
 
 Below = Literal["absorb", "keep"]
 BELOW: tuple[Below, ...] = ("absorb", "keep")
 Reads = Literal["flags", "scores", "features", "log_ratios"]
+
+
+class Marked(NamedTuple):
+    """Scores on the axis on which a gate decides.
+
+    Args:
+        values: of the rollouts.
+        axis: its label.
+        thresholds: (place, label) of every line.
+        routed: which rollouts the gate would route, where that is a yes or no.
+    """
+
+    values: Float[Tensor, " rows"]
+    axis: str
+    thresholds: Sequence[tuple[float, str]]
+    routed: Bool[Tensor, " rows"] | None
 
 
 class Gate(ABC):
@@ -66,14 +84,12 @@ class Gate(ABC):
             GradRouteError: a gate that reads no scores, scores that are not finite, or labels of another shape.
         """
         if not isinstance(scores, Tensor) or scores.ndim != 1 or not len(scores):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise GradRouteError(f"`scores` should be a tensor with one score per rollout (rows,). Found {found}.")
+            raise GradRouteError(f"`scores` should be a tensor with one score per rollout. Found {described(scores)}.")
         if labels is not None and (labels.shape != scores.shape or labels.dtype != torch.bool):
             raise GradRouteError(
-                f"`labels` should be booleans of shape {tuple(scores.shape)}. Found {labels.dtype}, "
-                f"{tuple(labels.shape)}."
+                f"`labels` should be booleans of shape {tuple(scores.shape)}. Found {described(labels)}."
             )
-        return plot_marked(self._marked(finite_scores(scores)), labels, ax)
+        return _plotted(self._marked(finite_scores(scores)), labels, ax)
 
     def _marked(self, scores: Float[Tensor, " rows"]) -> Marked:  # noqa: ARG002  (read by the gates that can)
         raise GradRouteError(f"{type(self).__name__} should read scores to have a histogram. Found that it reads none.")
@@ -143,13 +159,12 @@ def directions_in_force(directions: Directions) -> State:
 def finite_scores(scores: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """`scores` in float32 or wider, if they are numbers: NaN would be on neither side of a threshold."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise GradRouteError(f"`scores` should be a floating point tensor, one score per row. Found {found}.")
+        raise GradRouteError(f"`scores` should be a floating point tensor. Found {described(scores)}.")
     if not torch.isfinite(scores).all():
         where = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise GradRouteError(f"`scores` should be finite. Found {scores[tuple(where)].item()} at index {where}.")
     # A threshold on bf16 scores would itself be rounded to three digits.
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide(scores)
 
 
 def below_mask(routed: Bool[Tensor, "*rows"], below: Below) -> RouteMask:
@@ -162,3 +177,33 @@ def below_sentence(below: Below) -> str:
     if below == "absorb":
         return "classic: flagged rows train the quarantine only (route), the others both blocks (absorb)"
     return "exclusive: flagged rows train the quarantine only (route), the others the deployed block only (keep)"
+
+
+def _plotted(marked: Marked, labels: Bool[Tensor, " rows"] | None, ax: Any) -> tuple[Any, Any]:
+    """(figure, axes) with a histogram of the values; of hacks and others apart where labels are given."""
+    fig, ax = new_axes(ax, (7.0, 3.2))
+    values = marked.values.detach().double().cpu()
+    low, high = values.min().item(), values.max().item()
+    pad = 0.02 * (high - low or 1.0)
+    bins = torch.linspace(low - pad, high + pad, 33).tolist()
+    if labels is None:
+        ax.hist(values.tolist(), bins, histtype="stepfilled", color="0.75", edgecolor="0.2", label=f"n = {len(values)}")
+    else:
+        clean, hack = values[~labels.cpu()], values[labels.cpu()]
+        name = f"not a hack, n = {len(clean)}"
+        ax.hist(clean.tolist(), bins, histtype="stepfilled", color="0.85", edgecolor="0.45", label=name)
+        ax.hist(hack.tolist(), bins, histtype="step", color="0", hatch="////", lw=1.2, label=f"hack, n = {len(hack)}")
+    for (place, label), style in zip(marked.thresholds, ("-", "--", ":"), strict=False):
+        ax.axvline(place, color="0", linestyle=style, lw=1.2, label=f"{label}, {place:.3g}")
+    if marked.routed is not None:
+        ax.set_title(_shares(marked.routed.cpu(), None if labels is None else labels.cpu()), fontsize=9)
+    ax.set(xlabel=marked.axis, ylabel="rollouts")
+    legend_aside(ax)
+    return fig, ax
+
+
+def _shares(routed: Bool[Tensor, " rows"], labels: Bool[Tensor, " rows"] | None) -> str:
+    if labels is None:
+        return f"routed: {int(routed.sum())} of {len(routed)}"
+    hacks, others = routed[labels], routed[~labels]
+    return f"routed: {int(hacks.sum())} of {len(hacks)} hacks, {int(others.sum())} of {len(others)} others"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gradroute._checks import one_of, share
+from gradroute._checks import described, one_of, share
 from gradroute._logging import warn
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
@@ -59,8 +59,7 @@ class LabelGate(Gate):
     def __call__(self, flags: Bool[Tensor, "*rows"]) -> RouteMask:
         self._before_call()
         if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-            found = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
-            raise GradRouteError(f"`flags` should be a boolean tensor, True where a row is a hack. Found {found}.")
+            raise GradRouteError(f"`flags` should be a boolean tensor, True for hacks. Found {described(flags)}.")
         routed = flags
         if self._simulates:
             chance = torch.rand(flags.shape, generator=self._generator, dtype=torch.float64)

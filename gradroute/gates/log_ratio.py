@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from gradroute._checks import integer_from_zero, one_of, positive_number
+from gradroute._checks import described, integer_from_zero, one_of, positive_number
 from gradroute._logging import logger
+from gradroute._sharding import wide
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
 from gradroute.errors import GradRouteError
-from gradroute.gates._histogram import Marked
-from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
+from gradroute.gates.base import BELOW, Below, Gate, Marked, Reads, below_mask, below_sentence
 
 Per = Literal["rollout", "token"]
 PER: tuple[Per, ...] = ("rollout", "token")
@@ -179,24 +179,21 @@ def log_ratios(
         GradRouteError: see `LogRatioGate`.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
-        found = f"{mask.dtype}, {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise GradRouteError(
-            f"`mask` should be booleans, or 0 and 1, of shape (rows, tokens): True for the policy's own tokens. Found "
-            f"{found}."
+            "`mask` should be booleans, or 0 and 1, of shape (rows, tokens): True for the policy's own tokens. Found "
+            f"{described(mask)}."
         )
     known = mask.bool()
     for name, values in (("on", on), ("ablated", ablated)):
         if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != mask.shape:
-            found = f"{values.dtype}, {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise GradRouteError(
-                f"`{name}` should be log-probabilities of the shape of `mask`, {tuple(mask.shape)}. Found {found}."
+                f"`{name}` should be log-probabilities of the shape of `mask`, {tuple(mask.shape)}. Found "
+                f"{described(values)}."
             )
         own = values.detach()[known]
         if not torch.isfinite(own).all() or (own > 1e-3).any():
             worst = own[~torch.isfinite(own)][:1].tolist() or [own.max().item()]
-            raise GradRouteError(
-                f"`{name}` should be log-probabilities: finite, and at most 0. Found {worst[0]:.4g} under the mask."
-            )
+            raise GradRouteError(f"`{name}` should be log-probabilities, finite and <= 0. Found {worst[0]:.4g}.")
     empty = (~known.any(dim=1)).nonzero()
     if not mask.numel() or len(empty):
         which = f"row {int(empty[0])}" if len(empty) else f"the shape {tuple(mask.shape)}"
@@ -204,12 +201,8 @@ def log_ratios(
             f"`mask` should have a token in each row, or there is nothing to score. Found none in {which}. Fix: leave "
             "such rows out; they train nothing."
         )
-    return torch.where(known, _own(on, known) - _own(ablated, known), 0.0), known
-
-
-def _own(values: Float[Tensor, "rows tokens"], known: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
-    """`values` with 0 outside the mask, where padding may hold anything; in float32 or wider."""
-    return finite_scores(torch.where(known, values.detach(), 0.0))
+    # Padding may hold anything, nan as well.
+    return torch.where(known, wide(on.detach()) - wide(ablated.detach()), 0.0), known
 
 
 def best_prefix(ratios: Float[Tensor, "rows tokens"], known: Bool[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:

@@ -22,8 +22,7 @@ from gradroute.adapters.mask import RouteMask
 from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
-from gradroute.gates._histogram import Marked
-from gradroute.gates.base import Gate, Reads, finite_scores
+from gradroute.gates.base import Gate, Marked, Reads, finite_scores
 
 
 class QuantileGate(Gate):
@@ -65,13 +64,10 @@ class QuantileGate(Gate):
         self.tails, self.half_life = (float(tails[0]), float(tails[1])), positive_number("half_life", half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:
-            raise GradRouteError(
-                f"`warm_up` should be at most `capacity`. Found {warm_up} > {capacity}: all rows would absorb."
-            )
+            raise GradRouteError(f"`warm_up` should be at most `capacity`, {capacity}. Found {warm_up}.")
         super().__init__(window=window, strict=strict)
         # Allocated by the first call, which shows how wide and of which type features are.
-        self._features, self._scores = torch.empty(0, 0), torch.empty(0)
-        self._arrived = torch.empty(0, dtype=torch.long)
+        self._buffer = _empty(0, like=torch.empty(0, 0))
         self._seen, self._filled, self._next = 0, 0, 0
         self._scored_version = directions.version
 
@@ -84,8 +80,9 @@ class QuantileGate(Gate):
         if self._filled < self.warm_up:
             return None
         self._rescore()
-        weights = 0.5 ** ((self._seen - self._arrived[: self._filled]).double() / self.half_life)
-        return weighted_tails(self._scores[: self._filled].double(), weights, *self.tails)
+        held = self._held
+        weights = 0.5 ** ((self._seen - held["arrived"]).double() / self.half_life)
+        return weighted_tails(held["scores"].double(), weights, *self.tails)
 
     def __call__(self, features: Mapping[str, Float[Tensor, "_ _"]]) -> RouteMask:
         self._before_call()
@@ -109,7 +106,7 @@ class QuantileGate(Gate):
         if thresholds is None:
             return RouteMask.zones(torch.ones(len(scores), dtype=torch.long, device=scores.device))
         # In the type of the buffer: a score of these rows that is a threshold must equal it.
-        scores = scores.to(self._scores.dtype)
+        scores = scores.to(self._buffer["scores"].dtype)
         kept, routed = scores <= thresholds[0], scores >= thresholds[1]
         zones = 1 - kept.long() + routed.long()
         return self._counted(RouteMask.zones(zones), zones == 2)
@@ -126,25 +123,18 @@ class QuantileGate(Gate):
         }
 
     def state_dict(self) -> State:
-        buffer = {
-            "features": self._features[: self._filled].clone(),
-            "scores": self._scores[: self._filled].clone(),
-            "arrived": self._arrived[: self._filled].clone(),
-            "seen": self._seen,
-            "next": self._next,
-            "scored_version": self._scored_version,
-        }
-        return {**super().state_dict(), "buffer": buffer}
+        rollouts = {name: values.clone() for name, values in self._held.items()}
+        place = {"seen": self._seen, "next": self._next, "scored_version": self._scored_version}
+        return {**super().state_dict(), "buffer": {**rollouts, **place}}
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         buffer = state["buffer"]
         self._seen, self._next, self._filled = buffer["seen"], buffer["next"], len(buffer["scores"])
         self._scored_version = buffer["scored_version"]
-        self._allocate(buffer["features"])
-        self._features[: self._filled] = buffer["features"]
-        self._scores[: self._filled] = buffer["scores"]
-        self._arrived[: self._filled] = buffer["arrived"]
+        self._buffer = _empty(self.capacity, like=buffer["features"])
+        for name, values in self._held.items():
+            values.copy_(buffer[name])
 
     def __repr__(self) -> str:
         ends = f"{len(self)} of {self.warm_up} rollouts to warm up"
@@ -156,7 +146,8 @@ class QuantileGate(Gate):
         if self.thresholds is None:
             return Marked(scores, "score", [], None)
         low, high = self.thresholds
-        return Marked(scores, "score", [(high, "route from"), (low, "keep up to")], scores.to(self._scores) >= high)
+        routed = scores.to(self._buffer["scores"]) >= high
+        return Marked(scores, "score", [(high, "route from"), (low, "keep up to")], routed)
 
     def _feature(self, features: Mapping[str, Float[Tensor, "_ _"]], name: str) -> Float[Tensor, "_ _"]:
         # Modules without rows included: a refresh may give them rows, and then old rollouts are scored on them.
@@ -165,22 +156,21 @@ class QuantileGate(Gate):
             raise GradRouteError(f"`features` should hold the module `{name}`, {width} wide, like the pairs.")
         return features[name].detach()
 
-    def _allocate(self, like: Float[Tensor, "rows width"]) -> None:
-        # On the CPU: quantiles of some thousand numbers need no accelerator, and its memory is for the policy.
-        self._features = like.new_empty(self.capacity, like.shape[1])
-        self._scores = like.new_empty(self.capacity)
-        self._arrived = torch.empty(self.capacity, dtype=torch.long)
+    @property
+    def _held(self) -> dict[str, Tensor]:
+        """The part of the buffer that is filled."""
+        return {name: values[: self._filled] for name, values in self._buffer.items()}
 
     def _store(self, flat: Float[Tensor, "rows width"], scores: Float[Tensor, " rows"]) -> None:
         if self._seen == 0:
-            self._allocate(flat)
+            self._buffer = _empty(self.capacity, like=flat)
         rows = len(flat)
         places = (self._next + torch.arange(rows)) % self.capacity
         self._seen += rows
-        self._features[places] = flat.to(self._features)
-        self._scores[places] = scores.to(self._scores)
         # All rows of a call have the same age: the order within a batch means nothing.
-        self._arrived[places] = self._seen
+        arrived = torch.full((rows,), self._seen)
+        for name, values in (("features", flat), ("scores", scores), ("arrived", arrived)):
+            self._buffer[name][places] = values.to(self._buffer[name])
         self._next = (self._next + rows) % self.capacity
         self._filled = min(self._filled + rows, self.capacity)
 
@@ -189,10 +179,16 @@ class QuantileGate(Gate):
             return
         if self._filled:
             widths = [pairs.shape[-1] for pairs in self.directions.hack.values()]
-            parts = torch.split(self._features[: self._filled], widths, dim=1)
+            parts = torch.split(self._held["features"], widths, dim=1)
             scores = self.directions.score(dict(zip(self.directions.hack, parts, strict=True)))
-            self._scores[: self._filled] = finite_scores(scores)
+            self._held["scores"].copy_(finite_scores(scores))
         self._scored_version = self.directions.version
+
+
+def _empty(capacity: int, *, like: Float[Tensor, "rows width"]) -> dict[str, Tensor]:
+    # On the CPU: quantiles of some thousand numbers need no accelerator, and its memory is for the policy.
+    features, scores = like.new_empty(capacity, like.shape[1]), like.new_empty(capacity)
+    return {"features": features, "scores": scores, "arrived": torch.empty(capacity, dtype=torch.long)}
 
 
 def weighted_tails(

@@ -8,8 +8,7 @@ from torch import Tensor
 from gradroute._checks import finite_number, one_of
 from gradroute._state_dict import State
 from gradroute.adapters.mask import RouteMask
-from gradroute.gates._histogram import Marked
-from gradroute.gates.base import BELOW, Below, Gate, Reads, below_mask, below_sentence, finite_scores
+from gradroute.gates.base import BELOW, Below, Gate, Marked, Reads, below_mask, below_sentence, finite_scores
 
 
 class ThresholdGate(Gate):

@@ -8,6 +8,7 @@ this library exists because one such refresh went unnoticed.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 
@@ -138,8 +139,17 @@ class Refresher:
             self._check_reader(reader)
         if optimizers:
             check_optimized(self.model, optimizers, RefreshError)
-        ends = [self._watch_reader(reader) for reader in readers]
-        return Watch(self, ends + [self._watch_optimizer(optimizer) for optimizer in optimizers])
+        ends = ExitStack()
+        for reader in readers:
+            ends.callback(check_before_use(reader, self._check))
+            self._readers.append(reader)
+            ends.callback(self._readers.remove, reader)
+        for optimizer in optimizers:
+            count = StepCount(optimizer, self._check, start=self.steps)
+            ends.callback(count.close)
+            self._counts.append(count)
+            ends.callback(self._counts.remove, count)
+        return Watch(self, ends, len(watched))
 
     def step(self) -> RefreshReport | None:
         """Count one optimizer step; refresh if it is due and return the report, else None."""
@@ -152,11 +162,10 @@ class Refresher:
     def refresh(self) -> RefreshReport:
         """Extract now, whatever the schedule says."""
         self._check()
-        before = self.directions.version
-        if before != self._version:
+        if self.directions.version != self._version:
             raise RefreshError(
-                f"`directions` should be updated by this refresher alone. Found version {before} instead of "
-                f"{self._version}. Fix: one Refresher per Directions."
+                f"`directions` should be updated by this refresher alone. Found version {self.directions.version} "
+                f"instead of {self._version}. Fix: one Refresher per Directions."
             )
         fresh = self._extracted()
         fingerprint = block_fingerprint(self.model, "deployed")
@@ -169,7 +178,7 @@ class Refresher:
             )
         previous = copy(self.directions)
         self.directions.update_(fresh, step=self.steps)
-        if self.directions.version == before:
+        if self.directions.version == self._version:
             raise RefreshError("The directions were not updated although a refresh was due.")
         report = self._reported(previous, moved)
         self._extracted_at, self._fingerprint, self._version = self.steps, fingerprint, self.directions.version
@@ -207,7 +216,7 @@ class Refresher:
         self._fingerprint, self._version = list(state["fingerprint"]), self.directions.version
         self.reports = [RefreshReport(**report) for report in state["reports"]]
         for count in self._counts:
-            count.restart(self.steps)
+            count.steps = self.steps
 
     def __repr__(self) -> str:
         due = max(self.every - self.age, self.warm_up - self.steps)
@@ -235,37 +244,12 @@ class Refresher:
         largest = max((max(each) for each in angles.values()), default=90.0)
         return RefreshReport(self.steps, self.age, now.overlap(previous), moved, now.version, largest, angles)
 
-    def _watch_optimizer(self, optimizer: Optimizer) -> Callable[[], None]:
-        count = StepCount(optimizer, self._check_before_step, start=self.steps)
-        self._counts.append(count)
-
-        def end() -> None:
-            count.close()
-            self._counts.remove(count)
-
-        return end
-
-    def _watch_reader(self, reader: Gate | GradientFilter) -> Callable[[], None]:
-        end_check = check_before_use(reader, self._check)
-        self._readers.append(reader)
-
-        def end() -> None:
-            end_check()
-            self._readers.remove(reader)
-
-        return end
-
-    def _check(self) -> None:
+    def _check(self, stepping: StepCount | None = None) -> None:
         for reader in self._readers:
             self._check_reader(reader)
-        for count in self._counts:
+        # Before a step of one of several optimizers, the others may have taken this step already.
+        for count in self._counts if stepping is None else [stepping]:
             count.compare(self.steps)
-
-    def _check_before_step(self, count: StepCount) -> None:
-        # Of several optimizers the others may have taken this step already.
-        for reader in self._readers:
-            self._check_reader(reader)
-        count.compare(self.steps)
 
     def _check_heard(self) -> None:
         """Raise if the deployed blocks keep changing while `step()` is not called; only `watch` counts exactly."""

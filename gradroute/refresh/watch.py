@@ -1,6 +1,7 @@
 """Checks that `Refresher.step()` is called after each optimizer step, by counting both, and that it will come due."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakMethod
 
@@ -27,14 +28,14 @@ def check_comes_due(refresher: Any, steps_left: int) -> None:
 class Watch:
     """The handle that `Refresher.watch` returns; `close()`, or the end of a `with`, ends the watch."""
 
-    def __init__(self, refresher: Any, ends: Iterable[Callable[[], None]]) -> None:
+    def __init__(self, refresher: Any, ends: ExitStack, watched: int) -> None:
         # Optimizers and gates know the refresher by weak reference only: it lives as long as this handle does.
-        self._refresher, self._ends = refresher, list(ends)
+        self._refresher, self._ends, self._watched = refresher, ends, watched
 
     def close(self) -> None:
         """Leave optimizers, gates and filters alone from now on."""
-        while self._ends:
-            self._ends.pop()()
+        self._ends.close()
+        self._watched = 0
 
     def __enter__(self) -> "Watch":
         return self
@@ -43,7 +44,7 @@ class Watch:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Watch({self._refresher!r}, {f'{len(self._ends)} watched' if self._ends else 'closed'})"
+        return f"Watch({self._refresher!r}, {f'{self._watched} watched' if self._watched else 'closed'})"
 
 
 class StepCount(StepHooks):
@@ -61,10 +62,6 @@ class StepCount(StepHooks):
         self.steps = start
         self._check = WeakMethod(check)
         super().__init__(optimizer)
-
-    def restart(self, steps: int) -> None:
-        """Continue the count from `steps`."""
-        self.steps = steps
 
     def compare(self, refresher_steps: int) -> None:
         """Raise unless the refresher counts as many steps."""

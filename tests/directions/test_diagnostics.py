@@ -16,9 +16,9 @@ from torch import Tensor
 
 import gradroute as gr
 from gradroute.directions import placebo_pairs, reversed_sign, summary, validate
-from gradroute.directions._angles import principal_angles
 from gradroute.directions._draws import haar_rows
 from gradroute.directions.diagnostics import effect_size, share, split_half_cosines
+from gradroute.directions.directions import principal_angles
 from gradroute.directions.estimators.mean_difference import MeanDifference
 from gradroute.directions.estimators.ridge import Ridge
 from gradroute.directions.estimators.svd import Svd
@@ -294,7 +294,7 @@ def test_scores_that_may_be_inverted_by_chance_warn_too_and_show_the_interval() 
 @pytest.mark.parametrize(
     ("scores", "labels", "found"),
     [
-        ([1.0, 2.0], [True, True], "`labels` should hold rollouts of both kinds. Found 2 hacks and 0 others"),
+        ([1.0, 2.0], [True, True], "`labels` should hold both kinds. Found 2 hacks and 0 others"),
         ([1.0, 2.0], [False, False], "Found 0 hacks and 2 others"),
         ([1.0, math.nan], [True, False], "`scores` should be finite"),
     ],

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from support.language_models import PAIRS, ids_only, routed_mixer
+from support.language_models import PAIRS, ids_only, routed_mixer, scoring_directions
 from support.pair_sides import Sides, random_sides
 from torch import Tensor
 
 import gradroute as gr
-from gradroute.directions.estimators.by_name import as_estimator, estimator_of
+from gradroute.directions.estimators.by_name import as_estimator
 from gradroute.directions.estimators.mean_difference import MeanDifference
 from gradroute.directions.estimators.ridge import Ridge
 from gradroute.directions.estimators.svd import Svd
@@ -190,14 +190,16 @@ def test_an_estimator_is_what_its_text_says(estimator: object) -> None:
     assert as_estimator(estimator) is estimator
     changed = dataclasses.replace(estimator, n_heldout=2, seed=3)
     assert str(changed).endswith("n_heldout=2, seed=3)") or "n_heldout=2, seed=3" in str(changed)
-    assert estimator_of(str(changed)) == changed != estimator
+    assert as_estimator(str(changed)) == changed != estimator
 
 
 @pytest.mark.parametrize("text", ["median", "svd(rank=2)", "svd(", "svd(k=x)", "1", "mean_difference(2)", ""])
 def test_an_unknown_estimator_raises(text: str) -> None:
     with pytest.raises(gr.GradRouteError, match="`estimator` should be an Estimator or one of mean_difference, t_stat"):
         as_estimator(text)
-    assert estimator_of(text) is None
+    directions = scoring_directions([1.0], [0.0])
+    directions.provenance = dataclasses.replace(directions.provenance, estimator=text)
+    assert directions.known_estimator is None
 
 
 # In extraction

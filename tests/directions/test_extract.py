@@ -326,7 +326,7 @@ def test_gradients_need_prompts() -> None:
 @pytest.mark.parametrize(
     ("forward_fn", "found"),
     [
-        (lambda model, ids, attention: model(ids)[0], r"Found \(\d, 12\)"),
+        (lambda model, ids, attention: model(ids)[0], r"Found torch.float64, \(\d, 12\)"),
         (lambda model, ids, attention: (model(ids),), "Found tuple"),
         (lambda model, ids, attention: model(ids).detach(), "carry a gradient"),
     ],

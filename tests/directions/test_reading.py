@@ -147,7 +147,7 @@ def test_a_loss_may_read_what_is_no_logits() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "found"),
     [
-        (lambda output, batch: output.sum(), r"a loss per rollout \(8,\). Found \(\)"),
+        (lambda output, batch: output.sum(), r"a loss per rollout \(8,\). Found torch.float64, \(\)"),
         (lambda output, batch: 1.0, "Found float"),
         (lambda output, batch: output.detach().sum((1, 2)), "should carry a gradient. Found none"),
     ],

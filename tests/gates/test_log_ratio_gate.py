@@ -162,7 +162,7 @@ def test_a_gate_that_routes_nothing_in_its_window_says_so() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda on, ablated, mask: (on.exp(), ablated, mask), "`on` should be log-probabilities: finite, and at most"),
+        (lambda on, ablated, mask: (on.exp(), ablated, mask), "`on` should be log-probabilities, finite and <= 0"),
         (lambda on, ablated, mask: (on, ablated * torch.nan, mask), "`ablated` should be log-prob.*nan"),
         (lambda on, ablated, mask: (on[:, :-1], ablated, mask), "`on` should be log-prob|ablated"),
         (lambda on, ablated, mask: (on, ablated.long(), mask), "ablated"),

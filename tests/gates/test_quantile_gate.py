@@ -175,10 +175,10 @@ def test_the_buffer_keeps_the_newest_rollouts_and_its_size() -> None:
     sizes = []
     for first in range(0, 40, 4):
         made(scored([float(first + i) for i in range(4)]))
-        sizes.append(sum(t.numel() for t in (made._features, made._scores, made._arrived)))
+        sizes.append(sum(t.numel() for t in made._buffer.values()))
     assert len(made) == 6
     assert len(set(sizes)) == 1
-    assert sorted(made._scores.tolist()) == [34.0, 35.0, 36.0, 37.0, 38.0, 39.0]
+    assert sorted(made.state_dict()["buffer"]["scores"].tolist()) == [34.0, 35.0, 36.0, 37.0, 38.0, 39.0]
     assert made.thresholds == (34.0, 39.0)
 
 

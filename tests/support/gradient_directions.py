@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import gradroute as gr
 from gradroute._hashing import model_identity
 from gradroute._protocol import routed_layers
-from gradroute.directions.directions import Provenance
+from gradroute.directions import Provenance
 from support.language_models import MADE_OF_NUMBERS
 
 PARAMETER = dataclasses.replace(MADE_OF_NUMBERS, source="gradient", feature="parameter")

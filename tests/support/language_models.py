@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import gradroute as gr
-from gradroute.directions.directions import Provenance
+from gradroute.directions import Provenance
 from support.models import randomize_blocks
 
 # Under the hook beartype checks every argument, and draws from Python's generator which item of a list to look at.

@@ -54,8 +54,7 @@ class Estimate(NamedTuple):
             if name not in features:
                 raise GradRouteError(
                     f"`features` lacks the module `{name}`. Found {sorted(features)[:5]}. Fix: capture from the model "
-                    "that the directions were extracted from, with or without its wrapper (DDP's adds `module.` to "
-                    "every name) as it was then."
+                    "that the directions came from, wrapped as it was then: DDP's wrapper adds `module.` to names."
                 )
             f = features[name].detach()
             width = 1 if projected else rows.shape[-1]
@@ -110,7 +109,11 @@ class Estimator(ABC):
             hack, clean = ({name: f[index[f.device]] for name, f in side.items()} for side in (hack, clean))
         rows, centre, scale = self.estimate(hack, clean)
         alive = read_together(v.any(1).all() for v in rows.values())
-        raise_if_dead([name for name, is_alive in zip(rows, alive, strict=True) if not is_alive], len(hack))
+        dead = [name for name, is_alive in zip(rows, alive, strict=True) if not is_alive]
+        if dead:
+            raise DeadDirectionError(
+                f"Hack and clean sides have the same features in {len(dead)} of {len(hack)} modules: {listed(dead)}."
+            )
         return Estimate({name: unit(v) for name, v in rows.items()}, centre, self.normalise(rows, scale), heldout)
 
     @abstractmethod
@@ -139,21 +142,13 @@ def standardisation(hack: Features, clean: Features) -> tuple[Vectors, Vectors]:
     return centre, scale
 
 
-def raise_if_dead(dead: list[str], modules: int) -> None:
-    """Raise a `DeadDirectionError` that names the modules in `dead`."""
-    if dead:
-        raise DeadDirectionError(
-            f"Hack and clean sides have the same features in {len(dead)} of {modules} modules: {listed(dead)}."
-        )
-
-
 def unit(rows: Float[Tensor, "*k d_feature"]) -> Float[Tensor, "*k d_feature"]:
     """Each row over its norm; the caller has made sure that no row is zero."""
     lengths: Tensor = rows.norm(dim=-1, keepdim=True)
     return rows / lengths
 
 
-def mean_norm(hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"]) -> Float[Tensor, ""]:
-    """The mean norm of the features."""
+def noise(hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"]) -> Float[Tensor, ""]:
+    """The norm below which a difference of the features is rounding noise: `DEAD` times their mean norm."""
     size: Tensor = torch.cat([hack, clean]).norm(dim=1).mean()
-    return size
+    return DEAD * size

@@ -30,11 +30,3 @@ def as_estimator(estimator: "str | Estimator") -> Estimator:
         raise GradRouteError(
             f"`estimator` should be an Estimator or one of {', '.join(kinds)}. Found {estimator!r}."
         ) from error
-
-
-def estimator_of(text: str) -> Estimator | None:
-    """The estimator that a provenance names; None for an estimator of the user's."""
-    try:
-        return as_estimator(text)
-    except GradRouteError:
-        return None

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm, standardisation
+from gradroute.directions.estimators.base import Estimator, Features, Unnormalised, noise, standardisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,6 @@ class MeanDifference(Estimator):
         rows = {}
         for name in hack:
             v = (hack[name] - clean[name]).mean(0, keepdim=True)
-            alive = v.norm() > DEAD * mean_norm(hack[name], clean[name])
+            alive = v.norm() > noise(hack[name], clean[name])
             rows[name] = torch.where(alive, v if scale is None else v / scale[name], 0.0)
         return rows, centre, scale

@@ -22,7 +22,7 @@ from gradroute.directions.estimators.base import (
     Features,
     Unnormalised,
     Vectors,
-    mean_norm,
+    noise,
     standardisation,
 )
 from gradroute.errors import GradRouteError
@@ -55,9 +55,8 @@ class Ridge(Estimator):
         centre, scale = standardisation(hack, clean)
         if not self.standardise:
             scale = {name: torch.ones_like(s) for name, s in scale.items()}
-        c, s = centre, scale
         # On the CPU in float64: K is small, and nearly singular where the penalty is. (MPS has no float64.)
-        standardised = [(torch.cat([hack[name], clean[name]]) - c[name]) / s[name] for name in hack]
+        standardised = [(torch.cat([hack[name], clean[name]]) - centre[name]) / scale[name] for name in hack]
         z = dict(zip(hack, moved_together(standardised, torch.device("cpu")), strict=True))
         K = torch.stack([of_module.double() @ of_module.double().T for of_module in z.values()]).sum(0)
         y = torch.cat([torch.ones(len(K) // 2), -torch.ones(len(K) // 2)]).double()
@@ -70,7 +69,7 @@ class Ridge(Estimator):
         w = dict(zip(hack, moved_together(weights, next(iter(hack.values())).device), strict=True))
         rows = {}
         for name in hack:
-            same = (hack[name] - clean[name]).norm(dim=1).max() <= DEAD * mean_norm(hack[name], clean[name])
+            same = (hack[name] - clean[name]).norm(dim=1).max() <= noise(hack[name], clean[name])
             rows[name] = torch.where(same, 0.0, w[name].to(hack[name]))
         return rows, centre, scale
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from gradroute._checks import positive_integer
-from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm
+from gradroute.directions.estimators.base import Estimator, Features, Unnormalised, noise
 from gradroute.errors import GradRouteError
 
 
@@ -38,7 +38,7 @@ class Svd(Estimator):
             if self.k > min(D.shape):
                 raise GradRouteError(f"`k` should be at most {min(D.shape)} in `{name}`. Found {self.k}.")
             _, S, Vh = torch.linalg.svd(D, full_matrices=False)
-            alive = S[: self.k] > DEAD * mean_norm(hack[name], clean[name]) * len(hack[name]) ** 0.5
+            alive = S[: self.k] > noise(hack[name], clean[name]) * len(hack[name]) ** 0.5
             projections = D @ Vh[: self.k].T
             votes = projections.sign().sum(0)
             sign = torch.where(votes == 0, projections.sum(0), votes).sign()

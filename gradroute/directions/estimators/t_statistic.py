@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from gradroute.directions.estimators.base import DEAD, Estimator, Features, Unnormalised, mean_norm
-from gradroute.errors import GradRouteError
+from gradroute._checks import positive_number
+from gradroute.directions.estimators.base import Estimator, Features, Unnormalised, noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,14 @@ class TStatistic(Estimator):
     clamp: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.clamp < float("inf"):
-            raise GradRouteError(f"`clamp` should be a positive number. Found {self.clamp!r}.")
+        positive_number("clamp", self.clamp)
 
     def estimate(self, hack: Features, clean: Features) -> Unnormalised:
         rows = {}
         for name in hack:
             D = hack[name] - clean[name]
-            noise = DEAD * mean_norm(hack[name], clean[name])
             mean, error = D.mean(0, keepdim=True), D.std(0, keepdim=True) / len(D) ** 0.5
             # A coordinate whose mean is rounding noise has no t: it would be a ratio of two such numbers.
-            rows[name] = torch.where(mean.abs() > noise, mean / error, 0.0).clamp(-self.clamp, self.clamp)
+            t = torch.where(mean.abs() > noise(hack[name], clean[name]), mean / error, 0.0)
+            rows[name] = t.clamp(-self.clamp, self.clamp)
         return rows, None, None
