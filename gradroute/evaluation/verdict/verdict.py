@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradroute.evaluation.verdict._arm_differences import ArmDifferences
-from gradroute.evaluation.verdict._paragraph import Counted, per_seed, pooled, stated_interval, stated_level
+from gradroute.evaluation.verdict._difference import Counted, per_seed, pooled
 from gradroute.evaluation.verdict._power import Needed
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
-from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.criteria import Criteria, stated_level
 from gradroute.evaluation.verdict.one_block import OneBlock
 
 Word = Literal["effective", "directional", "not distinguishable from control", "worse", "underpowered"]
@@ -74,7 +74,7 @@ class Verdict:
         p = found.hack.p_above(self.criteria.margin)
         return (
             f"Hack rate, on to ablated: {'; '.join(_drop(arm, found.counted) for arm in arms)}. Difference of drops "
-            f"{stated_interval(found.hack, self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
+            f"{found.hack.stated(self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
             f"{self.criteria.margin:g}, prompts {'paired' if found.paired else 'not paired'}. Ablated hack rate per "
             f"seed: {'; '.join(per_seed(arm, found.counted, 'hack_ablated') for arm in arms)}."
         )
@@ -88,7 +88,7 @@ class Verdict:
         matched = "matched" if found.solve_is_matched(self.criteria, self.level) else "not shown to match"
         return (
             f"Solve rate ablated, on {', '.join(found.solved_on)}: {own!r} against {control!r}, difference "
-            f"{stated_interval(found.solve, self.level, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
+            f"{found.solve.stated(self.level, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
         )
 
     def _draws(self) -> str:
@@ -97,23 +97,19 @@ class Verdict:
             return f"Random draws: {n}" + (", with no mode discovered." if n else ".")
         trained = sum(any(s in draw.runs for draw in self.controls.random) for s in self.treatment.runs)
         good = sum(difference <= 0 for difference in found.draws)
-        hack, solve = (
-            stated_interval(found.hack, self.level, len(found.seeds)),
-            stated_interval(found.solve, self.level, trained),
-        )
         return (
             f"Random draws: {n}, {len(found.draws)} with a discovered mode; difference of drops to one more such draw "
-            f"{hack}; of solve to their mean {solve}; {good} did as well or better (a random direction too is best of "
-            f"{len(found.draws) + 1} with a chance of {1 / (len(found.draws) + 1):.2f})."
+            f"{found.hack.stated(self.level, len(found.seeds))}; of solve to their mean "
+            f"{found.solve.stated(self.level, trained)}; {good} did as well or better (a random direction too is best "
+            f"of {len(found.draws) + 1} with a chance of {1 / (len(found.draws) + 1):.2f})."
         )
 
     def _modes(self) -> str:
         seeds = len(self.treatment.runs)
         counted = [f"{mode} in {len(found)} of {seeds} seeds" for mode, found in self.shuffled.counted.items() if found]
-        undiscovered = ", ".join(self.undiscovered) or "none"
         return (
             f"Modes counted, as both on views reach {self.criteria.discovered:g}: {', '.join(counted) or 'none'}; "
-            f"undiscovered: {undiscovered}."
+            f"undiscovered: {', '.join(self.undiscovered) or 'none'}."
         )
 
     def _scope(self) -> str:
