@@ -15,8 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._before_use import before_use
 from gradroute._checks import instance_of
+from gradroute._optimized import block_parameters
 from gradroute._protocol import routed_layers
-from gradroute._sharding import overwrite, reshard
+from gradroute._sharding import overwrite
 from gradroute.directions.parameter_rows import check_base_model
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
@@ -51,11 +52,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     before_use(f)
-    reshard(model)
-    layers = routed_layers(model)
-    parameters = [
-        (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)
-    ]
+    parameters = list(block_parameters(model, f.writes_blocks))
     earlier = [_filters_of(parameter.grad) for _, parameter in parameters]
     for (name, _), filters in zip(parameters, earlier, strict=True):
         if f in filters:
@@ -64,7 +61,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
                 "Fix: call apply_filter once per optimizer step, or use attach_filter, not both."
             )
     with torch.no_grad():
-        writes, stats = f.filtered(layers)
+        writes, stats = f.filtered(routed_layers(model))
         if (directions := getattr(f, "directions", None)) is not None:
             check_base_model(directions, model)
         for parameter, values in writes:
