@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import positive_integer, positive_number
-from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._optimized import block_parameters
 from gradroute._restore import left_as_found
 from gradroute._sharding import overwrite, reshard, whole
 from gradroute._typing import typechecked
@@ -86,8 +86,8 @@ def assert_engine_follows(
             engine may still hold moved ones: sync it.
         RouteError: an open route.
     """
-    positive_number("tolerance", tolerance, GradRouteError)
-    positive_number("temperature", temperature, GradRouteError)
+    positive_number("tolerance", tolerance)
+    positive_number("temperature", temperature)
     Views(model)  # for its checks of the model
     generator = torch.Generator().manual_seed(seed)
     asked = _random_prompts(model, prompts, generator) if isinstance(prompts, int) else prompts
@@ -195,10 +195,7 @@ def _moved(model: nn.Module, check: _Check, far: float, scale: float, generator:
 
     The scale of the noise is at least `scale`; yields it.
     """
-    reshard(model)
-    parameters = [
-        p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
-    ]
+    parameters = [parameter for _, parameter in block_parameters(model)]
     saved = [whole(parameter).clone() for parameter in parameters]
     noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in saved]
 
@@ -240,7 +237,7 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def _random_prompts(model: nn.Module, tokens: int, generator: torch.Generator) -> list[list[int]]:
-    positive_integer("prompts", tokens, GradRouteError)
+    positive_integer("prompts", tokens)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise GradRouteError(
