@@ -20,8 +20,8 @@ from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation._marks import draw_curves
-from gradroute.evaluation.rates import ViewRates, rates_by_group
-from gradroute.evaluation.records import EvalRecord, evaluated
+from gradroute.evaluation._views import evaluated
+from gradroute.evaluation.rates import EvalRecord, ViewRates, rates_by_group
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class DoseCurve:
         if not below:
             found = ", ".join(f"{view.hack['monitored'].value:g} at {scale:g}" for scale, view in self.rates.items())
             raise GradRouteError(
-                "`monitored_below` should be above the monitored hack rate at the smallest scale. Found "
-                f"{limit:g}, and rates of {found}. Fix: smaller scales, or a larger limit, such as the upper end of "
-                "the interval of the base model's rate; else this model hacks more than that even when ablated."
+                f"`monitored_below` should be above the monitored hack rate at the smallest scale. Found {limit:g}, "
+                f"and rates of {found}. Fix: smaller scales, or a limit like the upper end of the base model's rate."
             )
         return below[-1]
 

@@ -9,8 +9,8 @@ from torch import nn
 from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.evaluation._marks import draw_views
-from gradroute.evaluation.rates import ViewRates, rate_rows, rates_by_group
-from gradroute.evaluation.records import EvalRecord, evaluated
+from gradroute.evaluation._views import evaluated
+from gradroute.evaluation.rates import EvalRecord, ViewRates, rate_rows, rates_by_group
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,8 @@ def _check_complete(missing: Mapping[str, Float[Tensor, ""]]) -> None:
     for name, norm in zip(missing, read_together(missing.values()), strict=True):
         if norm != 0:
             raise GradRouteError(
-                f"The deployed gradient of `{name}` should be the sum of the rollouts that were recorded. It is off by "
-                f"{norm:.3g}. Fix: record every micro-batch, on unscaled losses, and apply the filter before anything "
-                "else changes the gradient."
+                f"The deployed gradient of `{name}` should be the sum of the recorded rollouts. It is off by "
+                f"{norm:.3g}. Fix: record every micro-batch, on unscaled losses, and filter before anything changes it."
             )
 
 

@@ -8,9 +8,10 @@ the product is kept, p q numbers, or its factors, T (p + q) numbers: whichever i
 gradients as in Opacus; the mask in a gain's place is "route 2" of the founding commit (wassname).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -107,9 +108,9 @@ class RolloutRecorder:
         handles: list[Any] = []
         try:
             for name, module in self._dropouts:
-                handles.append(module.register_forward_hook(LocalHook(self._dropout_hook(name))))
+                handles.append(module.register_forward_hook(LocalHook(partial(self._keep_output, name))))
             for name, layer in self.layers.items():
-                handles.append(layer.register_forward_hook(LocalHook(self._forward_hook(name)), with_kwargs=True))
+                handles.append(layer.register_forward_hook(LocalHook(partial(self._tap, name)), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -133,50 +134,46 @@ class RolloutRecorder:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
-    def _dropout_hook(self, name: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if _is_first_forward():
-                self._after_dropout[name] = output
+    def _keep_output(self, name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if _is_first_forward():
+            self._after_dropout[name] = output
 
-        return keep
+    def _tap(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        layer = self.layers[name]
+        if not _is_first_forward() or layer.view == "disabled":
+            return
+        first_input = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = self._after_dropout.pop(name, first_input).detach()
+        if x.ndim < 2:
+            raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
+        assert isinstance(layer, RoutedLinear)
+        gates = layer.state.gates(x, name)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        compute = torch.get_autocast_dtype(device) if autocast else None
+        slots = self._passes[name]
+        place = len(slots)
+        slots.append(None)
+        shape = x.shape
+        node: Any = output.grad_fn
 
-    def _forward_hook(self, name: str) -> Callable[..., None]:
-        def tap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            layer = self.layers[name]
-            if not _is_first_forward() or layer.view == "disabled":
-                return
-            first_input = args[0] if args else next(iter(kwargs.values()))
-            x: Tensor = self._after_dropout.pop(name, first_input).detach()
-            if x.ndim < 2:
-                raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
-            assert isinstance(layer, RoutedLinear)
-            gates = layer.state.gates(x, name)
-            device = x.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            compute = torch.get_autocast_dtype(device) if autocast else None
-            slots = self._passes[name]
-            place = len(slots)
-            slots.append(None)
-            shape = x.shape
-            node: Any = output.grad_fn
+        def keep(x: Tensor, dy: Tensor, u: Tensor | None, dz: Tensor | None) -> None:
+            if slots[place] is not None:
+                raise GradRouteError(
+                    f"A second backward through one forward of `{name}`: whose gradient a rollout's is would be "
+                    "undefined. Fix: add the losses and call backward once per forward."
+                )
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), gates.known.g_d, compute)
 
-            def keep(x: Tensor, dy: Tensor, u: Tensor | None, dz: Tensor | None) -> None:
-                if slots[place] is not None:
-                    raise GradRouteError(
-                        f"A second backward through one forward of `{name}`: whose gradient a rollout's is would be "
-                        "undefined. Fix: add the losses and call backward once per forward."
-                    )
-                with torch.no_grad(), torch.autocast(device, enabled=False):
-                    slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), gates.known.g_d, compute)
-
-            lora = block_kind(name, layer) == "lora"
-            free = getattr(node, "observer", node) is None
-            if lora and free and all(p.requires_grad for p in layer.block_parameters("deployed")):
-                node.observer = keep  # its backward has the bottleneck and the gradient there anyway
-            else:
-                output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]
-
-        return tap
+        lora = block_kind(name, layer) == "lora"
+        free = getattr(node, "observer", node) is None
+        if lora and free and all(p.requires_grad for p in layer.block_parameters("deployed")):
+            node.observer = keep  # its backward has the bottleneck and the gradient there anyway
+        else:
+            output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]
 
     def _layer_pass(
         self,
@@ -220,16 +217,14 @@ class RolloutRecorder:
         idle = [name for name, slots in self._passes.items() if not slots or any(one is None for one in slots)]
         if idle:
             raise GradRouteError(
-                f"Every routed layer should run forward and backward, with gradients on, inside `record`. "
-                f"Found that these did not: {listed(idle)}. Fix: enclose both; under reentrant checkpointing use "
-                "use_reentrant=False."
+                f"Every routed layer should run forward and backward, with gradients on, inside `record`. Found none "
+                f"of {listed(idle)}. Fix: enclose both; checkpoint with use_reentrant=False."
             )
         shapes = {name: [(len(one.dots), one.axes) for one in passes] for name, passes in self.passes.items()}
         if len({tuple(found) for found in shapes.values()}) > 1:
             raise GradRouteError(
-                "Every routed layer should see the same rollouts as often, as rows of inputs with the same axes. Found "
-                f"(rows, axes) per forward {shapes}. Fix: exclude layers that run twice, or on some or flattened "
-                "tokens; under reentrant checkpointing use use_reentrant=False."
+                f"Every routed layer should see the same rollouts as often. Found (rows, axes) per forward {shapes}. "
+                "Fix: exclude layers that run twice, or on some or flattened tokens; use_reentrant=False."
             )
 
 

@@ -6,7 +6,7 @@ Call it after the last backward of the step, after any reduction across ranks an
 clipping. A filter changes a gradient once: again without a new backward raises. Measuring changes none.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -23,15 +23,8 @@ from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 
-
-class _Mark(NamedTuple):
-    """The version of a gradient after it was filtered, and by which filters."""
-
-    version: int
-    filters: WeakSet[GradientFilter]
-
-
-# Held by the gradient itself: a new backward makes a new tensor, or raises the version of the old one.
+# Gradient -> its version after it was filtered, and by which filters. A new backward makes a new tensor, or raises the
+# version of the old one.
 _MARKS: Any = WeakTensorKeyDictionary()
 
 
@@ -71,11 +64,13 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     for (_, parameter), filters in zip(parameters, earlier, strict=True):
         gradient: Any = parameter.grad
         # Filters that ran before are not forgotten because this one has written.
-        _MARKS[gradient] = _Mark(gradient._version, WeakSet([*filters, f]))
+        _MARKS[gradient] = gradient._version, WeakSet([*filters, f])
     return stats
 
 
 def _filters_of(gradient: Tensor | None) -> list[GradientFilter]:
     """The filters that have run on this gradient since its last backward."""
-    mark = None if gradient is None else _MARKS.get(gradient)
-    return list(mark.filters) if gradient is not None and mark and mark.version == gradient._version else []
+    if gradient is None:
+        return []
+    version, filters = _MARKS.get(gradient, (None, []))
+    return list(filters) if version == gradient._version else []

@@ -52,14 +52,17 @@ def attach_filter(
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     check_module(model)
-    for wrapper in unwrapped(optimizer):
-        if _is_of_engine(wrapper):
-            raise GradRouteError(_CONSUMED.format(what="optimizer", found=type(wrapper).__name__))
-        scaler = getattr(wrapper, "scaler", None) if scaler is None else scaler
+    wrappers = list(unwrapped(optimizer))
+    for what, thing in (*(("optimizer", each) for each in wrappers), *(("model", each) for each in model.modules())):
+        if _is_of_engine(thing):
+            raise GradRouteError(
+                f"`{what}` is a {type(thing).__name__}, which consumes gradients inside backward: a filter before "
+                "step() would find none, and change nothing. Fix: train with DDP, fully_shard (FSDP2) or a plain "
+                "optimizer."
+            )
     innermost = torch_optimizer(optimizer)
-    for module in model.modules():
-        if _is_of_engine(module):
-            raise GradRouteError(_CONSUMED.format(what="model", found=type(module).__name__))
+    for each in wrappers:
+        scaler = getattr(each, "scaler", None) if scaler is None else scaler
     check_held([innermost], block_parameters(model, f.writes_blocks))
     if any(each.is_open and (each.filter is f or each.runs_on(innermost)) for each in _ATTACHED):
         raise GradRouteError(
@@ -130,9 +133,8 @@ class AttachedFilter(StepHooks):
             gradient: Any = parameter.grad
             if gradient is not None and self._seen.get(gradient) != gradient._version:
                 raise GradRouteError(
-                    f"The gradient of `{name}` has been changed since the backward that this filter saw: clipped, say, "
-                    "by a norm that the quarantine takes part in. Fix: attach before backward, and clip after the "
-                    "filter (apply_filter, clip, step) or pass allow_clipped=True."
+                    f"The gradient of `{name}` has been changed since the backward that this filter saw: clipped, say. "
+                    "Fix: attach before backward, and apply_filter, clip, step; or pass allow_clipped=True."
                 )
 
     def _after_accumulation(self, _: Tensor) -> None:
@@ -154,9 +156,3 @@ def _is_of_engine(thing: object) -> bool:
         for kind in type(thing).__mro__
         for engine in ("deepspeed", "megatron")
     )
-
-
-_CONSUMED = (
-    "`{what}` is a {found}, which consumes gradients inside backward: a filter before step() would find none, and "
-    "change nothing. Fix: train with DDP, fully_shard (FSDP2) or a plain optimizer."
-)

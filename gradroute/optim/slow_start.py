@@ -188,9 +188,8 @@ class SlowStart(StepHooks):
         self._restore()
         if written:
             raise GradRouteError(
-                f"The deployed block's learning rate should be left alone while it is slow. Found that it was written "
-                f"{when}: a scheduler would go on from the fraction, or undo it. Fix: step schedulers after "
-                "optimizer.step(), and not in a hook or where the step raised."
+                f"The deployed block's learning rate should be left alone while it is slow. Found it written {when}. "
+                "Fix: step schedulers after optimizer.step(), and not in a hook or where the step raised."
             )
 
     def _restore(self, *_: Any) -> None:
@@ -208,8 +207,7 @@ class SlowStart(StepHooks):
             if others:
                 raise GradRouteError(
                     f"`optimizer` should have groups that hold one block each. Found one of {len(group['params'])} "
-                    f"parameters, {others} of which are not of the deployed block: they would start slowly too. Fix: "
-                    "make it of gradroute.optim.block_groups(model)."
+                    f"parameters, {others} of them not deployed. Fix: make it of gradroute.optim.block_groups(model)."
                 )
             if not isinstance(group.get("lr"), Real | Tensor):
                 raise GradRouteError(

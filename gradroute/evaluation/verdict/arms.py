@@ -180,9 +180,8 @@ class Controls:
             instance_of("controls", arm, ArmRuns)
         if bool(self.rivals) != (self.base is not None):
             raise GradRouteError(
-                "`rivals` and `base`, the model before training, should come together: without it a rival that solves "
-                f"nothing would count. Found {'rivals' if self.rivals else 'a base'} alone. Fix: evaluate that model "
-                "on the prompts of each seed, or leave both out."
+                "`rivals` and `base`, the model before training, should come together. Found "
+                f"{'rivals' if self.rivals else 'a base'} alone. Fix: evaluate the base too, or leave both out."
             )
 
     @property
@@ -263,8 +262,7 @@ def _check_one_block(arm: ArmRuns) -> None:
             if found is not None:
                 raise GradRouteError(
                     f"{arm.name} should be of one block, whose two views are one. Found {found} in the mode {mode!r} "
-                    f"of seed {seed!r}. Fix: leave out arms with a second block; evaluate one block once, and give its "
-                    "outcomes to both views."
+                    f"of seed {seed!r}. Fix: leave the arm out; of one block, give the same outcomes to both views."
                 )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradroute.evaluation.verdict._arm_differences import ArmDifferences
-from gradroute.evaluation.verdict._difference import Counted, per_seed, pooled
+from gradroute.evaluation.verdict._difference import per_seed, pooled
 from gradroute.evaluation.verdict._power import Needed
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
 from gradroute.evaluation.verdict.criteria import Criteria, stated_level
@@ -71,9 +71,13 @@ class Verdict:
         if found.hack is None:
             return "Hack drops were not compared."
         arms = (self.treatment, self.controls.shuffled)
+        drops = [
+            f"{arm.name} {pooled(arm, found.counted, 'hack_on')!r} to {pooled(arm, found.counted, 'hack_ablated')!r}"
+            for arm in arms
+        ]
         p = found.hack.p_above(self.criteria.margin)
         return (
-            f"Hack rate, on to ablated: {'; '.join(_drop(arm, found.counted) for arm in arms)}. Difference of drops "
+            f"Hack rate, on to ablated: {'; '.join(drops)}. Difference of drops "
             f"{found.hack.stated(self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
             f"{self.criteria.margin:g}, prompts {'paired' if found.paired else 'not paired'}. Ablated hack rate per "
             f"seed: {'; '.join(per_seed(arm, found.counted, 'hack_ablated') for arm in arms)}."
@@ -117,7 +121,3 @@ class Verdict:
         if self.criteria.over == "prompts":
             return f"{level} This is about these trained models: no other seeds are claimed."
         return level
-
-
-def _drop(arm: ArmRuns, counted: Counted) -> str:
-    return f"{arm.name} {pooled(arm, counted, 'hack_on')!r} to {pooled(arm, counted, 'hack_ablated')!r}"
