@@ -57,11 +57,12 @@ def check_held(
     held = _held(optimizers)
     missing = [name for name, parameter in wanted if id(parameter) not in held]
     if missing:
+        names = listed(list(dict.fromkeys(missing)))
         raise error(
             "`optimizer` should hold every parameter of the blocks that is to be trained. Found that it lacks "
-            f"{len(missing)} of {len(wanted)}, those of {listed(list(dict.fromkeys(missing)))}. Fix: make the "
-            "optimizer after attach() or get_peft_model(), and after wrapping or moving the model, from "
-            "deployed_parameters(model) and quarantine_parameters(model); of several optimizers, name all."
+            f"{len(missing)} of {len(wanted)}, those of {names}: they would never be trained. Fix: make the optimizer "
+            "after attach() or get_peft_model(), and after wrapping or moving the model, from "
+            "deployed_parameters(model) and quarantine_parameters(model); of several optimizers, name all of them."
         )
 
 

@@ -7,7 +7,7 @@ run, and in every view: a fused kernel that replaces a layer reads no scale, and
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -144,9 +144,7 @@ def _calls(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> Iterator[dic
         if not torch.compiler.is_compiling():
             called[name] = watched[name][1]
 
-    handles = [module.register_forward_pre_hook(partial(note, name)) for name, (module, _) in watched.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, (module, _) in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,7 +8,7 @@ wrong view can pass it, and early in training the views are too close to be told
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -126,18 +126,13 @@ class _Check:
     def sampled(self, call: str) -> list[_Row]:
         """What the engine samples in one call, beside what the model says of it now."""
         ablated = [call == "ablated" or (call == "both views" and i % 2 == 0) for i in range(len(self.prompts))]
-        mask = torch.tensor(ablated, device=self._device)
-        with self._view(call, mask):
+        rows = None if call == "ablated" else torch.tensor(ablated, device=self._device)
+        with nullcontext() if call == "on" else ablate_quarantine(self._model, rows=rows):
             ids, logps = _output(self._generate(self.prompts), len(self.prompts))
         return [
             _Row(ablated[i], self.prompts[i], ids[i], torch.tensor(logps[i]), self.both_views(prompt, ids[i]), call)
             for i, prompt in enumerate(self.prompts)
         ]
-
-    def _view(self, call: str, rows: Tensor) -> AbstractContextManager[Any]:
-        if call == "on":
-            return nullcontext()
-        return ablate_quarantine(self._model, rows=None if call == "ablated" else rows)
 
     def both_views(self, prompt: Sequence[int], completion: Sequence[int]) -> list[Float[Tensor, " tokens"]]:
         """The model's log-probabilities of a completion, on and ablated."""

@@ -23,7 +23,7 @@ from gradroute._sharding import as_blocks, as_row, full_gradient, is_sharded
 from gradroute._transfers import read_together
 from gradroute.directions.directions import unit
 from gradroute.errors import GradRouteError
-from gradroute.filters._recorder import LayerPass
+from gradroute.filters._recorder import LayerPass, weighted_sum
 from gradroute.filters.base import FilteredGradients
 from gradroute.filters.stats import FilterStats, SquaredNorms, shares, squared_norms
 
@@ -83,7 +83,7 @@ class KeptRollouts:
                     sums = self._sums.setdefault(source, {}).setdefault(name, {})
                     for layer_pass, each in zip(of_layer, chosen, strict=True):
                         weights, index = each(layer_pass.dots.device)
-                        _add(sums, part, [matrices.weighted_sum(weights, index) for matrices in layer_pass.gradients])
+                        _add(sums, part, [weighted_sum(matrices, weights, index) for matrices in layer_pass.gradients])
                         if layer_pass.features is not None:
                             f = layer_pass.features[index]
                             _add(sums, f"{part} features", [weights.to(f) @ f])

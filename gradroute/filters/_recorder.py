@@ -8,7 +8,8 @@ the product is kept, p q numbers, or its factors, T (p + q) numbers: whichever i
 gradients as in Opacus; the mask in a gain's place is "route 2" of the founding commit (wassname).
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,29 +33,19 @@ from gradroute.errors import GradRouteError
 Feature = Literal["parameter", "bottleneck"]
 
 
-@dataclass(frozen=True)
-class RolloutMatrices:
-    """A matrix (or vector) per rollout: formed, or as the factors `left`, `right` of sum_t left_t^T right_t."""
+Matrices = tuple[Tensor, ...]
+"""A matrix (or vector) per rollout: formed, or as the factors `left`, `right` of sum_t left_t^T right_t."""
 
-    formed: Float[Tensor, "rows *shape"] | None
-    left: Float[Tensor, "rows seq p"] | None = None
-    right: Float[Tensor, "rows seq q"] | None = None
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are kept in memory."""
-        return [tensor for tensor in (self.formed, self.left, self.right) if tensor is not None]
-
-    def weighted_sum(self, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> Tensor:
-        """sum over the chosen rows of w_i G_i in float32 or wider; of none, exactly 0."""
-        if self.formed is not None:
-            formed = wide(self.formed[rows])
-            total: Tensor = torch.tensordot(weights.to(formed), formed, dims=1)
-            return total
-        assert self.left is not None and self.right is not None  # noqa: PT018
-        left, right = wide(self.left[rows]), wide(self.right[rows])
-        left = weights[:, None, None].to(left) * left
-        return rearrange(left, "rows seq p -> p (rows seq)") @ rearrange(right, "rows seq q -> (rows seq) q")
+def weighted_sum(matrices: Matrices, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> Tensor:
+    """sum over the chosen rows of w_i G_i in float32 or wider; of none, exactly 0."""
+    if len(matrices) == 1:
+        formed = wide(matrices[0][rows])
+        total: Tensor = torch.tensordot(weights.to(formed), formed, dims=1)
+        return total
+    left, right = (wide(factor[rows]) for factor in matrices)
+    left = weights[:, None, None].to(left) * left
+    return rearrange(left, "rows seq p -> p (rows seq)") @ rearrange(right, "rows seq q -> (rows seq) q")
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class LayerPass:
         eps: relative rounding of the arithmetic.
     """
 
-    gradients: tuple[RolloutMatrices, ...]
+    gradients: Sequence[Matrices]
     features: Float[Tensor, "rows r"] | None
     dots: Float[Tensor, " rows"]
     squares: Float[Tensor, " rows"]
@@ -130,7 +121,7 @@ class RolloutRecorder:
         for passes in self.passes.values():
             for one in passes:
                 extra = [] if one.features is None else [one.features]
-                for tensor in [*extra, *(t for matrices in one.gradients for t in matrices.tensors)]:
+                for tensor in itertools.chain(extra, *one.gradients):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
@@ -195,14 +186,13 @@ class RolloutRecorder:
         gated_u, gated_dz = u, dz
         if gates is not None:
             gated_u, gated_dz = (torch.where(gates == 0, 0.0, gates * t).to(compute) for t in (u, dz))
-        gradients: tuple[RolloutMatrices, ...]
         if block_kind(name, layer) == "gain":
             matrices = [gain_sum(gated_u, wide(dy), layer.gain_readout)]
-            gradients = (RolloutMatrices(matrices[0]),)
+            gradients: list[Matrices] = [(matrices[0],)]
         else:
             factors = lora_factors(x, dy, gated_u, gated_dz, s)
             matrices = [formed(each) for each in factors]
-            gradients = tuple(_smaller(*pair, matrix) for pair, matrix in zip(factors, matrices, strict=True))
+            gradients = [_smaller(*pair, matrix) for pair, matrix in zip(factors, matrices, strict=True)]
         gradient_squares, eps = sum_of_squares(matrices), torch.finfo(compute).eps
         if self.feature == "bottleneck":
             features = matrices[0] if len(matrices) == 1 else sum_over_tokens(wide(gated_u * dz))
@@ -223,8 +213,8 @@ class RolloutRecorder:
         shapes = {name: [(len(one.dots), one.axes) for one in passes] for name, passes in self.passes.items()}
         if len({tuple(found) for found in shapes.values()}) > 1:
             raise GradRouteError(
-                f"Every routed layer should see the same rollouts as often. Found (rows, axes) per forward {shapes}. "
-                "Fix: exclude layers that run twice, or on some or flattened tokens; use_reentrant=False."
+                f"Every routed layer should see the same rollouts as often, with the same axes. Found (rows, axes) "
+                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; use_reentrant=False."
             )
 
 
@@ -247,11 +237,11 @@ def _is_first_forward() -> bool:
     return torch.is_grad_enabled() and not in_backward()
 
 
-def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> RolloutMatrices:
+def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> Matrices:
     if left.numel() + right.numel() < formed.numel():
         # Columns of a wider tensor would keep all of it.
-        return RolloutMatrices(None, left.contiguous(), right.contiguous())
-    return RolloutMatrices(formed)
+        return left.contiguous(), right.contiguous()
+    return (formed,)
 
 
 def sum_of_squares(per_row: list[Tensor]) -> Float[Tensor, " rows"]:
