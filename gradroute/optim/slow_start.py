@@ -104,7 +104,7 @@ class _Rate(NamedTuple):
 
     @property
     def was_written(self) -> bool:
-        return self.group["lr"] is not self.slow or _version(self.slow) != self.version
+        return self.group["lr"] is not self.slow or getattr(self.slow, "_version", None) != self.version
 
 
 class SlowStart(StepHooks):
@@ -170,7 +170,7 @@ class SlowStart(StepHooks):
             self._deployed = list(block_parameters(model, ["deployed"]))
         for group in self._slowed(self._optimizer):
             slow = group["lr"] * self.fraction
-            self._rates.append(_Rate(group, group["lr"], slow, _version(slow)))
+            self._rates.append(_Rate(group, group["lr"], slow, getattr(slow, "_version", None)))
             group["lr"] = slow
         # Other handles read the rate of the step after it.
         self._move_behind()
@@ -218,7 +218,3 @@ class SlowStart(StepHooks):
 
 
 _STARTED: "WeakSet[SlowStart]" = WeakSet()
-
-
-def _version(rate: float | Tensor) -> int | None:
-    return rate._version if isinstance(rate, Tensor) else None

@@ -61,7 +61,10 @@ class Verdict:
         sentences = [f"{name} against {control}: {self.word} ({MEANING[self.word]}). {self.because}"]
         if self.needed is not None:
             sentences.append(f"Needed: {self.needed!r}.")
-        sentences += [self._hacks(), self._solves(), self._draws(), self._modes(), self._scope()]
+        sentences += [self._hacks(), self._solves(), self._draws(), self._modes()]
+        sentences.append(stated_level(self.level, self.criteria, self.arms))
+        if self.criteria.over == "prompts":
+            sentences.append("This is about these trained models: no other seeds are claimed.")
         if self.one_block is not None:
             sentences.append(repr(self.one_block))
         return " ".join(sentences)
@@ -115,9 +118,3 @@ class Verdict:
             f"Modes counted, as both on views reach {self.criteria.discovered:g}: {', '.join(counted) or 'none'}; "
             f"undiscovered: {', '.join(self.undiscovered) or 'none'}."
         )
-
-    def _scope(self) -> str:
-        level = stated_level(self.level, self.criteria, self.arms)
-        if self.criteria.over == "prompts":
-            return f"{level} This is about these trained models: no other seeds are claimed."
-        return level
