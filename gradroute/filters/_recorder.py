@@ -31,8 +31,6 @@ from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
 
 Feature = Literal["parameter", "bottleneck"]
-
-
 Matrices = tuple[Tensor, ...]
 """A matrix (or vector) per rollout: formed, or as the factors `left`, `right` of sum_t left_t^T right_t."""
 
@@ -214,7 +212,8 @@ class RolloutRecorder:
         if len({tuple(found) for found in shapes.values()}) > 1:
             raise GradRouteError(
                 f"Every routed layer should see the same rollouts as often, with the same axes. Found (rows, axes) "
-                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; use_reentrant=False."
+                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; checkpoint with "
+                "use_reentrant=False."
             )
 
 
