@@ -9,7 +9,6 @@ runs on the same seeds, modes and prompts.
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gradroute._checks import instance_of
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.on_off import OnOffReport, Records
@@ -177,7 +176,8 @@ class Controls:
                     "in a list."
                 )
         for arm in (self.shuffled, *self.random, *self._one_block):
-            instance_of("controls", arm, ArmRuns)
+            if not isinstance(arm, ArmRuns):
+                raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
         if bool(self.rivals) != (self.base is not None):
             raise GradRouteError(
                 "`rivals` and `base`, the model before training, should come together. Found "
