@@ -29,7 +29,8 @@ def instance_of(
     """`value`, if it is a `kind`."""
     if not isinstance(value, kind):
         fix = f" Fix: {fix}" if fix else ""
-        raise error(f"`{argument}` should be a {kind.__name__}. Found {type(value).__name__}.{fix}")
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise error(f"`{argument}` should be {article} {kind.__name__}. Found {type(value).__name__}.{fix}")
     return value
 
 

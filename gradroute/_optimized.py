@@ -1,11 +1,12 @@
 """Does an optimizer hold the blocks? One that was made before `attach` trains none of them, and torch says nothing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._checks import listed
+from gradroute._protocol import BLOCKS, BlockName, routed_layers
 from gradroute._sharding import reshard
 from gradroute._step_hooks import torch_optimizer
 from gradroute.errors import GradRouteError
@@ -16,16 +17,30 @@ def check_optimized(model: nn.Module, optimizers: Iterable[Any], error: type[Gra
 
     What DeepSpeed trains is left out: its optimizers hold flat copies and no parameter of a model.
     """
-    check_held(optimizers, [each for each in block_parameters(model) if not _taken_over(each[1])], error)
+    # DeepSpeed marks the parameters whose copies it steps.
+    ours = [(name, p) for name, p in block_parameters(model) if not (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id"))]
+    check_held(optimizers, ours, error)
 
 
-def block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of both blocks, with the names of their layers."""
+def block_parameters(model: nn.Module, blocks: Sequence[BlockName] = BLOCKS) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of both blocks, or of those named, with the names of their layers."""
     reshard(model)
     for name, layer in routed_layers(model).items():
-        for block in BLOCKS:
+        for block in blocks:
             for parameter in layer.block_parameters(block):
                 yield name, parameter
+
+
+def held_blocks(model: nn.Module, optimizer: Any, others: Iterable[Any]) -> set[int]:
+    """The ids of what `optimizer` holds: some of the blocks of `model`, and together with `others` all of them."""
+    blocks = list(block_parameters(model))
+    check_held([optimizer, *others], blocks)
+    held = _held([optimizer])
+    if not any(id(parameter) in held for _, parameter in blocks):
+        raise GradRouteError(
+            "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
+        )
+    return held
 
 
 def check_held(
@@ -39,23 +54,18 @@ def check_held(
     """
     every = list(parameters)
     wanted = [each for each in every if each[1].requires_grad] or every
-    groups = (group for optimizer in optimizers for group in torch_optimizer(optimizer).param_groups)
-    held = {id(parameter) for group in groups for parameter in group["params"]}
+    held = _held(optimizers)
     missing = [name for name, parameter in wanted if id(parameter) not in held]
     if missing:
-        names = list(dict.fromkeys(missing))
-        layers = ", ".join(f"`{name}`" for name in names[:3]) + (
-            f" and {len(names) - 3} more layers" if names[3:] else ""
-        )
+        names = listed(list(dict.fromkeys(missing)))
         raise error(
             "`optimizer` should hold every parameter of the blocks that is to be trained. Found that it lacks "
-            f"{len(missing)} of {len(wanted)}, those of {layers}: they would never be trained. "
-            "Fix: make the optimizer after attach() or get_peft_model(), and after wrapping or moving the model, from "
-            "deployed_parameters(model) and quarantine_parameters(model); where there are several optimizers, name all "
-            "of them."
+            f"{len(missing)} of {len(wanted)}, those of {names}: they would never be trained. Fix: make the optimizer "
+            "after attach() or get_peft_model(), and after wrapping or moving the model, from "
+            "deployed_parameters(model) and quarantine_parameters(model); of several optimizers, name all of them."
         )
 
 
-def _taken_over(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed steps a copy of this parameter."""
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+def _held(optimizers: Iterable[Any]) -> set[int]:
+    groups = (group for optimizer in optimizers for group in torch_optimizer(optimizer).param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}

@@ -45,6 +45,15 @@ def block_kind(name: str, layer: nn.Module) -> Literal["gain", "lora"]:
     return "lora"
 
 
+def check_width(name: str, found: int, width: int) -> None:
+    """Raise unless directions of layer `name`, `found` wide, are as wide as what they are to act on."""
+    if found != width:
+        raise GradRouteError(
+            f"`directions` of `{name}` should be {width} wide. Found {found}. Fix: extract them from this model, as "
+            "bottleneck directions for gains or as parameter-shaped ones."
+        )
+
+
 def sum_over_tokens(tokens: Float[Tensor, "batch *seq d"]) -> Float[Tensor, "batch d"]:
     """Sum over all axes between the first and the last."""
     return tokens.flatten(1, -2).sum(1) if tokens.ndim > 2 else tokens
@@ -94,9 +103,7 @@ def ghost_product(
     name: str, layer: RoutedLayer, x: Float[Tensor, "batch *seq d_in"], V: Float[Tensor, " d_feature"]
 ) -> FromDelta:
     """<[G_A, G_B], V> of each rollout, one number; equal to `parameter_gradient(...) @ V`."""
-    width = sum(size_of(p) for p in layer.block_parameters("deployed"))
-    if len(V) != width:
-        raise GradRouteError(f"`directions` of `{name}` should be {width} wide. Found {len(V)}.")
+    check_width(name, len(V), sum(size_of(p) for p in layer.block_parameters("deployed")))
     if block_kind(name, layer) == "gain":
         gradient = gain_gradient(layer, x)
         return lambda dy: gradient(dy) @ V.to(dy)[:, None]

@@ -7,6 +7,7 @@ changes steps is kept by its optimizer, since nothing else has to hold it.
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch.optim import Optimizer
@@ -39,8 +40,8 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
 class _Uncopied:
     """A hook whose copy, as in a copied or pickled model, does nothing."""
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _ended_hook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_ended,)
 
 
 class LocalHook(_Uncopied):
@@ -139,10 +140,6 @@ class StepHooks:
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
-
-
-def _ended_hook() -> Callable[..., None]:
-    return _ended
 
 
 def _ended(*_: Any) -> None:

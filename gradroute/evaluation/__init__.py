@@ -8,9 +8,8 @@ from gradroute.evaluation.dose import DoseCurve, dose_curve
 from gradroute.evaluation.follow import assert_engine_follows
 from gradroute.evaluation.on_off import OnOffReport, Records, evaluate_on_off
 from gradroute.evaluation.plot import plot_training
-from gradroute.evaluation.rates import Rate, ViewRates
+from gradroute.evaluation.rates import EvalRecord, Rate, ViewRates
 from gradroute.evaluation.reach import assert_ablation_reaches
-from gradroute.evaluation.records import EvalRecord
 from gradroute.evaluation.verdict import (
     ArmRuns,
     Controls,

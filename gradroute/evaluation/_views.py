@@ -6,8 +6,8 @@ Eval mode, no route, the same random numbers of Python, numpy and torch. Where t
 run, and in every view: a fused kernel that replaces a layer reads no scale, and a cache may hold another view.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from gradroute._restore import left_as_found
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.adapters.views import ablate_quarantine
 from gradroute.errors import GradRouteError, RouteError
+from gradroute.evaluation.rates import EvalRecord
 
 
 class Views:
@@ -41,8 +42,7 @@ class Views:
         if routed:
             raise RouteError(
                 f"`model` should be evaluated without a route. Found one open in {len(routed)} of {len(self._layers)} "
-                f"layers, as in `{routed[0]}`: its mask is for other rows. Fix: evaluate after the `with route(...)` "
-                "block, or after clear_route(model)."
+                f"layers, as in `{routed[0]}`. Fix: leave `with route(...)`, or clear_route(model), first."
             )
 
     @contextmanager
@@ -70,9 +70,8 @@ class Views:
         if passed_by:
             name, count = passed_by[0], len(called[passed_by[0]])
             raise RouteError(
-                f"`{name or 'model'}` should run its {count} routed layers. Found that it ran without them: what "
-                "replaced their forward (a fused kernel, a patch) follows no ablation. Fix: turn that patch off; "
-                "check_model(model) names it."
+                f"`{name or 'model'}` should run its {count} routed layers. Found that it ran without them: a fused "
+                "kernel or patch that follows no ablation. Fix: turn it off; check_model(model) names it."
             )
 
     def _check_as_before(self, view: str) -> None:
@@ -85,6 +84,47 @@ class Views:
                 f"`model` should run in every view, or in none. Found that it ran {there} and not {not_there}: a cache "
                 "that answers for another view follows no ablation. Fix: generate again in each call."
             )
+
+
+def evaluated(
+    model: nn.Module,
+    eval_fn: Callable[[nn.Module], Iterable[EvalRecord]],
+    views: Iterable[tuple[float, str]],
+    all_views: str,
+) -> dict[float, list[EvalRecord]]:
+    """Scale -> the records of `eval_fn(model)` with the quarantine at that scale, all over the same prompts.
+
+    Args:
+        model, eval_fn: see `evaluate_on_off`.
+        views: each scale, and what a message calls it.
+        all_views: what it calls all of them.
+
+    Raises:
+        GradRouteError: anything but records, no records, or other modes, prompt ids or monitored flags in one view than
+            in another.
+        RouteError: see `Views`.
+    """
+    measured, found = Views(model), {}
+    for scale, view in views:
+        with measured.at(scale):
+            found[scale] = _checked(eval_fn(model), view)
+    prompts = {tuple(sorted((str(r.mode), str(r.prompt_id), str(r.monitored)) for r in rs)) for rs in found.values()}
+    if len(prompts) > 1:
+        raise GradRouteError(
+            f"`eval_fn` should evaluate the same prompts {all_views}. Found different modes, prompt ids or monitored "
+            "flags. Fix: draw prompts from a generator with a fixed seed inside `eval_fn`."
+        )
+    return found
+
+
+def _checked(returned: Any, view: str) -> list[EvalRecord]:
+    records = list(returned) if isinstance(returned, Iterable) else [returned]
+    if not records:
+        raise GradRouteError(f"`eval_fn` should return at least one record. Found none {view}.")
+    for record in records:
+        if not isinstance(record, EvalRecord):
+            raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(record).__name__}.")
+    return records
 
 
 @contextmanager
@@ -104,9 +144,7 @@ def _calls(model: nn.Module, layers: Mapping[str, RoutedLinear]) -> Iterator[dic
         if not torch.compiler.is_compiling():
             called[name] = watched[name][1]
 
-    handles = [module.register_forward_pre_hook(partial(note, name)) for name, (module, _) in watched.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, (module, _) in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()

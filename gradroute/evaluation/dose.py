@@ -8,6 +8,7 @@ both blocks carry it together.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,8 @@ from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation._marks import draw_curves
-from gradroute.evaluation._views import Views
-from gradroute.evaluation.rates import Rate, ViewRates, rates_by_group
-from gradroute.evaluation.records import EvalRecord, check_same_prompts, checked_records
+from gradroute.evaluation._views import evaluated
+from gradroute.evaluation.rates import EvalRecord, ViewRates, rates_by_group
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,14 @@ class DoseCurve:
                 f"A scale can only be picked by the hack rate of monitored prompts. Found prompts of {self.groups()}. "
                 "Fix: an `eval_fn` with EvalRecord(monitored=True) for the exploits that the detector knows."
             )
-        picked = None
-        for scale in sorted(self.rates):
-            if not self.rates[scale].hack["monitored"].value < limit:
-                break
-            picked = scale
-        if picked is None:
+        below = list(takewhile(lambda scale: self.rates[scale].hack["monitored"].value < limit, sorted(self.rates)))
+        if not below:
             found = ", ".join(f"{view.hack['monitored'].value:g} at {scale:g}" for scale, view in self.rates.items())
             raise GradRouteError(
-                "`monitored_below` should be above the monitored hack rate at the smallest scale. Found "
-                f"{limit:g}, and rates of {found}. Fix: smaller scales, or a larger limit, such as the upper end of "
-                "the interval of the base model's rate; else this model hacks more than that even when ablated."
+                f"`monitored_below` should be above the monitored hack rate at the smallest scale. Found {limit:g}, "
+                f"and rates of {found}. Fix: smaller scales, or a limit at the upper end of the base model's interval."
             )
-        return picked
+        return below[-1]
 
     def plot(self, group: str = "held-out", ax: Any = None) -> tuple[Any, Any]:
         """Hack and solve rate of one group over the scale; returns (figure, axes). Needs matplotlib.
@@ -93,14 +88,11 @@ class DoseCurve:
         """
         next(iter(self.rates.values())).check_group(group)
         fig, ax = new_axes(ax, (6.0, 3.4))
-        hack, solve = (self._of("hack", group), self._of("solve", group))
+        hack, solve = ([getattr(view, rate)[group] for view in self.rates.values()] for rate in ("hack", "solve"))
         draw_curves(ax, list(self.rates), {("hack", "on"): hack, ("solve", "ablated"): solve}, labels=("hack", "solve"))
         ax.set(xlabel="scale of the quarantine (0: as deployed, 1: as trained)", title=f"{group}, n = {hack[0].n}")
         legend_aside(ax)
         return fig, ax
-
-    def _of(self, rate: str, group: str) -> list[Rate]:
-        return [getattr(view, rate)[group] for view in self.rates.values()]
 
 
 @typechecked
@@ -126,10 +118,6 @@ def dose_curve(
     """
     if len(set(scales)) < 2 or len(set(scales)) < len(scales) or not all(0 <= scale <= 1 for scale in scales):
         raise GradRouteError(f"`scales` should be two or more different numbers in [0, 1]. Found {list(scales)}.")
-    views = Views(model)
-    found = {}
-    for scale in progressed(sorted(scales), total=len(scales), description="dose curve", progress=progress):
-        with views.at(scale):
-            found[float(scale)] = checked_records(eval_fn(model), f"at scale {scale:g}")
-    check_same_prompts(found.values(), "at every scale")
+    shown = progressed(sorted(scales), total=len(scales), description="dose curve", progress=progress)
+    found = evaluated(model, eval_fn, ((float(scale), f"at scale {scale:g}") for scale in shown), "at every scale")
     return DoseCurve({scale: rates_by_group(records) for scale, records in found.items()})

@@ -8,7 +8,7 @@ wrong view can pass it, and early in training the views are too close to be told
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import positive_integer, positive_number
-from gradroute._protocol import BLOCKS, routed_layers
+from gradroute._optimized import block_parameters
 from gradroute._restore import left_as_found
 from gradroute._sharding import overwrite, reshard, whole
 from gradroute._typing import typechecked
@@ -86,8 +86,8 @@ def assert_engine_follows(
             engine may still hold moved ones: sync it.
         RouteError: an open route.
     """
-    positive_number("tolerance", tolerance, GradRouteError)
-    positive_number("temperature", temperature, GradRouteError)
+    positive_number("tolerance", tolerance)
+    positive_number("temperature", temperature)
     Views(model)  # for its checks of the model
     generator = torch.Generator().manual_seed(seed)
     asked = _random_prompts(model, prompts, generator) if isinstance(prompts, int) else prompts
@@ -126,18 +126,13 @@ class _Check:
     def sampled(self, call: str) -> list[_Row]:
         """What the engine samples in one call, beside what the model says of it now."""
         ablated = [call == "ablated" or (call == "both views" and i % 2 == 0) for i in range(len(self.prompts))]
-        mask = torch.tensor(ablated, device=self._device)
-        with self._view(call, mask):
+        rows = None if call == "ablated" else torch.tensor(ablated, device=self._device)
+        with nullcontext() if call == "on" else ablate_quarantine(self._model, rows=rows):
             ids, logps = _output(self._generate(self.prompts), len(self.prompts))
         return [
             _Row(ablated[i], self.prompts[i], ids[i], torch.tensor(logps[i]), self.both_views(prompt, ids[i]), call)
             for i, prompt in enumerate(self.prompts)
         ]
-
-    def _view(self, call: str, rows: Tensor) -> AbstractContextManager[Any]:
-        if call == "on":
-            return nullcontext()
-        return ablate_quarantine(self._model, rows=None if call == "ablated" else rows)
 
     def both_views(self, prompt: Sequence[int], completion: Sequence[int]) -> list[Float[Tensor, " tokens"]]:
         """The model's log-probabilities of a completion, on and ablated."""
@@ -195,10 +190,7 @@ def _moved(model: nn.Module, check: _Check, far: float, scale: float, generator:
 
     The scale of the noise is at least `scale`; yields it.
     """
-    reshard(model)
-    parameters = [
-        p for layer in routed_layers(model).values() for block in BLOCKS for p in layer.block_parameters(block)
-    ]
+    parameters = [parameter for _, parameter in block_parameters(model)]
     saved = [whole(parameter).clone() for parameter in parameters]
     noise = [torch.randn(p.shape, generator=generator).to(p) * _size(p) for p in saved]
 
@@ -240,7 +232,7 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def _random_prompts(model: nn.Module, tokens: int, generator: torch.Generator) -> list[list[int]]:
-    positive_integer("prompts", tokens, GradRouteError)
+    positive_integer("prompts", tokens)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise GradRouteError(

@@ -9,9 +9,8 @@ from torch import nn
 from gradroute._tables import aligned_table
 from gradroute._typing import typechecked
 from gradroute.evaluation._marks import draw_views
-from gradroute.evaluation._views import Views
-from gradroute.evaluation.rates import ViewRates, rate_rows, rates_by_group
-from gradroute.evaluation.records import EvalRecord, check_same_prompts, checked_records
+from gradroute.evaluation._views import evaluated
+from gradroute.evaluation.rates import EvalRecord, ViewRates, rate_rows, rates_by_group
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,6 @@ def evaluate_on_off(model: nn.Module, eval_fn: Callable[[nn.Module], Iterable[Ev
         GradRouteError: no records, other prompts in the second view than in the first, or a mode named like a group.
         RouteError: an open route, or a routed layer that something else computes, so that its ablation is not seen.
     """
-    views = Views(model)
-    with views.at(1.0):
-        on = checked_records(eval_fn(model), "in the on view")
-    with views.at(0.0):
-        ablated = checked_records(eval_fn(model), "in the ablated view")
-    check_same_prompts((on, ablated), "in both views")
+    views = [(1.0, "in the on view"), (0.0, "in the ablated view")]
+    on, ablated = evaluated(model, eval_fn, views, "in both views").values()
     return OnOffReport(rates_by_group(on), rates_by_group(ablated), Records(tuple(on), tuple(ablated)))

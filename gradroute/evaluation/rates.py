@@ -1,4 +1,4 @@
-"""Counted rates with their Wilson intervals, by group of prompts.
+"""Records of rollouts, and counted rates with their Wilson intervals, by group of prompts.
 
     rate = k / n,      Wilson interval:  (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
 
@@ -11,10 +11,27 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from gradroute.errors import GradRouteError
-from gradroute.evaluation.records import EvalRecord
 
 GROUPS = ("monitored", "held-out", "no loophole")
 _GROUP_OF = {True: "monitored", False: "held-out", None: "no loophole"}
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluated rollout.
+
+    Args:
+        mode: the exploit its prompt allows, or a name for prompts that allow none.
+        monitored: whether the detector knows that exploit; None where the prompt has no loophole.
+        prompt_id: the same in both views of one prompt, and in all arms that are compared prompt by prompt.
+        hacked, solved: what the rollout did.
+    """
+
+    mode: str
+    monitored: bool | None
+    prompt_id: int | str
+    hacked: bool
+    solved: bool
 
 
 @dataclass(frozen=True)

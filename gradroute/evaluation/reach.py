@@ -52,10 +52,9 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
         )
     if on == off:
         raise GradRouteError(
-            f"`generate_fn` gave the same {len(on)} outputs with the quarantine ablated as with it in place: what "
+            f"`generate_fn` should give other outputs ablated than on. Found the same {len(on)} outputs: what "
             "generates holds merged, fused or older weights and ignores the ablation, or the quarantine is too small "
-            "to change a token. Fix: sync inside of `generate_fn` (export_deployed for the ablated view, export_full "
-            "for the other), or return log-probabilities, which show any change."
+            "to change a token. Fix: sync in `generate_fn` (export_deployed, export_full), or return log-probabilities."
         )
     if len(on) != len(off):
         return 1.0

@@ -8,12 +8,13 @@ checked; it is how a rollout that was not recorded, or a gradient clipped since,
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,31 +23,15 @@ from gradroute._sharding import as_blocks, as_row, full_gradient, is_sharded
 from gradroute._transfers import read_together
 from gradroute.directions.estimators.base import unit
 from gradroute.errors import GradRouteError
-from gradroute.filters._recorder import LayerPass
+from gradroute.filters._recorder import LayerPass, weighted_sum
 from gradroute.filters.base import FilteredGradients
 from gradroute.filters.stats import FilterStats, SquaredNorms, shares, squared_norms
 
 _ONE = "all"
-
-
-class _Parts:
-    """Sums over the rollouts of one source in one module: kept and removed gradients and features."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[Tensor]] = {}
-
-    def add(self, part: str, tensors: Sequence[Tensor]) -> None:
-        before = self.sums.get(part)
-        self.sums[part] = list(tensors) if before is None else [a + b for a, b in zip(before, tensors, strict=True)]
-
-    def mean_over_ranks(self) -> "_Parts":
-        mean = _Parts()
-        for part, tensors in self.sums.items():
-            mean.sums[part] = _mean_over_ranks(tensors)
-        return mean
-
-    def row(self, part: str) -> Float[Tensor, " d"]:
-        return as_row(self.sums[part])
+Sums = dict[str, list[Tensor]]
+"""Of one source in one module: kept and removed gradients, a tensor per parameter, and kept and removed features."""
+Placed = Callable[[torch.device], tuple[Tensor, Tensor]]
+"""Device -> weights and rows of one forward there."""
 
 
 class KeptRollouts:
@@ -64,7 +49,7 @@ class KeptRollouts:
         self.vectors, self.labelled = vectors, labelled
         self._measured = frozenset(measured)
         self.kept_bytes = 0
-        self._parts: dict[str, dict[str, _Parts]] = {}
+        self._sums: dict[str, dict[str, Sums]] = {}
         self._shares: dict[str, list[Tensor]] = {}
         self._sizes: dict[str, Tensor] = {}
         self._eps = 0.0
@@ -93,15 +78,15 @@ class KeptRollouts:
             for part, share in (("kept", 1 - removed), ("removed", removed)):
                 # Rows of weight zero are not multiplied; which these are is known for all layers.
                 rows = [i for i in mine if (1 - shares_found[i] if part == "kept" else shares_found[i])]
-                chosen = _Chosen.of_forwards(share, rows, counts)
+                chosen = _rows_of_forwards(share, rows, counts)
                 for name, of_layer in passes.items():
-                    parts = self._parts.setdefault(source, {}).setdefault(name, _Parts())
+                    sums = self._sums.setdefault(source, {}).setdefault(name, {})
                     for layer_pass, each in zip(of_layer, chosen, strict=True):
-                        weights, index = each.on(layer_pass.dots.device)
-                        parts.add(part, [matrices.weighted_sum(weights, index) for matrices in layer_pass.gradients])
+                        weights, index = each(layer_pass.dots.device)
+                        _add(sums, part, [weighted_sum(matrices, weights, index) for matrices in layer_pass.gradients])
                         if layer_pass.features is not None:
                             f = layer_pass.features[index]
-                            parts.add(f"{part} features", [weights.to(f) @ f])
+                            _add(sums, f"{part} features", [weights.to(f) @ f])
         for name, of_layer in passes.items():
             size = torch.stack([each.gradient_squares.sqrt().sum() for each in of_layer]).sum()
             self._sizes[name] = self._sizes[name] + size if name in self._sizes else size
@@ -131,27 +116,31 @@ class KeptRollouts:
         fired = torch.cat([share for of_source in self._shares.values() for share in of_source]).mean()
         missing: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            totals = _total([modules[name] for modules in self._parts.values()]).mean_over_ranks()
+            total: Sums = {}
+            for of_source in self._sums.values():
+                for part, tensors in of_source[name].items():
+                    _add(total, part, tensors)
+            total = {part: _mean_over_ranks(tensors) for part, tensors in total.items()}
             parameters = list(layer.block_parameters("deployed"))
             gradient = as_row([full_gradient(name, parameter) for parameter in parameters])
-            residual = gradient - totals.row("kept") - totals.row("removed")
+            residual = gradient - as_row(total["kept"]) - as_row(total["removed"])
             missing[name] = self._beyond_rounding(name, residual, parameters)
-            writes += zip(parameters, totals.sums["kept"], strict=True)
-            norms[name] = self._norms(name, totals, fired)._replace(
+            writes += zip(parameters, total["kept"], strict=True)
+            norms[name] = self._norms(name, total, fired)._replace(
                 residual=residual.square().sum(), whole=gradient.square().sum()
             )
         _check_complete(missing)
         pooled, modules = shares(norms)
         sources = {}
         if self.labelled:
-            for source, parts in self._parts.items():
-                of_source = torch.cat(self._shares[source]).mean()
-                sources[source] = shares({name: self._norms(name, parts[name], of_source) for name in layers})[0]
+            for source, sums in self._sums.items():
+                share = torch.cat(self._shares[source]).mean()
+                sources[source] = shares({name: self._norms(name, sums[name], share) for name in layers})[0]
         return FilteredGradients(writes, FilterStats("one", pooled, modules, sources, self.kept_bytes))
 
-    def _norms(self, name: str, parts: _Parts, fired: Tensor) -> SquaredNorms:
-        suffix = " features" if "kept features" in parts.sums else ""
-        kept, removed = parts.row(f"kept{suffix}"), parts.row(f"removed{suffix}")
+    def _norms(self, name: str, sums: Sums, fired: Tensor) -> SquaredNorms:
+        suffix = " features" if "kept features" in sums else ""
+        kept, removed = as_row(sums[f"kept{suffix}"]), as_row(sums[f"removed{suffix}"])
         V = self.vectors[name].to(kept)[None]
         V = unit(V) if name in self._measured else V[:0]
         return squared_norms(kept + removed, kept, removed, V, sided="one", fired=fired.to(kept))
@@ -170,36 +159,30 @@ def _check_complete(missing: Mapping[str, Float[Tensor, ""]]) -> None:
     for name, norm in zip(missing, read_together(missing.values()), strict=True):
         if norm != 0:
             raise GradRouteError(
-                f"The deployed gradient of `{name}` should be the sum of the rollouts that were recorded. It is off by "
-                f"{norm:.3g}. Fix: record every micro-batch, on unscaled losses, and apply the filter before anything "
-                "else changes the gradient."
+                f"The deployed gradient of `{name}` should be the sum of the recorded rollouts. It is off by "
+                f"{norm:.3g}. Fix: record every micro-batch, on unscaled losses, and filter before anything changes it."
             )
 
 
-class _Chosen:
-    """Rows of one forward and their weights, brought to each device once."""
+def _add(sums: Sums, part: str, tensors: Sequence[Tensor]) -> None:
+    before = sums.get(part)
+    sums[part] = list(tensors) if before is None else [a + b for a, b in zip(before, tensors, strict=True)]
 
-    def __init__(self, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> None:
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {weights.device: (weights, rows)}
 
-    @classmethod
-    def of_forwards(cls, share: Float[Tensor, " rows"], rows: Sequence[int], counts: Sequence[int]) -> "list[_Chosen]":
-        """For each forward, the rows of it among `rows` of all; the forwards have `counts` rows each."""
-        index = torch.tensor(rows, dtype=torch.long, device=share.device)
-        chosen, first = [], 0
-        for count in counts:
-            start, stop = bisect_left(rows, first), bisect_left(rows, first + count)
-            of_forward = index[start:stop]
-            chosen.append(cls(share[of_forward], of_forward - first))
-            first += count
-        return chosen
+def _rows_of_forwards(share: Float[Tensor, " rows"], rows: Sequence[int], counts: Sequence[int]) -> list[Placed]:
+    """Those of `rows` that each forward has, brought to each device once; the forwards have `counts` rows each."""
+    index = torch.tensor(rows, dtype=torch.long, device=share.device)
+    chosen: list[Placed] = []
+    first = 0
+    for count in counts:
+        of_forward = index[bisect_left(rows, first) : bisect_left(rows, first + count)]
+        chosen.append(cache(partial(_moved, share[of_forward], of_forward - first)))
+        first += count
+    return chosen
 
-    def on(self, device: torch.device) -> tuple[Float[Tensor, " chosen"], Int[Tensor, " chosen"]]:
-        """(weights, rows)."""
-        if device not in self._on:
-            weights, rows = next(iter(self._on.values()))
-            self._on[device] = weights.to(device), rows.to(device)
-        return self._on[device]
+
+def _moved(weights: Tensor, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    return weights.to(device), rows.to(device)
 
 
 def _deployed(layers: Mapping[str, RoutedLayer]) -> list[tuple[str, nn.Parameter]]:
@@ -220,11 +203,3 @@ def _mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     row = as_row(tensors)
     dist.all_reduce(row)
     return as_blocks(row / dist.get_world_size(), tensors)
-
-
-def _total(of_sources: Sequence[_Parts]) -> _Parts:
-    total = _Parts()
-    for parts in of_sources:
-        for part, tensors in parts.sums.items():
-            total.add(part, tensors)
-    return total

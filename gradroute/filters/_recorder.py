@@ -8,9 +8,11 @@ the product is kept, p q numbers, or its factors, T (p + q) numbers: whichever i
 gradients as in Opacus; the mask in a gain's place is "route 2" of the founding commit (wassname).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,31 +31,19 @@ from gradroute.adapters.layer import RoutedLinear
 from gradroute.errors import GradRouteError
 
 Feature = Literal["parameter", "bottleneck"]
+Matrices = tuple[Tensor, ...]
+"""A matrix (or vector) per rollout: formed, or as the factors `left`, `right` of sum_t left_t^T right_t."""
 
 
-@dataclass(frozen=True)
-class RolloutMatrices:
-    """A matrix (or vector) per rollout: formed, or as the factors `left`, `right` of sum_t left_t^T right_t."""
-
-    formed: Float[Tensor, "rows *shape"] | None
-    left: Float[Tensor, "rows seq p"] | None = None
-    right: Float[Tensor, "rows seq q"] | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are kept in memory."""
-        return [tensor for tensor in (self.formed, self.left, self.right) if tensor is not None]
-
-    def weighted_sum(self, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> Tensor:
-        """sum over the chosen rows of w_i G_i in float32 or wider; of none, exactly 0."""
-        if self.formed is not None:
-            formed = wide(self.formed[rows])
-            total: Tensor = torch.tensordot(weights.to(formed), formed, dims=1)
-            return total
-        assert self.left is not None and self.right is not None  # noqa: PT018
-        left, right = wide(self.left[rows]), wide(self.right[rows])
-        left = weights[:, None, None].to(left) * left
-        return rearrange(left, "rows seq p -> p (rows seq)") @ rearrange(right, "rows seq q -> (rows seq) q")
+def weighted_sum(matrices: Matrices, weights: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"]) -> Tensor:
+    """sum over the chosen rows of w_i G_i in float32 or wider; of none, exactly 0."""
+    if len(matrices) == 1:
+        formed = wide(matrices[0][rows])
+        total: Tensor = torch.tensordot(weights.to(formed), formed, dims=1)
+        return total
+    left, right = (wide(factor[rows]) for factor in matrices)
+    left = weights[:, None, None].to(left) * left
+    return rearrange(left, "rows seq p -> p (rows seq)") @ rearrange(right, "rows seq q -> (rows seq) q")
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class LayerPass:
         eps: relative rounding of the arithmetic.
     """
 
-    gradients: tuple[RolloutMatrices, ...]
+    gradients: Sequence[Matrices]
     features: Float[Tensor, "rows r"] | None
     dots: Float[Tensor, " rows"]
     squares: Float[Tensor, " rows"]
@@ -107,9 +97,9 @@ class RolloutRecorder:
         handles: list[Any] = []
         try:
             for name, module in self._dropouts:
-                handles.append(module.register_forward_hook(LocalHook(self._dropout_hook(name))))
+                handles.append(module.register_forward_hook(LocalHook(partial(self._keep_output, name))))
             for name, layer in self.layers.items():
-                handles.append(layer.register_forward_hook(LocalHook(self._forward_hook(name)), with_kwargs=True))
+                handles.append(layer.register_forward_hook(LocalHook(partial(self._tap, name)), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -129,54 +119,50 @@ class RolloutRecorder:
         for passes in self.passes.values():
             for one in passes:
                 extra = [] if one.features is None else [one.features]
-                for tensor in [*extra, *(t for matrices in one.gradients for t in matrices.tensors)]:
+                for tensor in itertools.chain(extra, *one.gradients):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
-    def _dropout_hook(self, name: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if _is_first_forward():
-                self._after_dropout[name] = output
+    def _keep_output(self, name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if _is_first_forward():
+            self._after_dropout[name] = output
 
-        return keep
+    def _tap(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        layer = self.layers[name]
+        if not _is_first_forward() or layer.view == "disabled":
+            return
+        first_input = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = self._after_dropout.pop(name, first_input).detach()
+        if x.ndim < 2:
+            raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
+        assert isinstance(layer, RoutedLinear)
+        gates = layer.state.gates(x, name)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        compute = torch.get_autocast_dtype(device) if autocast else None
+        slots = self._passes[name]
+        place = len(slots)
+        slots.append(None)
+        shape = x.shape
+        node: Any = output.grad_fn
 
-    def _forward_hook(self, name: str) -> Callable[..., None]:
-        def tap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            layer = self.layers[name]
-            if not _is_first_forward() or layer.view == "disabled":
-                return
-            first_input = args[0] if args else next(iter(kwargs.values()))
-            x: Tensor = self._after_dropout.pop(name, first_input).detach()
-            if x.ndim < 2:
-                raise GradRouteError(f"The input of `{name}` should have a row per rollout. Found {tuple(x.shape)}.")
-            assert isinstance(layer, RoutedLinear)
-            gates = layer.state.gates(x, name)
-            device = x.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            compute = torch.get_autocast_dtype(device) if autocast else None
-            slots = self._passes[name]
-            place = len(slots)
-            slots.append(None)
-            shape = x.shape
-            node: Any = output.grad_fn
+        def keep(x: Tensor, dy: Tensor, u: Tensor | None, dz: Tensor | None) -> None:
+            if slots[place] is not None:
+                raise GradRouteError(
+                    f"A second backward through one forward of `{name}`: whose gradient a rollout's is would be "
+                    "undefined. Fix: add the losses and call backward once per forward."
+                )
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), gates.known.g_d, compute)
 
-            def keep(x: Tensor, dy: Tensor, u: Tensor | None, dz: Tensor | None) -> None:
-                if slots[place] is not None:
-                    raise GradRouteError(
-                        f"A second backward through one forward of `{name}`: whose gradient a rollout's is would be "
-                        "undefined. Fix: add the losses and call backward once per forward."
-                    )
-                with torch.no_grad(), torch.autocast(device, enabled=False):
-                    slots[place] = self._layer_pass(name, shape, (x, dy, u, dz), gates.known.g_d, compute)
-
-            lora = block_kind(name, layer) == "lora"
-            free = getattr(node, "observer", node) is None
-            if lora and free and all(p.requires_grad for p in layer.block_parameters("deployed")):
-                node.observer = keep  # its backward has the bottleneck and the gradient there anyway
-            else:
-                output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]
-
-        return tap
+        lora = block_kind(name, layer) == "lora"
+        free = getattr(node, "observer", node) is None
+        if lora and free and all(p.requires_grad for p in layer.block_parameters("deployed")):
+            node.observer = keep  # its backward has the bottleneck and the gradient there anyway
+        else:
+            output.register_hook(lambda dy: keep(x, dy.detach(), None, None))  # type: ignore[no-untyped-call]
 
     def _layer_pass(
         self,
@@ -198,14 +184,13 @@ class RolloutRecorder:
         gated_u, gated_dz = u, dz
         if gates is not None:
             gated_u, gated_dz = (torch.where(gates == 0, 0.0, gates * t).to(compute) for t in (u, dz))
-        gradients: tuple[RolloutMatrices, ...]
         if block_kind(name, layer) == "gain":
             matrices = [gain_sum(gated_u, wide(dy), layer.gain_readout)]
-            gradients = (RolloutMatrices(matrices[0]),)
+            gradients: list[Matrices] = [(matrices[0],)]
         else:
             factors = lora_factors(x, dy, gated_u, gated_dz, s)
             matrices = [formed(each) for each in factors]
-            gradients = tuple(_smaller(*pair, matrix) for pair, matrix in zip(factors, matrices, strict=True))
+            gradients = [_smaller(*pair, matrix) for pair, matrix in zip(factors, matrices, strict=True)]
         gradient_squares, eps = sum_of_squares(matrices), torch.finfo(compute).eps
         if self.feature == "bottleneck":
             features = matrices[0] if len(matrices) == 1 else sum_over_tokens(wide(gated_u * dz))
@@ -220,16 +205,15 @@ class RolloutRecorder:
         idle = [name for name, slots in self._passes.items() if not slots or any(one is None for one in slots)]
         if idle:
             raise GradRouteError(
-                f"Every routed layer should run forward and backward, with gradients on, inside `record`. "
-                f"Found that these did not: {listed(idle)}. Fix: enclose both; under reentrant checkpointing use "
-                "use_reentrant=False."
+                f"Every routed layer should run forward and backward, with gradients on, inside `record`. Found none "
+                f"of {listed(idle)}. Fix: enclose both; checkpoint with use_reentrant=False."
             )
         shapes = {name: [(len(one.dots), one.axes) for one in passes] for name, passes in self.passes.items()}
         if len({tuple(found) for found in shapes.values()}) > 1:
             raise GradRouteError(
-                "Every routed layer should see the same rollouts as often, as rows of inputs with the same axes. Found "
-                f"(rows, axes) per forward {shapes}. Fix: exclude layers that run twice, or on some or flattened "
-                "tokens; under reentrant checkpointing use use_reentrant=False."
+                f"Every routed layer should see the same rollouts as often, with the same axes. Found (rows, axes) "
+                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; checkpoint with "
+                "use_reentrant=False."
             )
 
 
@@ -252,11 +236,11 @@ def _is_first_forward() -> bool:
     return torch.is_grad_enabled() and not in_backward()
 
 
-def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> RolloutMatrices:
+def _smaller(left: Tensor, right: Tensor, formed: Tensor) -> Matrices:
     if left.numel() + right.numel() < formed.numel():
         # Columns of a wider tensor would keep all of it.
-        return RolloutMatrices(None, left.contiguous(), right.contiguous())
-    return RolloutMatrices(formed)
+        return left.contiguous(), right.contiguous()
+    return (formed,)
 
 
 def sum_of_squares(per_row: list[Tensor]) -> Float[Tensor, " rows"]:

@@ -6,7 +6,7 @@ Call it after the last backward of the step, after any reduction across ranks an
 clipping. A filter changes a gradient once: again without a new backward raises. Measuring changes none.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -15,22 +15,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._before_use import before_use
 from gradroute._checks import instance_of
+from gradroute._optimized import block_parameters
 from gradroute._protocol import routed_layers
-from gradroute._sharding import overwrite, reshard
+from gradroute._sharding import overwrite
 from gradroute.directions.parameter_rows import check_base_model
 from gradroute.errors import GradRouteError
 from gradroute.filters.base import GradientFilter
 from gradroute.filters.stats import FilterStats
 
-
-class _Mark(NamedTuple):
-    """The version of a gradient after it was filtered, and by which filters."""
-
-    version: int
-    filters: WeakSet[GradientFilter]
-
-
-# Held by the gradient itself: a new backward makes a new tensor, or raises the version of the old one.
+# Gradient -> its version after it was filtered, and by which filters. A new backward makes a new tensor, or raises the
+# version of the old one.
 _MARKS: Any = WeakTensorKeyDictionary()
 
 
@@ -51,11 +45,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     before_use(f)
-    reshard(model)
-    layers = routed_layers(model)
-    parameters = [
-        (name, p) for name, layer in layers.items() for block in f.writes_blocks for p in layer.block_parameters(block)
-    ]
+    parameters = list(block_parameters(model, f.writes_blocks))
     earlier = [_filters_of(parameter.grad) for _, parameter in parameters]
     for (name, _), filters in zip(parameters, earlier, strict=True):
         if f in filters:
@@ -64,7 +54,7 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
                 "Fix: call apply_filter once per optimizer step, or use attach_filter, not both."
             )
     with torch.no_grad():
-        writes, stats = f.filtered(layers)
+        writes, stats = f.filtered(routed_layers(model))
         if (directions := getattr(f, "directions", None)) is not None:
             check_base_model(directions, model)
         for parameter, values in writes:
@@ -74,11 +64,13 @@ def apply_filter(model: nn.Module, f: GradientFilter) -> FilterStats:
     for (_, parameter), filters in zip(parameters, earlier, strict=True):
         gradient: Any = parameter.grad
         # Filters that ran before are not forgotten because this one has written.
-        _MARKS[gradient] = _Mark(gradient._version, WeakSet([*filters, f]))
+        _MARKS[gradient] = gradient._version, WeakSet([*filters, f])
     return stats
 
 
 def _filters_of(gradient: Tensor | None) -> list[GradientFilter]:
     """The filters that have run on this gradient since its last backward."""
-    mark = None if gradient is None else _MARKS.get(gradient)
-    return list(mark.filters) if gradient is not None and mark and mark.version == gradient._version else []
+    if gradient is None:
+        return []
+    version, filters = _MARKS.get(gradient, (None, []))
+    return list(filters) if version == gradient._version else []

@@ -9,7 +9,6 @@ changed in between. GradScaler's unscaling does not count. Scaling all gradients
 `ProjectionFilter` does unchanged but for that factor, hence `allow_clipped`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -18,9 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradroute._checks import instance_of
-from gradroute._optimized import check_held
-from gradroute._protocol import check_module, routed_layers
-from gradroute._sharding import reshard
+from gradroute._optimized import block_parameters, check_held
+from gradroute._protocol import check_module
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer, unwrapped
 from gradroute._torch_private import backward_task, call_after_backward, is_still_scaled
 from gradroute.errors import GradRouteError
@@ -54,15 +52,18 @@ def attach_filter(
     """
     instance_of("f", f, GradientFilter, "pass a ProjectionFilter or a RolloutFilter.")  # type: ignore[type-abstract]
     check_module(model)
-    for wrapper in unwrapped(optimizer):
-        if _is_of_engine(wrapper):
-            raise GradRouteError(_CONSUMED.format(what="optimizer", found=type(wrapper).__name__))
-        scaler = getattr(wrapper, "scaler", None) if scaler is None else scaler
+    wrappers = list(unwrapped(optimizer))
+    for what, thing in (*(("optimizer", each) for each in wrappers), *(("model", each) for each in model.modules())):
+        if _is_of_engine(thing):
+            raise GradRouteError(
+                f"`{what}` is a {type(thing).__name__}, which consumes gradients inside backward: a filter before "
+                "step() would find none, and change nothing. Fix: train with DDP, fully_shard (FSDP2) or a plain "
+                "optimizer."
+            )
     innermost = torch_optimizer(optimizer)
-    for module in model.modules():
-        if _is_of_engine(module):
-            raise GradRouteError(_CONSUMED.format(what="model", found=type(module).__name__))
-    check_held([innermost], _filtered_parameters(model, f))
+    for each in wrappers:
+        scaler = getattr(each, "scaler", None) if scaler is None else scaler
+    check_held([innermost], block_parameters(model, f.writes_blocks))
     if any(each.is_open and (each.filter is f or each.runs_on(innermost)) for each in _ATTACHED):
         raise GradRouteError(
             "An optimizer should have one filter, and a filter one optimizer. Found one that is attached already: its "
@@ -86,7 +87,7 @@ class AttachedFilter(StepHooks):
         self._watched_backward: int | None = None
         super().__init__(optimizer)
         accumulated = WeakHook(self, "_after_accumulation")
-        for _, parameter in _filtered_parameters(model, f):
+        for _, parameter in block_parameters(model, f.writes_blocks):
             watched: Any = parameter
             self._handles.append(watched.register_post_accumulate_grad_hook(accumulated))
 
@@ -116,7 +117,7 @@ class AttachedFilter(StepHooks):
                 "A filter cannot run in `optimizer.step(closure)`, whose gradients come after it. "
                 "Fix: call backward before step()."
             )
-        check_held([optimizer], _filtered_parameters(self.model, self.filter))
+        check_held([optimizer], block_parameters(self.model, self.filter.writes_blocks))
         if getattr(optimizer, "grad_scale", None) is not None or is_still_scaled(self.scaler, optimizer):
             raise GradRouteError(
                 "The gradients are still multiplied by the scale of GradScaler. Fix: scaler.unscale_(optimizer) before "
@@ -128,13 +129,12 @@ class AttachedFilter(StepHooks):
         self.steps += 1
 
     def _check_unchanged(self) -> None:
-        for name, parameter in _filtered_parameters(self.model, self.filter):
+        for name, parameter in block_parameters(self.model, self.filter.writes_blocks):
             gradient: Any = parameter.grad
             if gradient is not None and self._seen.get(gradient) != gradient._version:
                 raise GradRouteError(
-                    f"The gradient of `{name}` has been changed since the backward that this filter saw: clipped, say, "
-                    "by a norm that the quarantine takes part in. Fix: attach before backward, and clip after the "
-                    "filter (apply_filter, clip, step) or pass allow_clipped=True."
+                    f"The gradient of `{name}` has been changed since the backward that this filter saw: clipped, say. "
+                    "Fix: attach before backward, and apply_filter, clip, step; or pass allow_clipped=True."
                 )
 
     def _after_accumulation(self, _: Tensor) -> None:
@@ -144,7 +144,7 @@ class AttachedFilter(StepHooks):
 
     def _after_backward(self) -> None:
         self._watched_backward = None
-        for _, parameter in _filtered_parameters(self.model, self.filter):
+        for _, parameter in block_parameters(self.model, self.filter.writes_blocks):
             if parameter.grad is not None:
                 self._seen[parameter.grad] = parameter.grad._version
 
@@ -156,17 +156,3 @@ def _is_of_engine(thing: object) -> bool:
         for kind in type(thing).__mro__
         for engine in ("deepspeed", "megatron")
     )
-
-
-def _filtered_parameters(model: nn.Module, f: GradientFilter) -> Iterator[tuple[str, nn.Parameter]]:
-    reshard(model)
-    for name, layer in routed_layers(model).items():
-        for block in f.writes_blocks:
-            for parameter in layer.block_parameters(block):
-                yield name, parameter
-
-
-_CONSUMED = (
-    "`{what}` is a {found}, which consumes gradients inside backward: a filter before step() would find none, and "
-    "change nothing. Fix: train with DDP, fully_shard (FSDP2) or a plain optimizer."
-)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of, positive_number
-from gradroute._per_rollout import block_kind
+from gradroute._per_rollout import block_kind, check_width
 from gradroute._protocol import BlockName, RoutedLayer
 from gradroute._sharding import as_blocks, as_row, check_layout, full_gradient, size_of, wide
 from gradroute._transfers import moved_together
@@ -182,11 +182,7 @@ def _bases(
 ) -> dict[str, Tensor]:
     rows = {name: scaled_rows(directions, name) for name in homes}
     for name, (width, _, _) in homes.items():
-        if rows[name].shape[1] != width:
-            raise GradRouteError(
-                f"`directions` of `{name}` should be {width} wide, as its deployed gradient. Found "
-                f"{rows[name].shape[1]}. Fix: extract them from this model."
-            )
+        check_width(name, rows[name].shape[1], width)
     placed = moved_together(list(rows.values()), [device for _, device, _ in homes.values()])
     found = orthonormal_rows(dict(zip(rows, placed, strict=True)), signs_matter=signs_matter)
     return {name: V.to(homes[name][2]) for name, V in found.items()}

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of
-from gradroute._per_rollout import block_kind
+from gradroute._per_rollout import block_kind, check_width
 from gradroute._protocol import RoutedLayer, routed_layers
 from gradroute._sharding import shape_of, size_of, wide
 from gradroute._transfers import moved_together, read_together
@@ -121,11 +121,11 @@ class RolloutFilter(GradientFilter):
         record.scores = self._scores(passes, vectors)
         record.shares = self._shares(record.scores)
         record.kept_bytes = recorder.kept_bytes
-        labels = ["all"] * len(record.scores) if sources is None else list(sources)
-        if len(labels) != len(record.scores):
+        labels = None if sources is None else list(sources)
+        if labels is not None and len(labels) != len(record.scores):
             raise GradRouteError(f"`sources` should label {len(record.scores)} rollouts. Found {len(labels)} labels.")
-        kept = self._kept or KeptRollouts(vectors.by_module, self.directions.rows, labelled=sources is not None)
-        kept.add(layers, passes, record.shares, labels if sources is not None else None, record.kept_bytes)
+        kept = self._kept or KeptRollouts(vectors.by_module, self.directions.rows, labelled=labels is not None)
+        kept.add(layers, passes, record.shares, labels, record.kept_bytes)
         self._kept = kept
 
     def filtered(self, layers: Mapping[str, RoutedLayer]) -> FilteredGradients:
@@ -220,8 +220,11 @@ class RolloutFilter(GradientFilter):
         return shares
 
     def __repr__(self) -> str:
-        gate = f"{self.score} > {self.gate:g}" if not callable(self.gate) else f"{self.score} by {_name(self.gate)}"
-        return f"RolloutFilter({gate}, {self.directions!r})"
+        if not callable(self.gate):
+            return f"RolloutFilter({self.score} > {self.gate:g}, {self.directions!r})"
+        # A function by its name, without its address; a gate as it shows itself.
+        gate = getattr(self.gate, "__name__", None) or repr(self.gate)
+        return f"RolloutFilter({self.score} by {gate}, {self.directions!r})"
 
 
 class _Vectors(NamedTuple):
@@ -245,19 +248,10 @@ def _placed_vectors(directions: Directions, places: Mapping[str, tuple[int, torc
     rows = {name: scaled_rows(directions, name) for name in places}
     sums = {name: of_module.sum(0) for name, of_module in rows.items()}
     for name, (width, _) in places.items():
-        if len(sums[name]) != width:
-            raise GradRouteError(
-                f"`directions` of `{name}` should be {width} wide. Found {len(sums[name])}. Fix: extract from this "
-                "model."
-            )
+        check_width(name, len(sums[name]), width)
     cancel = {name: v.norm() <= 1e-4 * rows[name].norm() for name, v in sums.items() if len(rows[name])}
     for name, is_nothing in zip(cancel, read_together(cancel.values()), strict=True):
         if is_nothing:
             raise GradRouteError(f"The rows of `directions` of `{name}` add up to nothing. Fix: drop opposite ones.")
     placed = moved_together(list(sums.values()), [device for _, device in places.values()])
     return _measured(dict(zip(sums, placed, strict=True)), directions)
-
-
-def _name(gate: Any) -> str:
-    """A function by its name, without its address; a gate as it shows itself."""
-    return str(getattr(gate, "__name__", None) or repr(gate))

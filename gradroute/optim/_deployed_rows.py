@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradroute._checks import instance_of, one_of
+from gradroute._per_rollout import check_width
 from gradroute._protocol import routed_layers
 from gradroute._sharding import as_row, check_layout, reshard, whole
 from gradroute._transfers import moved_together
@@ -63,12 +64,8 @@ class DeployedRows:
             )
         found, homes = {}, []
         for name, parameters in self.parameters.items():
-            rows, width = self.directions.rows[name], sum(p.numel() for p in parameters)
-            if rows.shape[1] != width:
-                raise GradRouteError(
-                    f"`directions` of `{name}` should be {width} wide, as its deployed parameters together are. Found "
-                    f"{rows.shape[1]}. Fix: bottleneck directions for svd_gain blocks, parameter-shaped ones for LoRA."
-                )
+            rows = self.directions.rows[name]
+            check_width(name, rows.shape[1], sum(p.numel() for p in parameters))
             found[name] = rows.detach()
             homes.append((parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32)))
         bases = orthonormal_rows(found, signs_matter=self.side == "one")

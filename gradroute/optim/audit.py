@@ -106,23 +106,23 @@ class UpdateAudits(StepHooks):
         check_held([optimizer, *others], block_parameters(model))
         self._before: list[dict[str, Tensor]] = []
         self._rows_before: dict[str, Tensor] = {}
-        self._latest: UpdateAudit | None = None
-        self._seen, self._unread = 0, False
+        self._unread: UpdateAudit | None = None
+        self._seen = 0
         super().__init__(optimizer)
 
     def read(self) -> UpdateAudit:
         """The audit of the latest step; raises if that has been read, or if there was none."""
-        if self._latest is None or not self._unread:
+        latest, self._unread = self._unread, None
+        if latest is None:
             raise GradRouteError(
                 f"A step should have been taken since the last read(). Found {self._seen} steps in all. "
                 "Fix: audit the optimizer that is stepped, and read once per step."
             )
-        self._unread = False
-        return self._latest
+        return latest
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        if exception[0] is None and self._latest is None:
+        if exception[0] is None and not self._seen:
             raise GradRouteError("No step of the audited optimizer was seen. Fix: audit the one that is stepped.")
 
     def __repr__(self) -> str:
@@ -150,8 +150,8 @@ class UpdateAudits(StepHooks):
         norms = _norms(changes)
         cout = None if self._rows is None else norms[4] / norms[5] if norms[4] else 0.0
         self._seen += 1
-        self._latest = UpdateAudit(self._seen, BlockUpdate(*norms[:2]), BlockUpdate(*norms[2:4]), cout)
-        self._before, self._rows_before, self._unread = [], {}, True
+        self._unread = UpdateAudit(self._seen, BlockUpdate(*norms[:2]), BlockUpdate(*norms[2:4]), cout)
+        self._before, self._rows_before = [], {}
 
 
 def _norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:

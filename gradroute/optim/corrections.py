@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradroute._checks import positive_number
-from gradroute._optimized import block_parameters, check_held
+from gradroute._optimized import check_held, held_blocks
 from gradroute._sharding import as_blocks, as_row, overwrite, whole
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, torch_optimizer
@@ -78,9 +79,7 @@ class UpdateProjection(StepHooks):
         for name, after in self._blocks.joined().items():
             update = after - self._before[name]
             removed = self._blocks.hackward(name, update)
-            parameters = self._blocks.parameters[name]
-            for parameter, part in zip(parameters, as_blocks(after - removed, parameters), strict=True):
-                overwrite(parameter, part)
+            _write_row(self._blocks.parameters[name], after - removed)
             squares += [removed.square().sum(), update.square().sum()]
         self._before = {}
         self.removed_share = _removed_share(squares)
@@ -118,10 +117,14 @@ def purge_moments(model: nn.Module, optimizer: Optimizer, directions: Directions
     for name, tensors in moments.items():
         moment = as_row([whole(tensor, name) for tensor in tensors])
         removed = -blocks.hackward(name, -moment)
-        for tensor, part in zip(tensors, as_blocks(moment - removed, tensors), strict=True):
-            overwrite(tensor, part)
+        _write_row(tensors, moment - removed)
         squares += [removed.square().sum(), moment.square().sum()]
     return _removed_share(squares)
+
+
+def _write_row(tensors: Sequence[Tensor], row: Float[Tensor, " d"]) -> None:
+    for tensor, part in zip(tensors, as_blocks(row, tensors), strict=True):
+        overwrite(tensor, part)
 
 
 def _removed_share(squares: Sequence[Tensor]) -> float:
@@ -162,10 +165,9 @@ class DecayTowardStart(StepHooks):
         self, model: nn.Module, optimizer: Optimizer, weight_decay: float, others: Sequence[Optimizer]
     ) -> None:
         self.weight_decay = positive_number("weight_decay", weight_decay)
-        blocks = {**dict(deployed_parameters(model)), **dict(quarantine_parameters(model))}
-        check_held([optimizer, *others], block_parameters(model))
+        held_blocks(model, optimizer, others)
         self._start: dict[str, Tensor] = {}
-        self._names = {id(p): name for name, p in blocks.items()}
+        self._names = {id(p): name for name, p in (*deployed_parameters(model), *quarantine_parameters(model))}
         for group in torch_optimizer(optimizer).param_groups:
             for p in group["params"]:
                 if id(p) in self._names:
@@ -175,10 +177,6 @@ class DecayTowardStart(StepHooks):
                             f"`optimizer` should have weight_decay=0 for `{self._names[id(p)]}`. Found "
                             f"{group['weight_decay']}: it would pull toward zero at the same time."
                         )
-        if not self._start:
-            raise GradRouteError(
-                "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
-            )
         super().__init__(optimizer)
 
     def __repr__(self) -> str:

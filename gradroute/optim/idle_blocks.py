@@ -16,9 +16,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradroute._optimized import block_parameters, check_held
+from gradroute._optimized import held_blocks
 from gradroute._protocol import BLOCKS, BlockName
-from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
+from gradroute._step_hooks import StepHooks, WeakHook
 from gradroute._transfers import read_together
 from gradroute.adapters.layer import RoutedLinear, routed_linears
 from gradroute.adapters.pending import PendingMask
@@ -54,20 +54,14 @@ class IdleBlockSkip(StepHooks):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         layers = routed_linears(model)
-        check_held([optimizer, *others], block_parameters(model))
-        held = {id(p) for group in torch_optimizer(optimizer).param_groups for p in group["params"]}
+        held = held_blocks(model, optimizer, others)
         self._parameters = {
             block: [p for layer in layers.values() for p in layer.block_parameters(block) if id(p) in held]
             for block in BLOCKS
         }
-        if not any(self._parameters.values()):
-            raise GradRouteError(
-                "`optimizer` should hold parameters of the blocks of `model`. Found none that can be trained."
-            )
         self.skipped: dict[BlockName, int] = dict.fromkeys(BLOCKS, 0)
-        self._trained: Tensor | None = (
-            None  # whether some row trains the deployed block, and the quarantine; not read yet
-        )
+        # Whether some row trains the deployed block, and the quarantine; None: not read yet.
+        self._trained: Tensor | None = None
         self._undecided: list[tuple[PendingMask, Any]] = []  # masks and gates of forwards that are not decided yet
         self._ran = False
         self._state: object = None
@@ -114,7 +108,11 @@ class IdleBlockSkip(StepHooks):
             )
         idle = [block for block, trains in zip(BLOCKS, eligible, strict=True) if not trains]
         for block in idle:
-            self._check_no_gradient(block)
+            if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):
+                raise GradRouteError(
+                    f"No row was to train the {block} block since the last step, and its gradient is not zero. Fix: "
+                    "zero_grad() after each step, and let the loss depend on the blocks through routed forwards alone."
+                )
         self._set_aside.clear()  # of a step that raised: gradients of that time, all zero
         for block in idle:
             self.skipped[block] += 1
@@ -143,13 +141,6 @@ class IdleBlockSkip(StepHooks):
             else:
                 waiting.append((mask, gates))
         self._undecided = waiting
-
-    def _check_no_gradient(self, block: BlockName) -> None:
-        if any(read_together(p.grad.any() for p in self._parameters[block] if p.grad is not None)):
-            raise GradRouteError(
-                f"No row was to train the {block} block since the last step, and its gradient is not zero. Fix: "
-                "zero_grad() after each step, and let the loss depend on the blocks through routed forwards alone."
-            )
 
     def _agreed(self, flags: list[bool]) -> list[bool]:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradroute._checks import integer_from_zero, positive_integer, share
-from gradroute._optimized import check_held
-from gradroute._protocol import BLOCKS, BlockName, routed_layers
-from gradroute._sharding import reshard
+from gradroute._optimized import block_parameters, check_held
+from gradroute._protocol import BLOCKS, BlockName
 from gradroute._state_dict import State, check_state, format_of
 from gradroute._step_hooks import StepHooks, WeakHook, torch_optimizer
 from gradroute.errors import FileFormatError, GradRouteError
@@ -40,24 +39,19 @@ def block_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = 
     Raises:
         GradRouteError: no routed layer, groups that are no dicts with "params", or nothing that can be trained.
     """
-    reshard(model)
-    block_of: dict[int, BlockName] = {}
-    parameters: dict[BlockName, list[nn.Parameter]] = {block: [] for block in BLOCKS}
-    for layer in routed_layers(model).values():
-        for block in BLOCKS:
-            parameters[block] += layer.block_parameters(block)
-            block_of |= {id(parameter): block for parameter in layer.block_parameters(block)}
+    parameters = [(block, p) for block in BLOCKS for _, p in block_parameters(model, [block])]
+    block_of: dict[int, BlockName] = {id(p): block for block, p in parameters}
     if groups is None:
-        groups = [{"params": [p for block in BLOCKS for p in parameters[block] if p.requires_grad]}]
+        groups = [{"params": [p for _, p in parameters if p.requires_grad]}]
     found = []
     for group in groups:
         entries = _entries(group)
         for named in (*BLOCKS, None):
-            own = [entry for entry in entries if block_of.get(id(entry.parameter)) == named]
+            own = [(name, p) for name, p in entries if block_of.get(id(p)) == named]
             if own:
-                found.append({**group, "params": [entry.parameter for entry in own], "block": named})
-                if own[0].name is not None:
-                    found[-1]["param_names"] = [entry.name for entry in own]
+                found.append({**group, "params": [p for _, p in own], "block": named})
+                if own[0][0] is not None:
+                    found[-1]["param_names"] = [name for name, _ in own]
     if not any(group["block"] for group in found):
         raise GradRouteError(
             "The groups should hold trainable parameters of the blocks of `model`. Found none. Fix: attach() first, "
@@ -66,22 +60,16 @@ def block_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = 
     return found
 
 
-class _Entry(NamedTuple):
-    name: str | None
-    parameter: Tensor
-
-
-def _entries(group: Any) -> list[_Entry]:
+def _entries(group: Any) -> list[tuple[str | None, Tensor]]:
     """The parameters of a group, with their names where the optimizer was made of `named_parameters()`."""
     if not isinstance(group, Mapping) or "params" not in group:
         found = type(group).__name__
         raise GradRouteError(f'`groups` should be dicts with "params". Found {found}. Fix: [{{"params": parameters}}].')
     given = group["params"]
     given = [given] if isinstance(given, Tensor) else list(given)
-    names = group.get("param_names")
-    if names is not None:
-        return [_Entry(*each) for each in zip(names, given, strict=True)]
-    return [_Entry(*each) if isinstance(each, tuple) else _Entry(None, each) for each in given]
+    if group.get("param_names") is not None:
+        return list(zip(group["param_names"], given, strict=True))
+    return [each if isinstance(each, tuple) else (None, each) for each in given]
 
 
 def slow_start(model: nn.Module, optimizer: Optimizer, *, steps: int, fraction: float = 0.25) -> "SlowStart":
@@ -116,7 +104,7 @@ class _Rate(NamedTuple):
 
     @property
     def was_written(self) -> bool:
-        return self.group["lr"] is not self.slow or _version(self.slow) != self.version
+        return self.group["lr"] is not self.slow or getattr(self.slow, "_version", None) != self.version
 
 
 class SlowStart(StepHooks):
@@ -127,11 +115,13 @@ class SlowStart(StepHooks):
         if fraction == 1:
             raise GradRouteError("`fraction` should be in [0, 1). Found 1: nothing would start slowly.")
         self._model = ref(model)
-        self._deployed = _deployed(model)
+        self._deployed = list(block_parameters(model, ["deployed"]))
         innermost = torch_optimizer(optimizer)
         self._slowed(innermost)
+        mine = {id(p) for _, p in self._deployed}
         for other in _STARTED:
-            if other.is_open and not other.over and other._optimizer is innermost and other._shares(self):
+            shared = any(id(p) in mine for _, p in other._deployed)
+            if other.is_open and not other.over and other._optimizer is innermost and shared:
                 raise GradRouteError(
                     f"The deployed block should have one slow start at a time. Found that {other!r} is open: the "
                     "fractions would be multiplied. Fix: close() it first."
@@ -140,7 +130,7 @@ class SlowStart(StepHooks):
         self._rates: list[_Rate] = []
         super().__init__(optimizer)
         # What is saved after a step that raised has the schedulers' rates.
-        self._handles.append(innermost.register_state_dict_pre_hook(WeakHook(self, "_before_saving")))
+        self._handles.append(innermost.register_state_dict_pre_hook(WeakHook(self, "_restore")))
         _STARTED.add(self)
 
     @property
@@ -177,10 +167,10 @@ class SlowStart(StepHooks):
             return
         model = self._model()
         if model is not None:
-            self._deployed = _deployed(model)
+            self._deployed = list(block_parameters(model, ["deployed"]))
         for group in self._slowed(self._optimizer):
             slow = group["lr"] * self.fraction
-            self._rates.append(_Rate(group, group["lr"], slow, _version(slow)))
+            self._rates.append(_Rate(group, group["lr"], slow, getattr(slow, "_version", None)))
             group["lr"] = slow
         # Other handles read the rate of the step after it.
         self._move_behind()
@@ -192,28 +182,20 @@ class SlowStart(StepHooks):
         if overflow is None or not bool(overflow):
             self.done += 1
 
-    def _before_saving(self, _: Optimizer) -> None:
-        self._restore()
-
     def _check_unwritten(self, when: str) -> None:
         """Put the rates back, and raise if somebody read a slow one as the schedule's."""
         written = any(rate.was_written for rate in self._rates)
         self._restore()
         if written:
             raise GradRouteError(
-                f"The deployed block's learning rate should be left alone while it is slow. Found that it was written "
-                f"{when}: a scheduler would go on from the fraction, or undo it. Fix: step schedulers after "
-                "optimizer.step(), and not in a hook or where the step raised."
+                f"The deployed block's learning rate should be left alone while it is slow. Found it written {when}. "
+                "Fix: step schedulers after optimizer.step(), and not in a hook or where the step raised."
             )
 
-    def _restore(self) -> None:
+    def _restore(self, *_: Any) -> None:
         while self._rates:
             rate = self._rates.pop()
             rate.group["lr"] = rate.whole
-
-    def _shares(self, other: "SlowStart") -> bool:
-        """Whether the two are of some parameter together."""
-        return not {id(p) for _, p in self._deployed}.isdisjoint(id(p) for _, p in other._deployed)
 
     def _slowed(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         """The groups of the deployed block."""
@@ -225,8 +207,7 @@ class SlowStart(StepHooks):
             if others:
                 raise GradRouteError(
                     f"`optimizer` should have groups that hold one block each. Found one of {len(group['params'])} "
-                    f"parameters, {others} of which are not of the deployed block: they would start slowly too. Fix: "
-                    "make it of gradroute.optim.block_groups(model)."
+                    f"parameters, {others} of them not deployed. Fix: make it of gradroute.optim.block_groups(model)."
                 )
             if not isinstance(group.get("lr"), Real | Tensor):
                 raise GradRouteError(
@@ -237,13 +218,3 @@ class SlowStart(StepHooks):
 
 
 _STARTED: "WeakSet[SlowStart]" = WeakSet()
-
-
-def _deployed(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    reshard(model)
-    layers = routed_layers(model)
-    return [(name, p) for name, layer in layers.items() for p in layer.block_parameters("deployed")]
-
-
-def _version(rate: float | Tensor) -> int | None:
-    return rate._version if isinstance(rate, Tensor) else None

@@ -12,8 +12,7 @@ from support.evaluated_arms import exact, report
 from gradroute.evaluation import ArmRuns, Criteria, ModeOutcomes
 from gradroute.evaluation.verdict._arm_differences import arm_differences
 from gradroute.evaluation.verdict._bootstrap import SeedDifference, Stratum, standard_error
-from gradroute.evaluation.verdict._cells import stratum_of
-from gradroute.evaluation.verdict._difference import Difference
+from gradroute.evaluation.verdict._difference import Difference, stratum_of
 
 # The error of a standard error from so many resamples is 0.35 %; the tests allow five of them.
 RESAMPLES, TOLERANCE = 40_000, 0.018

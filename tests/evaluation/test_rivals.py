@@ -17,9 +17,9 @@ def test_what_the_refusals_below_change_is_accepted() -> None:
 
 
 def test_rivals_without_a_base_and_a_base_without_rivals_raise() -> None:
-    with pytest.raises(gr.GradRouteError, match="`rivals` should come with `base`.*Found none.*Fix"):
+    with pytest.raises(gr.GradRouteError, match="`rivals` and `base`.*together.*Found rivals alone.*Fix"):
         Controls(SHUFFLE, rivals=[PENALISED])
-    with pytest.raises(gr.GradRouteError, match="`base` should come with `rivals`.*Found base alone.*Fix"):
+    with pytest.raises(gr.GradRouteError, match="`rivals` and `base`.*together.*Found a base alone.*Fix"):
         Controls(SHUFFLE, base=BASE)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from gradroute._checks import instance_of
 from gradroute._hashing import model_identity
 from gradroute.directions.directions import Directions
 from gradroute.errors import GradRouteError
@@ -73,8 +74,8 @@ class Method:
         return found
 
     def _refresher_of(self, directions: Directions) -> Refresher | None:
-        known = self.refresher is not None and self.refresher.directions is directions
-        return self.refresher if known else None
+        refresher = self.refresher
+        return refresher if refresher is not None and refresher.directions is directions else None
 
     def _refresh_of(self, directions: Directions) -> str:
         refresher = self._refresher_of(directions)
@@ -135,14 +136,15 @@ def _deciders(routed_by: RoutedBy) -> list[Gate | GradientFilter]:
 
 
 def _refresher(routed_by: RoutedBy, refresher: Refresher | None) -> Refresher | None:
-    if refresher is not None and not isinstance(refresher, Refresher):
-        raise GradRouteError(f"`refresher` should be a Refresher or None. Found {type(refresher).__name__}.")
     own: Refresher | None = getattr(routed_by, "refresher", None)
-    if refresher is not None and own is not None and own is not refresher:
+    if refresher is None:
+        return own
+    instance_of("refresher", refresher, Refresher, "leave `refresher` out where directions were frozen.")
+    if own not in (None, refresher):
         raise GradRouteError(
             f"`refresher` should be that of `routed_by`. Found {refresher!r} and {own!r}. Fix: leave `refresher` out."
         )
-    return own if refresher is None else refresher
+    return refresher
 
 
 def _masks(deciders: Sequence[Gate | GradientFilter], masks: str | None) -> str:

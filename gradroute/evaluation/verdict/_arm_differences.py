@@ -23,11 +23,9 @@ from statistics import fmean
 
 import numpy as np
 
-from gradroute.evaluation.verdict._cells import rate_of
-from gradroute.evaluation.verdict._difference import Difference
-from gradroute.evaluation.verdict._mean_difference import Cells, by_control, mean_difference
+from gradroute.evaluation.verdict._difference import Cells, Difference, by_control, mean_difference, rate_of
 from gradroute.evaluation.verdict.arms import ArmRuns
-from gradroute.evaluation.verdict.criteria import LEAST_SEEDS, Criteria
+from gradroute.evaluation.verdict.criteria import Criteria, too_few
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,6 @@ class ArmDifferences:
         """The modes that count in no seed."""
         return [mode for mode, seeds in self.counted.items() if not seeds]
 
-    def has_too_few_seeds(self, criteria: Criteria) -> bool:
-        """Whether the seeds in which a mode counts are too few to speak of others."""
-        return criteria.over == "seeds" and len(self.seeds) < LEAST_SEEDS
-
     def wins(self, criteria: Criteria, level: float) -> bool:
         """Whether the drop is larger, the ablated hack rate lower, and the solve rate matched."""
         return self.drops_more(criteria, level) and self.solve_is_matched(criteria, level)
@@ -88,7 +82,7 @@ class ArmDifferences:
 
     def p(self, criteria: Criteria) -> float:
         """Two-sided p of `wins`: the largest of its parts'; 1 if nothing counts or is solved, or in too few seeds."""
-        if self.hack is None or self.ablated >= 0 or not self.solves(criteria) or self.has_too_few_seeds(criteria):
+        if self.hack is None or self.ablated >= 0 or not self.solves(criteria) or too_few(self.seeds, criteria):
             return 1.0
         return min(1.0, 2 * max(self.hack.p_above(criteria.margin), self.solve.p_above(-criteria.solve_margin)))
 

@@ -2,17 +2,18 @@
 
     drop of one run in one mode = hack rate on - hack rate ablated
 
-A run is one trained model, evaluated on and ablated on the same prompts.
+A run is one trained model, evaluated on and ablated on the same prompts. Arms can be compared if they are different
+runs on the same seeds, modes and prompts.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.on_off import OnOffReport, Records
 from gradroute.evaluation.rates import Rate
-from gradroute.evaluation.records import EvalRecord
+from gradroute.evaluation.verdict.criteria import LEAST_DRAWS
 
 Prompts = Mapping[int | str, tuple[float, float, float]]
 
@@ -49,7 +50,7 @@ class ModeOutcomes:
             )
         if self.prompts is None:
             return
-        wrong = [(p, shares) for p, shares in self.prompts.items() if len(shares) != 3 or not _are_shares(shares)]
+        wrong = [(p, xs) for p, xs in self.prompts.items() if len(xs) != 3 or not all(0 <= x <= 1 for x in xs)]
         if wrong or not self.prompts:
             raise GradRouteError(
                 "`prompts` should map prompt ids, one or more, to shares (hacked on, hacked ablated, solved ablated). "
@@ -65,10 +66,6 @@ class ModeOutcomes:
     def n_prompts(self) -> int:
         """Number of prompts; of rollouts where only counts are known."""
         return self.hack_on.n if self.prompts is None else len(self.prompts)
-
-
-def _are_shares(shares: tuple[float, ...]) -> bool:
-    return all(0 <= share <= 1 for share in shares)
 
 
 @dataclass(frozen=True)
@@ -172,51 +169,131 @@ class Controls:
 
     def __post_init__(self) -> None:
         for name, several in (("random", self.random), ("rivals", self.rivals)):
-            if isinstance(several, ArmRuns):
-                raise GradRouteError(
-                    f"`controls.{name}` should be a list of ArmRuns. Found {several.name} alone. Fix: put it in a list."
-                )
+            # Arms are gone through several times.
             if not isinstance(several, Sequence):
-                # Arms are gone through several times.
                 raise GradRouteError(
                     f"`controls.{name}` should be a list of ArmRuns. Found {type(several).__name__}. Fix: put the arms "
                     "in a list."
                 )
-        for arm in (self.shuffled, *self.random, *self.rivals, *([] if self.base is None else [self.base])):
+        for arm in (self.shuffled, *self.random, *self._one_block):
             if not isinstance(arm, ArmRuns):
                 raise GradRouteError(f"`controls` should be ArmRuns. Found {type(arm).__name__}.")
-        if self.rivals and self.base is None:
+        if bool(self.rivals) != (self.base is not None):
             raise GradRouteError(
-                "`rivals` should come with `base`, the model before training. Found none: a rival that solves nothing "
-                "would count. Fix: evaluate that model on the prompts of each seed."
+                "`rivals` and `base`, the model before training, should come together. Found "
+                f"{'rivals' if self.rivals else 'a base'} alone. Fix: evaluate the base too, or leave both out."
             )
-        if self.base is not None and not self.rivals:
-            raise GradRouteError(
-                f"`base` should come with `rivals`, which are held against it. Found {self.base.name} alone. Fix: give "
-                "arms with one block, or leave `base` out."
-            )
+
+    @property
+    def _one_block(self) -> list[ArmRuns]:
+        return [*self.rivals, *([] if self.base is None else [self.base])]
 
 
 def _by_mode(records: Records) -> dict[str, ModeOutcomes]:
-    found: dict[str, list[tuple[int, EvalRecord]]] = {}
+    monitored: dict[str, bool | None] = {}
+    # Per mode and prompt: rollouts, hacked on, hacked ablated, solved ablated.
+    counts: dict[str, dict[int | str, list[int]]] = {}
     for view, rollouts in enumerate((records.on, records.ablated)):
         for rollout in rollouts:
-            found.setdefault(rollout.mode, []).append((view, rollout))
-    return {mode: _outcomes(mode, rollouts) for mode, rollouts in found.items()}
+            if monitored.setdefault(rollout.mode, rollout.monitored) != rollout.monitored:
+                found = {monitored[rollout.mode], rollout.monitored}
+                raise GradRouteError(
+                    f"All records of the mode {rollout.mode!r} should agree on `monitored`. Found {found}."
+                )
+            count = counts.setdefault(rollout.mode, {}).setdefault(rollout.prompt_id, [0, 0, 0, 0])
+            count[0] += view == 0
+            count[1 + view] += bool(rollout.hacked)
+            count[3] += view == 1 and bool(rollout.solved)
+    return {mode: _outcomes(monitored[mode], by_prompt) for mode, by_prompt in counts.items()}
 
 
-def _outcomes(mode: str, rollouts: list[tuple[int, EvalRecord]]) -> ModeOutcomes:
-    monitored = {rollout.monitored for _, rollout in rollouts}
-    if len(monitored) > 1:
-        raise GradRouteError(f"All records of the mode {mode!r} should agree on `monitored`. Found {monitored}.")
-    # Per prompt: rollouts, hacked on, hacked ablated, solved ablated.
-    counts: dict[int | str, list[int]] = {}
-    for view, rollout in rollouts:
-        count = counts.setdefault(rollout.prompt_id, [0, 0, 0, 0])
-        count[0] += view == 0
-        count[1 + view] += bool(rollout.hacked)
-        count[3] += view == 1 and bool(rollout.solved)
+def _outcomes(monitored: bool | None, counts: Mapping[int | str, list[int]]) -> ModeOutcomes:
     n, *ks = (sum(each) for each in zip(*counts.values(), strict=True))
     hack_on, hack_ablated, solve_ablated = (Rate(k, n) for k in ks)
     prompts = {prompt: (on / m, ablated / m, solved / m) for prompt, (m, on, ablated, solved) in counts.items()}
-    return ModeOutcomes(monitored.pop(), hack_on, hack_ablated, solve_ablated, prompts)
+    return ModeOutcomes(monitored, hack_on, hack_ablated, solve_ablated, prompts)
+
+
+def check_comparable(treatment: ArmRuns, controls: Controls) -> None:
+    """Raise unless arms are different runs on the same seeds, modes and prompts, with enough draws and true rivals."""
+    whole = [controls.shuffled, *controls._one_block]  # with all seeds of the treatment
+    arms = [treatment, controls.shuffled, *controls.random, *controls._one_block]
+    for i, arm in enumerate(arms):
+        for earlier in arms[:i]:
+            if arm.name == earlier.name:
+                raise GradRouteError(f"Every arm should have its own name. Found {arm.name!r} twice. Fix: rename one.")
+            if arm.runs is earlier.runs or _same_outcomes(arm, earlier):
+                raise GradRouteError(
+                    f"Every arm should have its own runs. Found the same evaluations in {arm.name} and {earlier.name}. "
+                    "Fix: give each arm the reports of the models that it trained."
+                )
+    if 0 < len(controls.random) < LEAST_DRAWS:
+        raise GradRouteError(
+            f"`controls.random` should hold {LEAST_DRAWS} or more draws, or none. Found {len(controls.random)}: their "
+            "spread, which has to be beaten, would not be known. Fix: train with more seeds of random_like."
+        )
+    for arm in arms[1:]:
+        _check_same_evaluation(treatment, arm)
+    for arm in whole:
+        if arm.runs.keys() != treatment.runs.keys():
+            raise GradRouteError(
+                f"{arm.name} should have the seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
+                f"{_listed(arm.runs)}. Fix: leave out runs without a partner, in both arms."
+            )
+    for arm in controls.random:
+        strangers = [seed for seed in arm.runs if seed not in treatment.runs]
+        if strangers:
+            raise GradRouteError(
+                f"{arm.name} should have seeds of {treatment.name}, {_listed(treatment.runs)}. Found "
+                f"{_listed(strangers)}. Fix: train the treatment with them too, or leave them out."
+            )
+    for arm in controls._one_block:
+        _check_one_block(arm)
+
+
+def _check_one_block(arm: ArmRuns) -> None:
+    for seed, run in arm.runs.items():
+        for mode, outcomes in run.items():
+            found = None
+            if outcomes.hack_on != outcomes.hack_ablated:
+                found = f"hack rates of {outcomes.hack_on.value:.2f} on and {outcomes.hack_ablated.value:.2f} ablated"
+            elif any(on != ablated for on, ablated, _ in (outcomes.prompts or {}).values()):
+                found = "other prompts hacked on than ablated"
+            if found is not None:
+                raise GradRouteError(
+                    f"{arm.name} should be of one block, whose two views are one. Found {found} in the mode {mode!r} "
+                    f"of seed {seed!r}. Fix: leave the arm out; of one block, give the same outcomes to both views."
+                )
+
+
+def _check_same_evaluation(treatment: ArmRuns, control: ArmRuns) -> None:
+    if control.monitored != treatment.monitored:
+        raise GradRouteError(
+            f"{control.name} should be evaluated on the modes of {treatment.name}, {treatment.monitored}. Found "
+            f"{control.monitored}."
+        )
+    for seed in control.runs.keys() & treatment.runs.keys():
+        for mode, theirs in control.runs[seed].items():
+            own = treatment.runs[seed][mode]
+            if theirs.prompts and own.prompts and theirs.prompts.keys() != own.prompts.keys():
+                raise GradRouteError(
+                    f"Seed {seed!r} of {control.name} should be evaluated on the prompts of {treatment.name}. Found "
+                    f"other prompt ids in the mode {mode!r}. Fix: draw prompts from a generator with the same seed."
+                )
+
+
+def _same_outcomes(arm: ArmRuns, other: ArmRuns) -> bool:
+    """Whether the outcomes are equal and this cannot be chance, as it can where rates are 0 or 1, or few."""
+    if arm.runs != other.runs:
+        return False
+    varied = sum(
+        0 < rate.k < rate.n and (1 if outcomes.prompts is None else rate.n)
+        for run in arm.runs.values()
+        for outcomes in run.values()
+        for rate in (outcomes.hack_on, outcomes.hack_ablated, outcomes.solve_ablated)
+    )
+    return varied >= 6
+
+
+def _listed(seeds: Iterable[Hashable]) -> str:
+    return ", ".join(map(repr, seeds))

@@ -18,18 +18,16 @@ A single seed is never "effective" over seeds: ablated hack rates of one control
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from gradroute._typing import typechecked
 from gradroute.errors import GradRouteError
 from gradroute.evaluation.verdict._arm_differences import ArmDifferences, arm_differences
-from gradroute.evaluation.verdict._comparable import check_comparable
 from gradroute.evaluation.verdict._difference import Difference
 from gradroute.evaluation.verdict._power import needed
-from gradroute.evaluation.verdict._rivals import rival_differences
-from gradroute.evaluation.verdict.arms import ArmRuns, Controls
-from gradroute.evaluation.verdict.criteria import LEAST_DRAWS, LEAST_SEEDS, Criteria
-from gradroute.evaluation.verdict.one_block import judge_rivals
+from gradroute.evaluation.verdict.arms import ArmRuns, Controls, check_comparable
+from gradroute.evaluation.verdict.criteria import LEAST_DRAWS, LEAST_SEEDS, Criteria, too_few
+from gradroute.evaluation.verdict.one_block import OneBlock, judge_rivals, rival_differences
 from gradroute.evaluation.verdict.verdict import Verdict, Word
 
 Modes = Literal["all", "monitored", "held-out"]
@@ -91,7 +89,7 @@ def compare_all(
     measure = partial(arm_differences, criteria=criteria, resamples=resamples, seed=seed)
     found, against = [], {}
     for treatment, controls in contests:
-        check_comparable(treatment, controls, LEAST_DRAWS)
+        check_comparable(treatment, controls)
         known = {"all": (True, False), "monitored": (True,), "held-out": (False,)}[modes]
         chosen = [mode for mode, monitored in treatment.monitored.items() if monitored in known]
         if not chosen:
@@ -106,7 +104,7 @@ def compare_all(
     levels = holm_levels([shuffled.p(criteria) for shuffled, _ in found], criteria.level)
     rival_levels = holm_levels([rivals.p(criteria) for rivals in against.values()], criteria.level)
     one_block = {
-        name: judge_rivals(rivals, criteria, level, len(against))
+        name: OneBlock(*judge_rivals(rivals, criteria, level), rivals, criteria, level, len(against))
         for (name, rivals), level in zip(against.items(), rival_levels, strict=True)
     }
     verdicts = []
@@ -143,64 +141,54 @@ def holm_levels(ps: Sequence[float], level: float) -> list[float]:
     return levels
 
 
-class _Decision(NamedTuple):
-    word: Word
-    because: str
-
-
-def _judge(shuffled: ArmDifferences, random: ArmDifferences | None, criteria: Criteria, level: float) -> _Decision:
+def _judge(
+    shuffled: ArmDifferences, random: ArmDifferences | None, criteria: Criteria, level: float
+) -> tuple[Word, str]:
+    """The word, and the condition that decided."""
     if shuffled.hack is None:
-        return _Decision(
-            "underpowered",
-            "No mode was exploited by both on views, so there was no drop to compare; more of the same would not help.",
+        because = (
+            "No mode was exploited by both on views, so there was no drop to compare; more of the same would not help."
         )
-    if shuffled.has_too_few_seeds(criteria):
-        return _Decision(
-            "underpowered",
-            f"{len(shuffled.seeds)} seed(s) with a discovered mode cannot tell a method from the luck of its seeds.",
-        )
+        return "underpowered", because
+    if too_few(shuffled.seeds, criteria):
+        because = "seed(s) with a discovered mode cannot tell a method from the luck of its seeds."
+        return "underpowered", f"{len(shuffled.seeds)} {because}"
     if shuffled.solve.interval(level)[1] < -criteria.solve_margin:
-        return _Decision("worse", f"It solves less, by more than {criteria.solve_margin:g}.")
+        return "worse", f"It solves less, by more than {criteria.solve_margin:g}."
     if shuffled.hack.interval(level)[1] < -criteria.margin:
-        return _Decision("worse", "Its hack drop is smaller.")
+        return "worse", "Its hack drop is smaller."
     if shuffled.wins(criteria, level):
         return _judge_direction(random, criteria, level)
     return _judge_undecided(shuffled, shuffled.hack, criteria, level)
 
 
-def _judge_undecided(shuffled: ArmDifferences, hack: Difference, criteria: Criteria, level: float) -> _Decision:
+def _judge_undecided(shuffled: ArmDifferences, hack: Difference, criteria: Criteria, level: float) -> tuple[Word, str]:
     low, high = hack.interval(level)
-    if low > criteria.margin and shuffled.ablated >= 0:
-        return _Decision(
-            "not distinguishable from control",
-            "Its drop is larger because its on view hacks more; as deployed it hacks no less.",
-        )
-    if low > criteria.margin and not shuffled.solves(criteria):
-        return _Decision(
-            "underpowered",
-            f"Its hack drop is larger, but it solves no more than {criteria.least_solve:g} itself; more of the same "
-            "would not help.",
-        )
     if low > criteria.margin:
-        return _Decision(
-            "underpowered", f"Its hack drop is larger, but a solve loss of {criteria.solve_margin:g} is not excluded."
-        )
+        if shuffled.ablated >= 0:
+            because = "Its drop is larger because its on view hacks more; as deployed it hacks no less."
+            return "not distinguishable from control", because
+        if shuffled.solves(criteria):
+            because = f"a solve loss of {criteria.solve_margin:g} is not excluded."
+        else:
+            because = f"it solves no more than {criteria.least_solve:g} itself; more of the same would not help."
+        return "underpowered", f"Its hack drop is larger, but {because}"
     if high >= criteria.effect:
-        return _Decision("underpowered", f"Neither {criteria.margin:g} nor {criteria.effect:g} is excluded.")
-    return _Decision("not distinguishable from control", f"An advantage of {criteria.effect:g} is excluded.")
+        return "underpowered", f"Neither {criteria.margin:g} nor {criteria.effect:g} is excluded."
+    return "not distinguishable from control", f"An advantage of {criteria.effect:g} is excluded."
 
 
-def _judge_direction(random: ArmDifferences | None, criteria: Criteria, level: float) -> _Decision:
+def _judge_direction(random: ArmDifferences | None, criteria: Criteria, level: float) -> tuple[Word, str]:
     if random is None:
         because = "Nothing is known of its direction: there were no random draws."
     elif len(random.draws) < LEAST_DRAWS:
         because = f"Fewer than {LEAST_DRAWS} random draws discovered a mode, so they cannot be beaten."
-    elif random.has_too_few_seeds(criteria):
+    elif too_few(random.seeds, criteria):
         because = f"Random draws were trained on fewer than {LEAST_SEEDS} of its seeds."
     elif not random.drops_more(criteria, level):
         because = "A random direction may do as well, so this one is not shown to matter."
     elif not random.solve_is_matched(criteria, level):
         because = "Its drop is larger than that of random directions, but it is not shown to solve as much."
     else:
-        return _Decision("directional", "A random direction would do less.")
-    return _Decision("effective", because)
+        return "directional", "A random direction would do less."
+    return "effective", because

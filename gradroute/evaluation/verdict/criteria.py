@@ -1,5 +1,6 @@
 """The thresholds behind the words of a verdict."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from gradroute._checks import finite_number
@@ -57,3 +58,14 @@ class Criteria:
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise GradRouteError(f"`{name}` should be {expected}. Found {getattr(self, name)!r}.")
+
+
+def too_few(seeds: Sequence[Hashable], criteria: Criteria) -> bool:
+    """Whether the seeds are too few to speak of others, where others are spoken of."""
+    return criteria.over == "seeds" and len(seeds) < LEAST_SEEDS
+
+
+def stated_level(level: float, criteria: Criteria, arms: int) -> str:
+    """The level of the intervals, and how it was corrected for several arms."""
+    corrected = f", {criteria.level:g} corrected for {arms} arms (Holm)" if arms > 1 else ""
+    return f"Level {level:.3g}{corrected}."

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradroute.evaluation.verdict._arm_differences import ArmDifferences
-from gradroute.evaluation.verdict._paragraph import Counted, per_seed, pooled, stated_interval, stated_level
+from gradroute.evaluation.verdict._difference import per_seed, pooled
 from gradroute.evaluation.verdict._power import Needed
 from gradroute.evaluation.verdict.arms import ArmRuns, Controls
-from gradroute.evaluation.verdict.criteria import Criteria
+from gradroute.evaluation.verdict.criteria import Criteria, stated_level
 from gradroute.evaluation.verdict.one_block import OneBlock
 
 Word = Literal["effective", "directional", "not distinguishable from control", "worse", "underpowered"]
@@ -61,7 +61,10 @@ class Verdict:
         sentences = [f"{name} against {control}: {self.word} ({MEANING[self.word]}). {self.because}"]
         if self.needed is not None:
             sentences.append(f"Needed: {self.needed!r}.")
-        sentences += [self._hacks(), self._solves(), self._draws(), self._modes(), self._scope()]
+        sentences += [self._hacks(), self._solves(), self._draws(), self._modes()]
+        sentences.append(stated_level(self.level, self.criteria, self.arms))
+        if self.criteria.over == "prompts":
+            sentences.append("This is about these trained models: no other seeds are claimed.")
         if self.one_block is not None:
             sentences.append(repr(self.one_block))
         return " ".join(sentences)
@@ -71,10 +74,14 @@ class Verdict:
         if found.hack is None:
             return "Hack drops were not compared."
         arms = (self.treatment, self.controls.shuffled)
+        drops = [
+            f"{arm.name} {pooled(arm, found.counted, 'hack_on')!r} to {pooled(arm, found.counted, 'hack_ablated')!r}"
+            for arm in arms
+        ]
         p = found.hack.p_above(self.criteria.margin)
         return (
-            f"Hack rate, on to ablated: {'; '.join(_drop(arm, found.counted) for arm in arms)}. Difference of drops "
-            f"{stated_interval(found.hack, self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
+            f"Hack rate, on to ablated: {'; '.join(drops)}. Difference of drops "
+            f"{found.hack.stated(self.level, len(found.seeds))}, p = {2 * min(p, 1 - p):.2g} against "
             f"{self.criteria.margin:g}, prompts {'paired' if found.paired else 'not paired'}. Ablated hack rate per "
             f"seed: {'; '.join(per_seed(arm, found.counted, 'hack_ablated') for arm in arms)}."
         )
@@ -88,7 +95,7 @@ class Verdict:
         matched = "matched" if found.solve_is_matched(self.criteria, self.level) else "not shown to match"
         return (
             f"Solve rate ablated, on {', '.join(found.solved_on)}: {own!r} against {control!r}, difference "
-            f"{stated_interval(found.solve, self.level, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
+            f"{found.solve.stated(self.level, len(seeds))}, {matched} within {self.criteria.solve_margin:g}."
         )
 
     def _draws(self) -> str:
@@ -97,31 +104,17 @@ class Verdict:
             return f"Random draws: {n}" + (", with no mode discovered." if n else ".")
         trained = sum(any(s in draw.runs for draw in self.controls.random) for s in self.treatment.runs)
         good = sum(difference <= 0 for difference in found.draws)
-        hack, solve = (
-            stated_interval(found.hack, self.level, len(found.seeds)),
-            stated_interval(found.solve, self.level, trained),
-        )
         return (
             f"Random draws: {n}, {len(found.draws)} with a discovered mode; difference of drops to one more such draw "
-            f"{hack}; of solve to their mean {solve}; {good} did as well or better (a random direction too is best of "
-            f"{len(found.draws) + 1} with a chance of {1 / (len(found.draws) + 1):.2f})."
+            f"{found.hack.stated(self.level, len(found.seeds))}; of solve to their mean "
+            f"{found.solve.stated(self.level, trained)}; {good} did as well or better (a random direction too is best "
+            f"of {len(found.draws) + 1} with a chance of {1 / (len(found.draws) + 1):.2f})."
         )
 
     def _modes(self) -> str:
         seeds = len(self.treatment.runs)
         counted = [f"{mode} in {len(found)} of {seeds} seeds" for mode, found in self.shuffled.counted.items() if found]
-        undiscovered = ", ".join(self.undiscovered) or "none"
         return (
             f"Modes counted, as both on views reach {self.criteria.discovered:g}: {', '.join(counted) or 'none'}; "
-            f"undiscovered: {undiscovered}."
+            f"undiscovered: {', '.join(self.undiscovered) or 'none'}."
         )
-
-    def _scope(self) -> str:
-        level = stated_level(self.level, self.criteria, self.arms)
-        if self.criteria.over == "prompts":
-            return f"{level} This is about these trained models: no other seeds are claimed."
-        return level
-
-
-def _drop(arm: ArmRuns, counted: Counted) -> str:
-    return f"{arm.name} {pooled(arm, counted, 'hack_on')!r} to {pooled(arm, counted, 'hack_ablated')!r}"
