@@ -30,7 +30,7 @@ from gradroute._sharding import ranks_of, wide
 from gradroute._step_hooks import LocalHook
 from gradroute.directions import Capture
 from gradroute.directions.directions import Directions
-from gradroute.directions.provenance import Provenance
+from gradroute.directions.features import Provenance
 from gradroute.integrations._rollouts import captured_for
 from gradroute.integrations.trl._scoring import InSampledState, captured_rollouts, is_random, loss_mask
 
