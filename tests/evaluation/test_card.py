@@ -144,7 +144,7 @@ def test_masks_are_those_of_the_gate_or_have_to_be_said(tmp_path: Path) -> None:
         ("report", 0.3, "`report` should be an OnOffReport. Found float. Fix"),
         ("routed_by", 0.5, "`routed_by` should be the gate or filter"),
         ("masks", "", "`masks` should be a sentence or None. Found ''"),
-        ("refresher", 5, "`refresher` should be a Refresher or None. Found int"),
+        ("refresher", 5, "`refresher` should be a Refresher. Found int"),
         ("verdict", "effective", "`verdict` should be a Verdict. Found str"),
         ("caveats", "one string", "`caveats` should be a list of sentences"),
     ],
