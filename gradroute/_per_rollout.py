@@ -49,8 +49,8 @@ def check_width(name: str, found: int, width: int) -> None:
     """Raise unless directions of layer `name`, `found` wide, are as wide as what they are to act on."""
     if found != width:
         raise GradRouteError(
-            f"`directions` of `{name}` should be {width} wide. Found {found}. Fix: extract them from this model, as "
-            "bottleneck directions for gains or as parameter-shaped ones."
+            f"`directions` of `{name}` should be {width} wide. Found {found}. Fix: extract them from this model, with "
+            "features that are as wide."
         )
 
 

@@ -118,12 +118,14 @@ def evaluated(
 
 
 def _checked(returned: Any, view: str) -> list[EvalRecord]:
-    records = list(returned) if isinstance(returned, Iterable) else [returned]
-    if not records:
+    records = list(returned) if isinstance(returned, Iterable) else None
+    if records == []:
         raise GradRouteError(f"`eval_fn` should return at least one record. Found none {view}.")
-    for record in records:
-        if not isinstance(record, EvalRecord):
-            raise GradRouteError(f"`eval_fn` should return EvalRecord objects. Found {type(record).__name__}.")
+    strangers = [returned] if records is None else [each for each in records if not isinstance(each, EvalRecord)]
+    if records is None or strangers:
+        raise GradRouteError(
+            f"`eval_fn` should return a list of EvalRecord objects. Found {type(strangers[0]).__name__}."
+        )
     return records
 
 

@@ -76,7 +76,8 @@ class DoseCurve:
             found = ", ".join(f"{view.hack['monitored'].value:g} at {scale:g}" for scale, view in self.rates.items())
             raise GradRouteError(
                 f"`monitored_below` should be above the monitored hack rate at the smallest scale. Found {limit:g}, "
-                f"and rates of {found}. Fix: smaller scales, or a limit at the upper end of the base model's interval."
+                f"and rates of {found}. Fix: smaller scales, or a limit at the upper end of the base model's interval. "
+                "If scale 0 is among them, this model hacks more than that even when ablated."
             )
         return below[-1]
 

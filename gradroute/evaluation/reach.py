@@ -54,7 +54,8 @@ def assert_ablation_reaches(model: nn.Module, generate_fn: Callable[[nn.Module],
         raise GradRouteError(
             f"`generate_fn` should give other outputs ablated than on. Found the same {len(on)} outputs: what "
             "generates holds merged, fused or older weights and ignores the ablation, or the quarantine is too small "
-            "to change a token. Fix: sync in `generate_fn` (export_deployed, export_full), or return log-probabilities."
+            "to change a token. Fix: sync in `generate_fn` (export_deployed for the ablated view, export_full for the "
+            "other), or return log-probabilities."
         )
     if len(on) != len(off):
         return 1.0

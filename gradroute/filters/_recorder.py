@@ -205,15 +205,15 @@ class RolloutRecorder:
         idle = [name for name, slots in self._passes.items() if not slots or any(one is None for one in slots)]
         if idle:
             raise GradRouteError(
-                f"Every routed layer should run forward and backward, with gradients on, inside `record`. Found none "
-                f"of {listed(idle)}. Fix: enclose both; checkpoint with use_reentrant=False."
+                "Every routed layer should run forward and backward, with gradients on, inside `record`. Found that "
+                f"these did not: {listed(idle)}. Fix: enclose both; under reentrant checkpointing, use_reentrant=False."
             )
         shapes = {name: [(len(one.dots), one.axes) for one in passes] for name, passes in self.passes.items()}
         if len({tuple(found) for found in shapes.values()}) > 1:
             raise GradRouteError(
                 f"Every routed layer should see the same rollouts as often, with the same axes. Found (rows, axes) "
-                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; checkpoint with "
-                "use_reentrant=False."
+                f"{shapes}. Fix: exclude layers that run twice, or on some or flattened tokens; under reentrant "
+                "checkpointing, use_reentrant=False."
             )
 
 

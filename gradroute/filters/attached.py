@@ -134,7 +134,8 @@ class AttachedFilter(StepHooks):
             if gradient is not None and self._seen.get(gradient) != gradient._version:
                 raise GradRouteError(
                     f"The gradient of `{name}` has been changed since the backward that this filter saw: clipped, say. "
-                    "Fix: attach before backward, and apply_filter, clip, step; or pass allow_clipped=True."
+                    "Fix: attach before backward, and do not clip; or, unattached, apply_filter, clip and step; or "
+                    "pass allow_clipped=True."
                 )
 
     def _after_accumulation(self, _: Tensor) -> None:

@@ -102,7 +102,7 @@ class RefreshCallback(TrainerCallback):
         self._loaded_at = None
         check_comes_due(self.refresher, state.max_steps - state.global_step)
         self._counted = self.refresher.steps
-        self.on_train_end()
+        self._end()
         # DeepSpeed steps inside backward, on its own optimizer: what its wrapper says of a step has to be believed.
         if not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
             check_optimized(self.refresher.model, [kwargs["optimizer"]], RefreshError)
@@ -140,7 +140,10 @@ class RefreshCallback(TrainerCallback):
         saved = {"refresher": self.refresher.state_dict(), "gates": [gate.state_dict() for gate in self.gates]}
         torch.save({**saved, "global_step": state.global_step}, folder / "state.pt")
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._end()
+
+    def _end(self) -> None:
         if self._taken is not None:
             self._taken.close()
             self._taken = None

@@ -188,7 +188,8 @@ class SlowStart(StepHooks):
         self._restore()
         if written:
             raise GradRouteError(
-                f"The deployed block's learning rate should be left alone while it is slow. Found it written {when}. "
+                f"The deployed block's learning rate should be left alone while it is slow. Found it written {when}: a "
+                "scheduler would go on from the fraction, or undo it. "
                 "Fix: step schedulers after optimizer.step(), and not in a hook or where the step raised."
             )
 

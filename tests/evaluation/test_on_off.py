@@ -1,5 +1,7 @@
 """`evaluate_on_off`: one evaluation in two views, with intervals."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.language_models import Mixer, routed_mixer
@@ -176,9 +178,10 @@ def test_no_records_raise_and_name_the_view() -> None:
         gr.evaluate_on_off(bandit(), lambda model: [record()] if model.lower.view == "on" else [])
 
 
-@pytest.mark.parametrize("returned", [[{"hacked": True}], [record(), None]])
-def test_other_objects_than_records_raise(returned: list) -> None:
-    with pytest.raises(gr.GradRouteError, match="`eval_fn` should return EvalRecord objects. Found (dict|NoneType)"):
+@pytest.mark.parametrize("returned", [[{"hacked": True}], [record(), None], record()])
+def test_other_objects_than_lists_of_records_raise(returned: Any) -> None:
+    message = "`eval_fn` should return a list of EvalRecord objects. Found (dict|NoneType|EvalRecord)"
+    with pytest.raises(gr.GradRouteError, match=message):
         gr.evaluate_on_off(bandit(), lambda model: returned)
 
 

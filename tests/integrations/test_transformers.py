@@ -354,6 +354,24 @@ def test_a_schedule_by_which_no_refresh_would_come_due_is_refused(tmp_path: Path
     Run(tmp_path, every=4).trainer.train()
 
 
+def test_a_subclass_ends_its_training_once(tmp_path: Path) -> None:
+    ended = []
+
+    class Mine(RefreshCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ended.append(state.global_step)
+            super().on_train_end(args, state, control, **kwargs)
+
+    model = fresh()
+    with gr.ablate_quarantine(model):
+        directions = gr.extract_activation_directions(model, PAIRS)
+    refresher = gr.Refresher(directions, lambda: gr.extract_activation_directions(model, PAIRS), model=model, every=2)
+    trainer = trainer_of(model, tmp_path, callbacks=[Mine(refresher)], mask_fn=masks)
+    trainer.train()
+    assert ended == [4]
+    assert len(refresher.reports) == 2
+
+
 @pytest.mark.slow
 def test_a_second_training_counts_on(tmp_path: Path) -> None:
     run = Run(tmp_path)

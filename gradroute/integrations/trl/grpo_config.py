@@ -48,6 +48,11 @@ def _log_ratio_gate(name: str, value: Any) -> None:
         raise GradRouteError(f"`{name}` should be a LogRatioGate, or its threshold in nats. Found {value!r}.")
 
 
+def _true_or_false(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise GradRouteError(f"`{name}` should be True or False, or left out. Found {value!r}.")
+
+
 def _below_one(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise GradRouteError(f"`{name}` should be a share in [0, 1), below 1. Found {value!r}.")
@@ -68,7 +73,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "slow_start_fraction": _below_one,
     "ablated_from": integer_from_zero,
     "score_view": partial(one_of, options=("sampled", "ablated")),
-    "clean_baseline": partial(instance_of, kind=bool, fix="True or False, or leave it out."),
+    "clean_baseline": _true_or_false,
     "engine": partial(instance_of, kind=Mapping, fix="names and values, such as {'dtype': 'float32'}."),  # type: ignore[type-abstract]
     "engine_check": _engine_check,
 }
