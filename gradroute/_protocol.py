@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradroute._checks import instance_of
 from gradroute._module_tree import plain_name, walked
 from gradroute._sharding import whole, wide
 from gradroute._transfers import read_together
@@ -146,7 +145,10 @@ def _routed(named: Iterable[tuple[str, nn.Module]], found: Sequence[nn.Module]) 
 
 def check_module(model: object) -> nn.Module:
     """`model`, if it is an nn.Module."""
-    return instance_of("model", model, nn.Module, "pass the model itself.")
+    if not isinstance(model, nn.Module):
+        found = type(model).__name__
+        raise GradRouteError(f"`model` should be an nn.Module. Found {found}. Fix: pass the model itself.")
+    return model
 
 
 def _check_injected(

@@ -1,6 +1,6 @@
 """Adapt any `nn.Module` in place, without PEFT: `attach`, `detach`, the parameters of each block and their numbers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gradroute._checks import one_of
+from gradroute._checks import listed, one_of
 from gradroute._logging import warn
+from gradroute._module_tree import plain_name
 from gradroute._protocol import BLOCKS, BlockName, RoutedLayer, check_module, routed_layers
 from gradroute._sharding import reshard, size_of
 from gradroute.adapters._signposts import put_signposts, take_signposts
@@ -106,7 +107,8 @@ def detach(model: nn.Module) -> nn.Module:
     if not layers or "" in layers:
         raise TargetError(f"`model` should have been given blocks by attach(). Found a {type(model).__name__}.")
     first, layer = next(iter(layers.items()))
-    root, attachment = first.removesuffix(layer.name), layer.attachment
+    # Names without wrappers: blocks may have been checkpointed or compiled since they were attached.
+    root, attachment = plain_name(first).removesuffix(layer.name), layer.attachment
     assert attachment is not None
     found = len(set(layers.values()))
     if found != attachment.layers:
@@ -116,12 +118,25 @@ def detach(model: nn.Module) -> nn.Module:
         )
     if any(layer.has_open_route or layer.view != "on" for layer in layers.values()):
         raise RouteError("detach(model) inside a route, ablate_quarantine or disable_adapters. Fix: leave it first.")
+    named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    lost = [name for name in attachment.frozen if _current(root + name, named) is None]
+    if lost:
+        raise TargetError(
+            f"`model` should still have the parameters that attach() froze. Found none that is called {listed(lost)}. "
+            "Fix: detach before modules are renamed or replaced."
+        )
     take_signposts(model)
     for name, layer in layers.items():
         replace_module(model, name, layer.base_layer)
     for name in attachment.frozen:
-        model.get_parameter(root + name).requires_grad_(True)
+        _current(root + name, named).requires_grad_(True)
     return model
+
+
+def _current(name: str, named: Mapping[str, nn.Parameter]) -> Any:
+    """The parameter that had this name before `attach`; None if there is none."""
+    owner, _, leaf = name.rpartition(".")
+    return named.get(name, named.get(f"{owner}.base_layer.{leaf}"))
 
 
 def deployed_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -82,7 +82,7 @@ def _untargetable(name: str, module: nn.Module) -> Iterator[str]:
     if isinstance(module, nn.MultiheadAttention):
         yield f"{kind} reads the weight of its `out_proj` and never calls it: blocks there would not run. {fix}"
     if isinstance(module, nn.TransformerEncoderLayer):
-        yield f"{kind} in eval mode reads the weights of its linears and never calls them. {fix}"
+        yield f"{kind} in eval mode reads the weights of its linears and calls none of them. Fix: leave these out."
     packed = [key for key, p in module._parameters.items() if p is not None and p.ndim == 3]
     if packed and not isinstance(module, nn.modules.conv._ConvNd):
         yield (

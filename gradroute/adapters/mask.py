@@ -107,7 +107,8 @@ class RouteMask:
             raise RouteError("At least one of `m`, `g_d`, `g_q` should have one value per row. Found three scalars.")
         if len(devices) > 1:
             raise RouteError(f"`m`, `g_d` and `g_q` should be on one device. Found {sorted(map(str, devices))}.")
-        device, shapes = devices.pop(), [tuple(t.shape) for t in tensors]
+        device = devices.pop()
+        shapes = {name: tuple(t.shape) for name, t in zip(("m", "g_d", "g_q"), tensors, strict=True)}
         if max(t.ndim for t in tensors) == 2:
             # Aligned on the left, as everywhere: one value per row serves all tokens of the row.
             tensors = [t.unsqueeze(1) if t.ndim == 1 else t for t in tensors]

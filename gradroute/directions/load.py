@@ -106,7 +106,8 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
             of = f" of {type(row).__name__}" if isinstance(source, Iterable) else ""
             raise GradRouteError(
                 f"`source` should be a file, or rows with a value by column. Found {type(source).__name__}{of}. Fix: "
-                'one split of a DatasetDict, `select(range(n))` of a Dataset, `to_dict("records")` of a data frame.'
+                "one split of a DatasetDict, `select(range(n))` of a Dataset (its slices are columns), "
+                '`to_dict("records")` of a data frame.'
             )
         yield f"row {i}", row
 

@@ -64,7 +64,9 @@ class QuantileGate(Gate):
         self.tails, self.half_life = (float(tails[0]), float(tails[1])), positive_number("half_life", half_life)
         self.capacity, self.warm_up = positive_integer("capacity", capacity), positive_integer("warm_up", warm_up)
         if warm_up > capacity:
-            raise GradRouteError(f"`warm_up` should be at most `capacity`, {capacity}. Found {warm_up}.")
+            raise GradRouteError(
+                f"`warm_up` should be at most `capacity`. Found {warm_up} > {capacity}: all rows would absorb."
+            )
         super().__init__(window=window, strict=strict)
         # Allocated by the first call, which shows how wide and of which type features are.
         self._buffer = _empty(0, like=torch.empty(0, 0))

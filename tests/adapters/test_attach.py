@@ -2,11 +2,13 @@
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.models import Tower, randomize_blocks, routed_tower
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import gradroute as gr
 
@@ -42,6 +44,29 @@ def test_what_is_not_adapted_is_frozen_and_thawed_by_detach() -> None:
     assert not any(p.requires_grad for p in model[1].parameters())
     gr.detach(model)
     assert all(p.requires_grad for p in model[1].parameters())
+
+
+@pytest.mark.parametrize("ends", [gr.detach, gr.merge_deployed])
+def test_blocks_that_were_wrapped_since_are_detached_and_merged(ends: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)), nn.Linear(5, 2)).eval()
+    frozen = model[1].bias.requires_grad_(False)
+    randomize_blocks(gr.attach(model, r=2))
+    with torch.no_grad(), gr.disable_adapters(model) if ends is gr.detach else gr.ablate_quarantine(model):
+        expected = model(X)
+    model[0] = checkpoint_wrapper(model[0])
+    ended = ends(model)
+    assert not any(isinstance(module, gr.QuarantineLoRA) for module in ended.modules())
+    assert {name for name, p in ended.named_parameters() if not p.requires_grad} == {"1.bias"}
+    assert not frozen.requires_grad
+    torch.testing.assert_close(ended(X), expected)
+
+
+def test_parameters_that_are_gone_keep_detach_from_starting() -> None:
+    model = gr.attach(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)), r=2)
+    model[1] = nn.Identity()
+    with pytest.raises(gr.errors.TargetError, match=r"Found none that is called `1.weight`, `1.bias`. Fix"):
+        gr.detach(model)
+    assert isinstance(model[0], gr.QuarantineLoRA)
 
 
 def test_ranks_scalings_and_dtype_of_the_blocks() -> None:

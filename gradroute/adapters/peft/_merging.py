@@ -50,7 +50,7 @@ class MergedLayer(RoutedLinear):
         if adapter not in self.lora_A_quarantine or scale == 0.0:
             return delta
         A, B = self.lora_A_quarantine[adapter].weight.float(), self.lora_B_quarantine[adapter].weight.float()
-        s_q = self.quarantine_scaling(adapter, self.lora_A[adapter].weight.shape[0] / A.shape[0])
+        s_q = self._quarantine_scaling(adapter, self.lora_A[adapter].weight.shape[0] / A.shape[0])
         quarantine: Tensor = scale * s_q * (B @ A)
         quarantine = quarantine.T if self.fan_in_fan_out else quarantine
         return (delta + quarantine).to(delta.dtype)
@@ -98,7 +98,7 @@ class MergedLayer(RoutedLinear):
             raise RouteError(f"`{self.name}`: adapter {adapter_name!r} is merged. Fix: unmerge before deleting it.")
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
-    def quarantine_scaling(self, adapter: str, ratio: float) -> float:
+    def _quarantine_scaling(self, adapter: str, ratio: float) -> float:
         """s_q from s_d and r / r_quarantine: so whatever rescales an adapter in PEFT rescales both blocks."""
         scaling = self.scaling[adapter]
         if isinstance(scaling, Tensor):

@@ -39,8 +39,7 @@ class PlainLora:
     def __init__(self, model: nn.Module) -> None:
         check_module(model)
         self._model = unwrapped(model)
-        self._found = routed_layers(self._model)
-        self.layers = {_base_name(self._model, name): layer for name, layer in self._found.items()}
+        self.layers = {_base_name(self._model, name): layer for name, layer in routed_layers(self._model).items()}
         self._adapter = _adapter(self.layers)
         self._targets = _target_modules(self._model, self.layers)
 
@@ -127,8 +126,10 @@ class PlainLora:
                 file.replace(path / file.name)
 
     def _check_unchanged(self) -> None:
-        modules = named_modules(self._model)
-        moved = any(modules.get(name) is not layer for name, layer in self._found.items())
+        found = named_modules(self._model).items()
+        # By names without wrappers: blocks may have been checkpointed or compiled meanwhile.
+        layers = {_base_name(self._model, name): m for name, m in found if isinstance(m, RoutedLayer)}
+        moved = any(layers.get(name) is not layer for name, layer in self.layers.items())
         if moved or _adapter(self.layers) != self._adapter:
             what = "other layers" if moved else f"the active adapter {_adapter(self.layers)!r}, not {self._adapter!r}"
             raise GradRouteError(

@@ -103,7 +103,7 @@ class RoutedLoraLayer(MergedLayer):
             A_q, B_q = self._fetched("lora_A_quarantine", adapter), self._fetched("lora_B_quarantine", adapter)
         # Of equal ranks the scalings are equal, if they are numbers.
         equal = type(scaling) is float and A.shape == A_q.shape
-        s_q = scaling if equal else self.quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
+        s_q = scaling if equal else self._quarantine_scaling(adapter, A.shape[0] / A_q.shape[0])
         return Block(A, B, scaling), Block(A_q, B_q, s_q)
 
     def _fetched(self, matrix: str, adapter: str) -> Tensor:

@@ -1,5 +1,7 @@
 """`PlainLora`: what an export writes, worked out once, and rounded where an engine would round it."""
 
+import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import randomize_blocks
 from support.tiny_models import peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import gradroute as gr
 from gradroute.adapters.peft.plain_lora import PlainLora
@@ -33,6 +36,17 @@ def test_it_writes_the_blocks_as_they_are_at_each_write(tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     first, second = (load_file(tmp_path / f"{seed}" / "adapter_model.safetensors") for seed in range(2))
     assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_wrappers_around_blocks_are_no_other_layers_and_copies_of_blocks_are() -> None:
+    routed = model()
+    plain = PlainLora(routed)
+    expected, blocks = plain.factors(BOTH), routed.base_model.model.model.layers
+    blocks[0] = checkpoint_wrapper(blocks[0])
+    assert all(map(torch.equal, chain(*expected.values()), chain(*plain.factors(BOTH).values())))
+    blocks[1] = copy.deepcopy(blocks[1])
+    with pytest.raises(gr.GradRouteError, match="Found other layers"):
+        plain.factors(BOTH)
 
 
 def test_factors_are_rounded_once_from_the_scaled_ones() -> None:
