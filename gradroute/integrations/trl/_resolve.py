@@ -49,7 +49,7 @@ def resolve(trainer: Any, options: Options) -> Routing:
             directions = extract()
         if not isinstance(directions, Directions):
             raise GradRouteError(
-                f"`directions` should be a function that returns Directions. Found one of {directions!r}."
+                f"`directions` should be a function that returns Directions. Found one that returned {directions!r}."
             )
     for given in (refresher, options.gate):
         if directions is None and isinstance(given, Refresher | Gate):
