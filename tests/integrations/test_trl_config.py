@@ -220,6 +220,7 @@ WRONG: dict[str, list[Any]] = {
     "slow_start_fraction": [1.0, 2.0],
     "ablated_from": [-1],
     "score_view": ["on", "Ablated"],
+    "clean_baseline": [1, "yes"],
     "engine_check": [0.0, -1.0],
 }
 
