@@ -220,7 +220,6 @@ WRONG: dict[str, list[Any]] = {
     "slow_start_fraction": [1.0, 2.0],
     "ablated_from": [-1],
     "score_view": ["on", "Ablated"],
-    "clean_baseline": [1, "yes"],
     "engine_check": [0.0, -1.0],
 }
 
@@ -232,6 +231,12 @@ def test_a_value_out_of_range_is_refused_by_both_in_the_same_words(name: str, va
     with pytest.raises(gr.GradRouteError) as by_keyword:
         trainer(tmp_path, detector=flags, **{name: value})
     assert str(by_keyword.value) == str(by_config.value)
+
+
+@pytest.mark.parametrize("value", [1, "yes"])
+def test_a_clean_baseline_that_is_no_truth_value_is_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(gr.GradRouteError, match=f"`clean_baseline` should be True or False, .*Found {value!r}"):
+        arguments(tmp_path, GradRouteGRPOConfig, clean_baseline=value)
 
 
 @pytest.mark.parametrize("value", ["slowly", "nan"])
